@@ -1,0 +1,708 @@
+"""Pretraining: one Transformer for --attn gqa | nsa | asa, its data, its loop, its evaluation.
+
+    python train_lm.py --small                    an ASA model of 1 M parameters on a CPU, offline, 2 minutes
+    python train_lm.py                            30 M parameters, 4k context, one GPU, about 5 minutes
+    python train_lm.py --preset 340m --data a.txt b.txt
+    torchrun --nproc_per_node=2 train_lm.py ...   the same run on 2 GPUs (or CPU processes): same batches, same losses
+    python train_lm.py --resume --name NAME       go on with out/NAME
+
+    1) data       texts -> tokens on disk, memory mapped; split by file; some documents get key=value pairs to recall
+    2) model      RMSNorm, attention, SwiGLU; with gqa exactly a Llama-type model
+    3) training   AdamW, warm-up and cosine, bf16 on a GPU, accumulation, clipping; resumable at every checkpoint
+    4) evaluation bits per byte, also by position in the context; recall accuracy by distance; bytes of the cache, counted
+
+The batch of a step is a function of (seed, step, row) alone: that makes runs resumable, and equal on any number of processes.
+Does NOT include: speed (kernels), dropout, packing with masks between documents, tensor parallelism.
+Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
+"""
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import resource
+import signal
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from latent_attention import GQA, LatentAttention, RMSNorm, cache_bytes
+from nsa import ASA_BLOCK, NSA, ASAGlobal
+
+
+class UserError(Exception):
+    """Something that the user can mend: printed as one line, exit code 2."""
+
+
+def option(default, text):
+    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text}, **kind)
+
+
+@dataclass
+class Config:
+    preset: str = option("base", "small (CPU, 2 minutes), base, 340m or 1.3b: sets what is not given explicitly")
+    attn: str = option("asa", "gqa (dense), nsa (three branches in every layer) or asa (local and global layers alternate)")
+    # model
+    layers: int = option(10, "Transformer blocks")
+    width: int = option(512, "model width C")
+    heads: int = option(8, "query heads H; the head width D is C / H")
+    groups: int = option(2, "groups of heads G: key-value heads of gqa and nsa, latents of asa's global layers")
+    ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32")
+    window: int = option(256, "tokens in the window of nsa and of asa's local layers, the query's own included")
+    blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers")
+    nsa_blocks: int = option(8, "blocks in a list of nsa: by default the tokens of asa's global layers, spread over all layers")
+    nsa_block: int = option(64, "tokens in a selection block of nsa (compression: 32 tokens every 16)")
+    vocab: int = option(0, "vocabulary; 0 = the tokenizer's")
+    tied: bool = option(False, "the output matrix is the embedding")
+    rope_base: float = option(10000.0, "base of the rotary frequencies")
+    norm_eps: float = option(1e-6, "epsilon of RMSNorm")
+    # data
+    data: list = option([], "text files to train on (default: Python's own help texts for small, its library's sources otherwise)")
+    tokenizer: str = option("bytes", "bytes, or an encoding that tiktoken knows by name (it may download it)")
+    recall: float = option(0.25, "share of the documents that get key=value pairs to recall")
+    # training
+    context: int = option(4096, "tokens per sequence T")
+    batch: int = option(32, "sequences per step, over all processes")
+    micro: int = option(4, "sequences per forward pass and process: lower it when memory runs out")
+    steps: int = option(1000, "optimizer steps")
+    lr: float = option(1e-3, "highest learning rate; warm-up over the first 5 %% of the steps, cosine to a tenth")
+    seed: int = option(0, "seeds weights, batches and samples")
+    device: str = option("auto", "auto, cpu or cuda")
+    compile: bool = option(False, "torch.compile the model")
+    recompute: bool = option(False, "keep only the blocks' inputs and recompute the rest in the backward pass: less memory, a third slower")
+    # run
+    out: str = option("out", "folder of all runs")
+    name: str = option("", "the run's folder in it (default: PRESET-ATTN, numbered when taken)")
+    eval_every: int = option(250, "steps between evaluations")
+    save_every: int = option(250, "steps between checkpoints")
+    resume: bool = option(False, "continue --name, or the latest run of this preset and attention")
+    check: bool = option(False, "exit with 1 if the model did not learn as expected")
+
+    @property
+    def head_width(self):
+        return self.width // self.heads
+
+    @property
+    def rotary(self):
+        """P = D / 2, as in MLA."""
+        return self.head_width // 2
+
+    @property
+    def rank(self):
+        """R of a global layer, so that G R + P = 2 G D: as wide as the keys and values that it replaces. Ours (GLA: 2 D)."""
+        return 2 * self.head_width - self.rotary // self.groups
+
+
+PRESETS = {
+    "small": dict(layers=4, width=128, heads=4, groups=2, window=32, blocks=8, nsa_blocks=4, nsa_block=32, recall=0.5,
+                  context=256, batch=16, micro=16, steps=500, lr=3e-3, eval_every=100, save_every=100),
+    "base": dict(),
+    "340m": dict(layers=24, width=1024, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16,
+                 context=8192, batch=32, micro=2, steps=20000, lr=3e-4, recompute=True),
+    "1.3b": dict(layers=24, width=2048, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16,
+                 context=8192, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
+}  # fmt: skip
+MODEL_FIELDS = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 2) model
+
+
+class Cache:
+    """The caches of all layers, and how many tokens each row has seen (B,): the position of its next token."""
+
+    def __init__(self, layers, batch, device):
+        self.layers, self.seen = layers, torch.zeros(batch, dtype=torch.long, device=device)
+
+    def rollback(self, seen):
+        """Set every row back to its first seen[b] tokens, (B,): the same bound as SlotCache.rollback."""
+        for layer in self.layers:
+            for part in layer.values():
+                part.rollback(seen)
+        self.seen.copy_(seen)
+
+    @property
+    def nbytes(self):
+        return cache_bytes(self.layers)
+
+
+def attention(cfg, layer):
+    """The attention of one layer: the only place that knows the three kinds."""
+    sizes = (cfg.width, cfg.heads)
+    if cfg.attn == "gqa":
+        return GQA(*sizes, cfg.groups, cfg.head_width, cfg.rope_base)
+    if cfg.attn == "nsa":
+        return NSA(*sizes, cfg.groups, cfg.head_width, cfg.window, cfg.nsa_blocks, block=cfg.nsa_block, base=cfg.rope_base)
+    if layer % 2 == 0:  # ASA: the first layer is local
+        return LatentAttention(*sizes, cfg.head_width, 1, 4 * cfg.head_width, cfg.rotary, cfg.window, cfg.rope_base, cfg.norm_eps)
+    return ASAGlobal(*sizes, cfg.head_width, cfg.groups, cfg.rank, cfg.rotary, cfg.blocks, cfg.rope_base, cfg.norm_eps)
+
+
+class Block(nn.Module):
+    """x + Attention(norm x), then x + SwiGLU(norm x)."""
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        ffn = cfg.ffn or -(-8 * cfg.width // 3 // 32) * 32
+        self.attn_norm, self.attn = RMSNorm(cfg.width, cfg.norm_eps), attention(cfg, layer)
+        self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.gate = nn.Linear(cfg.width, ffn, bias=False)
+        self.up = nn.Linear(cfg.width, ffn, bias=False)
+        self.down = nn.Linear(ffn, cfg.width, bias=False)
+
+    def forward(self, x, pos, cache=None, count=None):  # x (B, T, C), pos (B or 1, T)
+        x = x + self.attn(self.attn_norm(x), pos, cache, count)
+        y = self.ffn_norm(x)  # (B, T, C)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class LM(nn.Module):
+    """The language model. tokens (B, T) -> logits (B, T, V); `hidden` stops before the output matrix."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        for block in self.blocks:  # torch's fan-in initialisation, except that what enters the residual stream starts small
+            for out in (block.attn.out, block.down):
+                with torch.no_grad():
+                    out.weight.mul_((2 * cfg.layers) ** -0.5)
+        if cfg.tied:
+            self.head.weight = self.embed.weight
+
+    def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device=None):
+        """A cache for `batch` rows of up to max_len tokens; at most `margin` tokens can be taken back at once."""
+        device = device or self.embed.weight.device
+        return Cache([b.attn.new_cache(batch, max_len, margin, dtype=dtype, device=device) for b in self.blocks], batch, device)
+
+    def hidden(self, tokens, cache=None, count=None):
+        """tokens (B, T) -> (B, T, C) after the final norm. With a cache, the first count[b] (default: all) of T tokens are appended."""
+        pos = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        if cache is not None:
+            pos = cache.seen[:, None] + pos  # (B, T)
+            count = torch.full_like(cache.seen, tokens.shape[1]) if count is None else count
+        x = self.embed(tokens)  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            if self.cfg.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, pos, use_reentrant=False)
+            else:
+                x = block(x, pos, cache and cache.layers[i], count)
+        if cache is not None:
+            cache.seen += count
+        return self.norm(x)
+
+    def forward(self, tokens, cache=None, count=None):
+        return self.head(self.hidden(tokens, cache, count))
+
+
+@torch.no_grad()
+def generate(model, prompt, length, temperature=0.8, generator=None):
+    """Continue prompt (B, T) by `length` tokens -> (B, T + length), from the cache, one token a step."""
+    cache = model.new_cache(prompt.shape[0], prompt.shape[1] + length)
+    tokens, new = prompt, prompt
+    for _ in range(length):
+        logits = model(new, cache)[:, -1].float()  # (B, V)
+        p = (logits / max(temperature, 1e-6)).softmax(-1)
+        new = torch.multinomial(p, 1, generator=generator) if temperature else p.argmax(-1, keepdim=True)  # (B, 1)
+        tokens = torch.cat([tokens, new], dim=1)
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 1) data
+
+
+def tokenizer(name):
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e:  # unknown name, no network, a torn download: tiktoken raises many kinds
+        hint = "tiktoken downloads a named encoding once; offline, leave --tokenizer away"
+        raise UserError(f"tokenizer {name!r}: {str(e).splitlines()[0][:120]} ({hint})") from e
+
+
+def sources(cfg):
+    """The texts: a list of (name, a function that opens it as a binary file). The order is the same on every computer."""
+    if cfg.data:
+        for f in cfg.data:
+            if not os.path.isfile(f):
+                raise UserError(f"--data {f}: no such file")
+            if os.path.getsize(f) == 0:
+                raise UserError(f"--data {f}: the file is empty")
+        return [(f, lambda f=f: open(f, "rb")) for f in cfg.data]
+    if cfg.preset == "small":
+        import io
+        import pydoc_data.topics as topics
+
+        return [(k, lambda k=k: io.BytesIO(topics.topics[k].encode())) for k in sorted(topics.topics)]
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    return [(f, lambda f=f: open(root / f, "rb")) for f in files]
+
+
+def prepare(cfg, enc, folder):
+    """Tokenize into folder/train.bin and val.bin, a megabyte of text at a time, and describe them in folder/data.json.
+
+    Every tenth text is for validation; of fewer than ten texts, the last tenth of each. The end-of-text token closes each text.
+    """
+    texts, digest = sources(cfg), hashlib.sha256()
+    dtype = np.uint16 if enc.n_vocab <= 65536 else np.uint32
+    size = {"train": 0, "val": 0, "val_bytes": 0, "bytes": 0}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        for i, (_, opened) in enumerate(tqdm(texts, desc="tokenize", unit="text", disable=None, leave=False)):
+            with opened() as f:
+                total = f.seek(0, 2)
+                f.seek(0)
+                while piece := f.read(1 << 20):
+                    piece += b"" if piece.endswith(b"\n") else f.readline(1 << 20)  # cut at the end of a line
+                    is_val = i % 10 == 9 if len(texts) >= 10 else f.tell() > 0.9 * total and total > 1 << 20
+                    digest.update(piece)
+                    parts = [(piece, is_val)]
+                    if len(texts) < 10 and total <= 1 << 20:
+                        parts = [(piece[: len(piece) * 9 // 10], False), (piece[len(piece) * 9 // 10 :], True)]
+                    for text, is_val in parts:
+                        tokens = enc.encode_ordinary(text.decode("utf-8", errors="replace"))
+                        tokens += [enc.eot_token] if f.tell() == total else []
+                        np.array(tokens, dtype=dtype).tofile(val if is_val else train)
+                        size["val" if is_val else "train"] += len(tokens)
+                        size["val_bytes"] += len(text) * is_val
+                        size["bytes"] += len(text)
+    size.update(sha256=digest.hexdigest()[:8], dtype=np.dtype(dtype).name, texts=len(texts), tokenizer=cfg.tokenizer)
+    (folder / "data.json").write_text(json.dumps(size))
+
+
+class Data:
+    """Batches from the memory-mapped tokens, and recall documents made of them."""
+
+    def __init__(self, cfg, enc, folder):
+        self.cfg, self.enc = cfg, enc
+        self.info = json.loads((folder / "data.json").read_text())
+        for part in ("train", "val"):
+            if self.info[part] < cfg.context + 2:
+                raise UserError(f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context} needs {cfg.context + 2} "
+                                "or more: give more text or a shorter --context")  # fmt: skip
+        self.tokens = {part: np.memmap(folder / f"{part}.bin", self.info["dtype"], "r") for part in ("train", "val")}
+        self.bytes_per_token = self.info["val_bytes"] / self.info["val"]
+
+    def crop(self, part, rng):
+        start = rng.integers(len(self.tokens[part]) - self.cfg.context - 1)
+        return self.tokens[part][start : start + self.cfg.context + 1].astype(np.int64)  # (T + 1,)
+
+    def recall(self, part, rng):
+        """A crop with statements like <qzk=407> strewn in, half of them new, half repeating an earlier one.
+
+        Only a look at the earlier statement tells the value of a repeated one: at random 1 in 1000. Worked example, 5 statements:
+        `...<qzk=407>...<abe=311>...<qzk=407>...<mno=020>...<abe=311>...`: the 3rd and the 5th can be known.
+        -> tokens (T + 1,), and a list of (distance to the earlier statement in tokens, where its value begins, where it ends).
+        """
+        text, doc, told, asked = self.crop(part, rng), [], {}, []
+        gap = max(24, self.cfg.context // 32)  # tokens of text between statements, on average
+        while len(doc) <= self.cfg.context:
+            take = int(rng.integers(gap // 2, gap + gap // 2))
+            doc.extend(text[len(doc) : len(doc) + take])
+            if told and rng.random() < 0.5:
+                key = list(told)[rng.integers(len(told))]
+                value, where = told[key]
+            else:
+                key, value, where = "".join(map(chr, rng.integers(97, 123, 3))), f"{rng.integers(1000):03}", None
+            lead, body = self.enc.encode_ordinary(f"<{key}="), self.enc.encode_ordinary(f"{value}>")
+            begin = len(doc) + len(lead)
+            if where is not None and begin + len(body) <= self.cfg.context + 1:
+                asked.append((len(doc) - where, begin, begin + len(body)))
+            told[key] = (value, len(doc))
+            doc.extend(lead + body)
+        return np.array(doc[: self.cfg.context + 1]), asked
+
+    def batch(self, step, rank=0, world=1):
+        """The rows of a step that belong to one of `world` processes: (inputs, targets) (batch / world, T) each."""
+        rows = []
+        for row in range(rank, self.cfg.batch, world):
+            rng = np.random.default_rng([self.cfg.seed, step, row])
+            rows.append(self.recall("train", rng)[0] if rng.random() < self.cfg.recall else self.crop("train", rng))
+        rows = torch.from_numpy(np.stack(rows))  # (batch / world, T + 1)
+        return rows[:, :-1], rows[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 4) evaluation
+
+
+@torch.no_grad()
+def evaluate(model, data, device, amp, documents=32):
+    """-> {"bpb", "bpb_by_position": 4 quarters of the context, "recall": {"<= W", "> W", and by distance}} on validation text."""
+    cfg = data.cfg
+    model.eval()
+    rng = np.random.default_rng([cfg.seed, 2**31])  # the same documents at every evaluation
+    plain = np.stack([data.crop("val", rng) for _ in range(documents)])  # (documents, T + 1)
+    made = [data.recall("val", rng) for _ in range(documents)]
+    nats, hits = [], []
+    for i in range(0, documents, cfg.micro):
+        rows = torch.from_numpy(plain[i : i + cfg.micro]).to(device)
+        with amp():
+            logits = model(rows[:, :-1])  # (b, T, V)
+        nats.append(F.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction="none").cpu())  # (b, T)
+        rows = torch.from_numpy(np.stack([doc for doc, _ in made[i : i + cfg.micro]])).to(device)
+        with amp():
+            right = (model(rows[:, :-1]).argmax(-1) == rows[:, 1:]).cpu()  # (b, T)
+        hits += [(d, bool(right[r, a - 1 : b - 1].all())) for r, (_, asked) in enumerate(made[i : i + cfg.micro]) for d, a, b in asked]
+    model.train()
+    bits = torch.cat(nats).mean(0) / math.log(2) / data.bytes_per_token  # (T,)
+    share = lambda known: (sum(known) / len(known), len(known)) if known else None  # noqa: E731
+    by_distance, low = {}, 0
+    for high in [2**k for k in range(4, 30) if 2**k < 2 * cfg.context]:
+        if found := share([ok for d, ok in hits if low < d <= high]):
+            by_distance[str(high)] = found
+        low = high
+    return {
+        "bpb": bits.mean().item(),
+        "bpb_by_position": [q.mean().item() for q in bits.chunk(4)],
+        "recall_inside": share([ok for d, ok in hits if d <= cfg.window]),
+        "recall_beyond": share([ok for d, ok in hits if d > cfg.window]),
+        "recall_by_distance": by_distance,
+    }
+
+
+def count_caches(cfg):
+    """Bytes per token of the cache of one full context, for the three kinds at the same widths, from allocated bf16 tensors."""
+    result = {}
+    for attn in ("gqa", "nsa", "asa"):
+        with torch.device("meta"):  # weights are not needed
+            model = LM(dataclasses.replace(cfg, attn=attn))
+        result[attn] = model.new_cache(1, cfg.context, dtype=torch.bfloat16, device="cpu").nbytes / cfg.context
+    return result
+
+
+# What a run with a preset's own settings reaches: bits per byte at most, recall beyond the window at least.
+EXPECTED = {
+    ("small", "gqa"): (3.0, 0.0),
+    ("small", "nsa"): (3.0, 0.0),
+    ("small", "asa"): (3.0, 0.0),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3) training
+
+
+def save_checkpoint(path, state):
+    """Write to a temporary name, flush to the disk, rename: at any moment the path holds a whole checkpoint, old or new."""
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> the saved dict; UserError if there is none or it is torn."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: there is no checkpoint")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a torn file raises many kinds
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__})") from e
+
+
+def parse(argv):
+    """Command line -> (Config, names of the options that were given). Explicit options win over the preset."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message} (python train_lm.py --help lists the options)")
+
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    epilog="Defaults shown are those of the preset base. Presets: " + "; ".join(  # fmt: skip
+                        f"{name}: {', '.join(f'{k} {v}' for k, v in values.items()) or 'the defaults'}" for name, values in PRESETS.items()))
+    parser.add_argument("--small", dest="preset", action="store_const", const="small", default=argparse.SUPPRESS, help="= --preset small")
+    for f in dataclasses.fields(Config):
+        text, flag = f.metadata["help"], "--" + f.name.replace("_", "-")
+        if f.type in (bool, "bool"):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif f.name == "data":
+            parser.add_argument(flag, nargs="+", metavar="FILE", default=argparse.SUPPRESS, help=text)
+        else:
+            choices = {"preset": list(PRESETS), "attn": ["gqa", "nsa", "asa"], "device": ["auto", "cpu", "cuda"]}.get(f.name)
+            kind = type(f.default)
+            parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=f"{text} [{f.default}]")
+    given = vars(parser.parse_args(argv))
+    return Config(**{**PRESETS[given.get("preset", "base")], **given}), given
+
+
+def validate(cfg, world):
+    for name in "layers width heads groups window context batch micro".split():
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if cfg.steps < 0 or cfg.save_every < 1 or cfg.eval_every < 1:
+        raise UserError("--steps must be at least 0, --save-every and --eval-every at least 1")
+    if cfg.width % cfg.heads or cfg.heads % cfg.groups or cfg.head_width % 4:
+        raise UserError(f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4, --groups {cfg.groups} the heads")
+    block = {"gqa": 1, "nsa": cfg.nsa_block, "asa": ASA_BLOCK}[cfg.attn]
+    if cfg.context % block:
+        raise UserError(f"--context {cfg.context} must be a multiple of {block}, the selection block of {cfg.attn}")
+    if cfg.nsa_block < 32 or cfg.nsa_block % 16 or min(cfg.blocks, cfg.nsa_blocks) < 3:
+        raise UserError("--nsa-block must be a multiple of 16, at least 32; --blocks and --nsa-blocks at least 3 (3 are forced)")
+    if cfg.batch % world or cfg.batch // world % min(cfg.micro, cfg.batch // world):
+        raise UserError(f"--batch {cfg.batch} must be a multiple of {world} processes x --micro {cfg.micro}")
+    if not 0 <= cfg.recall <= 1:
+        raise UserError(f"--recall {cfg.recall} is a share, 0 to 1")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this computer has no GPU that torch can use; leave the option away for the CPU")
+
+
+def run_folder(cfg):
+    """-> the run's folder, created; never one that already holds a run, unless resuming."""
+    base = f"{cfg.preset}-{cfg.attn}"
+    names = [cfg.name] if cfg.name else [base] + [f"{base}-{i}" for i in range(2, 1000)]
+    taken = [n for n in names if os.path.exists(os.path.join(cfg.out, n, "log.jsonl"))]
+    if cfg.resume:
+        if not taken:
+            raise UserError(f"--resume: there is no run {os.path.join(cfg.out, names[0])}")
+        return pathlib.Path(cfg.out, taken[-1])
+    if cfg.name and taken:
+        raise UserError(f"{os.path.join(cfg.out, cfg.name)} holds a run already: --resume continues it, another --name starts anew")
+    folder = pathlib.Path(cfg.out, next(n for n in names if n not in taken))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.jsonl", "x"):
+            pass
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror}") from e
+    return folder
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def learning_rate(cfg, step):
+    warm = max(1, cfg.steps // 20)
+    if step < warm:
+        return cfg.lr * (step + 1) / warm
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm))))
+
+
+def train(cfg, given):
+    """One run, from its folder to its last line. Returns the exit code."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    validate(cfg, world)
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    say = (lambda *a: tqdm.write(" ".join(map(str, a)))) if rank == 0 else (lambda *a: None)
+
+    # the folder, and what is saved in it
+    folder, saved = None, None
+    if rank == 0:
+        folder = run_folder(cfg)
+    if world > 1:
+        box = [str(folder)]
+        dist.broadcast_object_list(box)
+        folder = pathlib.Path(box[0])
+    if cfg.resume:
+        saved = load_checkpoint(folder / "ckpt.pt")
+        for name in MODEL_FIELDS:
+            if name in given and given[name] != saved["config"][name]:
+                raise UserError(f"{folder}: the checkpoint has --{name} {saved['config'][name]}, not {given[name]}")
+        cfg = Config(**{**saved["config"], **given})
+        validate(cfg, world)
+    enc = tokenizer(cfg.tokenizer)
+    cfg.vocab = cfg.vocab or enc.n_vocab
+    if rank == 0 and not (saved and (folder / "data.json").exists()):
+        prepare(cfg, enc, folder)
+    if world > 1:
+        dist.barrier()
+    data = Data(cfg, enc, folder)
+    if saved and saved["data"] != data.info["sha256"]:
+        raise UserError(f"{folder}: the run was trained on data {saved['data']}, this is {data.info['sha256']}")
+
+    # model and optimizer
+    torch.manual_seed(cfg.seed)
+    model = LM(cfg).to(device)
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=cuda)
+    step, seconds = 0, 0.0
+    if saved:
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"{folder / 'ckpt.pt'}: the checkpoint is of another shape ({str(e).splitlines()[0]})") from e
+        step, seconds = saved["step"], saved["seconds"]
+        torch.set_rng_state(saved["rng"])
+    amp = (lambda: torch.autocast("cuda", torch.bfloat16)) if cuda else contextlib.nullcontext
+    runner = torch.compile(model) if cfg.compile else model
+    if world > 1:
+        runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
+
+    # header
+    lines = (folder / "log.jsonl").read_text().splitlines() if rank == 0 else []
+    log = open(folder / "log.jsonl", "w") if rank == 0 else None
+    for line in lines:  # what a killed run logged after its last checkpoint is done again
+        if json.loads(line).get("step", 0) <= step:
+            log.write(line + "\n")
+
+    def record(**entry):
+        if rank == 0:
+            log.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
+            log.flush()
+
+    parameters = sum(p.numel() for p in model.parameters())
+    default = Config()
+    changed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(default, f.name)}
+    hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    say(f"run      {folder}{f', resumed at step {step}' if saved else ''}")
+    say(f"model    {cfg.attn}, {parameters / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}")
+    say(f"data     {data.info['texts']} texts, {data.info['bytes']} bytes, sha256 {data.info['sha256']}, "
+        f"{data.info['train']} + {data.info['val']} tokens ({cfg.tokenizer})")  # fmt: skip
+    say(f"options  {', '.join(f'{k} {v}' for k, v in changed.items()) or 'all defaults'}")
+    say(f"on       {hardware}, {'bf16 autocast' if cuda else 'fp32'}, {world} process{'es' * (world > 1)}, torch {torch.__version__}, "
+        f"{cfg.batch * cfg.context} tokens a step")  # fmt: skip
+    if not cuda and cfg.preset != "small" and rank == 0:
+        say("note     without a GPU this preset takes very long; --small is made for a CPU")
+    record(step=step, header=True, parameters=parameters, data=data.info, hardware=hardware, processes=world, torch=torch.__version__,
+           options=changed)  # fmt: skip
+
+    stop = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stop.append(number))
+
+    def save():
+        if rank == 0:
+            save_checkpoint(folder / "ckpt.pt", {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
+                "rng": torch.get_rng_state(), "config": dataclasses.asdict(cfg), "data": data.info["sha256"],
+            })  # fmt: skip
+
+    def test():
+        if rank == 0:
+            found = evaluate(model, data, device, amp)
+            record(step=step, **found)
+            percent = lambda pair: f"{pair[0]:.0%}" if pair else "-"  # noqa: E731
+            say(f"eval     step {step} | {found['bpb']:.3f} bits/byte | recall inside the window {percent(found['recall_inside'])}, "
+                f"beyond {percent(found['recall_beyond'])}")  # fmt: skip
+            return found
+
+    per_rank = cfg.batch // world
+    micro = min(cfg.micro, per_rank)
+    accumulate = per_rank // micro
+    began, first, timed = time.time(), step, []
+    inputs, targets = data.batch(step, rank, world)
+    bar = tqdm(total=cfg.steps, initial=step, disable=None if rank == 0 else True, unit="step", leave=False)
+    while step < cfg.steps:
+        start = time.time()
+        lr = learning_rate(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=device)
+        for i in range(accumulate):
+            x, y = (t[i * micro : (i + 1) * micro].to(device, non_blocking=True) for t in (inputs, targets))  # (b, T)
+            last = i == accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else runner.no_sync(), amp():
+                loss = F.cross_entropy(runner(x).flatten(0, 1).float(), y.flatten()) / accumulate
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        inputs, targets = data.batch(step + 1, rank, world)  # made while the GPU works
+        state = torch.stack([total / world, torch.tensor(float(len(stop)), device=device)])
+        if world > 1:
+            dist.all_reduce(state)
+        total, stopping = state.tolist()
+        if not math.isfinite(total):
+            say(f"stopped  the loss is {total} at step {step}: nothing saved since the last checkpoint in {folder}; try a lower --lr")
+            return 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        spent = time.time() - start
+        seconds += spent
+        timed.append(spent)
+        typical = float(np.mean(timed[3:][-50:] or timed))
+        rate = cfg.batch * cfg.context / typical
+        record(step=step, loss=total, lr=lr, norm=norm.item(), ms=1e3 * spent)
+        bar.update()
+        if step % 10 == 0 or step == cfg.steps or step == first + 1:
+            say(f"step {step:5d}/{cfg.steps} | loss {total:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1e3 * typical:.0f} ms | "
+                f"{rate / 1e3:.1f}k tok/s | eta {typical * (cfg.steps - step) / 60:.1f} min")  # fmt: skip
+        if stopping or step % cfg.save_every == 0 or step == cfg.steps:
+            save()
+        if stopping:
+            say(f"stopped  by a signal at step {step}, saved; --resume --name {folder.name} continues")
+            return 128 + (stop[0] if stop else signal.SIGTERM)
+        if step % cfg.eval_every == 0 and step < cfg.steps:
+            test()
+    bar.close()
+    found = test()
+    return report(cfg, given, model, data, folder, found, device, record, say, timed, seconds) if rank == 0 else 0
+
+
+def report(cfg, given, model, data, folder, found, device, record, say, timed, seconds):
+    """A sample, then the figures that the run claims, counted and measured; what was expected, and OK or NOT. Returns the exit code."""
+    prompt = torch.from_numpy(data.tokens["val"][:64].astype(np.int64))[None].to(device)
+    tokens = generate(model, prompt, min(256, max(16, cfg.context - 64)), generator=torch.Generator(device).manual_seed(cfg.seed))
+    text = data.enc.decode(tokens[0].tolist())
+    given_text = data.enc.decode(prompt[0].tolist())
+    say(f"\nsample   (the text before the bar was given)\n{given_text}|{text[len(given_text):]}\n")
+    caches = count_caches(cfg)
+    percent = lambda pair: f"{pair[0]:.1%} of {pair[1]}" if pair else "none asked"  # noqa: E731
+    rate = cfg.batch * cfg.context / float(np.median(timed[3:] or timed or [math.nan]))
+    memory = peak_memory(device)
+    say(f"result   {cfg.attn}, {cfg.steps} steps, {seconds:.0f} s of training")
+    say(f"  bits per byte     {found['bpb']:.3f}, by quarter of the context: {' '.join(f'{b:.3f}' for b in found['bpb_by_position'])}")
+    say(f"  recall            inside the window of {cfg.window}: {percent(found['recall_inside'])}; beyond it: {percent(found['recall_beyond'])}")
+    say("  by distance up to " + ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items()))
+    say(f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: " +
+        ", ".join(f"{name} {size:.0f}" for name, size in caches.items()) + f"; asa is {caches['asa'] / caches['nsa']:.1%} of nsa")  # fmt: skip
+    say(f"  speed, memory     {rate:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak")
+    bpb, beyond = EXPECTED.get((cfg.preset, cfg.attn), (3.0, 0.0))
+    got = (found["recall_beyond"] or [0.0])[0]
+    ok = found["bpb"] <= bpb and got >= beyond
+    say(f"expected at most {bpb:.2f} bits/byte and at least {beyond:.0%} recall beyond the window, "
+        f"got {found['bpb']:.2f} and {got:.0%}: {'OK' if ok else 'NOT'}")  # fmt: skip
+    record(step=cfg.steps, final=True, tokens_per_second=rate, seconds=seconds, peak_bytes=memory, cache_bytes_per_token=caches, ok=ok, **found)
+    return 1 if cfg.check and not ok else 0
+
+
+def main(argv=None):
+    try:
+        return train(*parse(sys.argv[1:] if argv is None else argv))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
