@@ -159,8 +159,8 @@ class Phi(nn.Module):
     def __init__(self, l, head_width):
         super().__init__()
         self.place = nn.Parameter(torch.zeros(l, head_width))
-        self.up = nn.Linear(l * head_width, 2 * head_width, bias=False)
-        self.down = nn.Linear(2 * head_width, head_width, bias=False)
+        self.up = nn.Linear(l * head_width, head_width, bias=False)
+        self.down = nn.Linear(head_width, head_width, bias=False)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):  # (B, G, N, l, D) -> (B, G, N, D)

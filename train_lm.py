@@ -270,26 +270,23 @@ def prepare(cfg, enc, folder):
     """
     texts, digest = sources(cfg), hashlib.sha256()
     dtype = np.uint16 if enc.n_vocab <= 65536 else np.uint32
-    size = {"train": 0, "val": 0, "val_bytes": 0, "bytes": 0}
+    size = dict.fromkeys(("train", "val", "train_bytes", "val_bytes"), 0)  # tokens and bytes
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for i, (_, opened) in enumerate(tqdm(texts, desc="tokenize", unit="text", disable=None, leave=False)):
             with opened() as f:
                 total = f.seek(0, 2)
                 f.seek(0)
+                val_from = 0 if i % 10 == 9 else total if len(texts) >= 10 else total * 9 // 10  # the byte where validation begins
                 while piece := f.read(1 << 20):
                     piece += b"" if piece.endswith(b"\n") else f.readline(1 << 20)  # cut at the end of a line
-                    is_val = i % 10 == 9 if len(texts) >= 10 else f.tell() > 0.9 * total and total > 1 << 20
                     digest.update(piece)
-                    parts = [(piece, is_val)]
-                    if len(texts) < 10 and total <= 1 << 20:
-                        parts = [(piece[: len(piece) * 9 // 10], False), (piece[len(piece) * 9 // 10 :], True)]
-                    for text, is_val in parts:
+                    cut = min(max(val_from - (f.tell() - len(piece)), 0), len(piece))
+                    for part, out, text in (("train", train, piece[:cut]), ("val", val, piece[cut:])):
                         tokens = enc.encode_ordinary(text.decode("utf-8", errors="replace"))
-                        tokens += [enc.eot_token] if f.tell() == total else []
-                        np.array(tokens, dtype=dtype).tofile(val if is_val else train)
-                        size["val" if is_val else "train"] += len(tokens)
-                        size["val_bytes"] += len(text) * is_val
-                        size["bytes"] += len(text)
+                        tokens += [enc.eot_token] if text and f.tell() == total else []
+                        np.array(tokens, dtype=dtype).tofile(out)
+                        size[part] += len(tokens)
+                        size[part + "_bytes"] += len(text)
     size.update(sha256=digest.hexdigest()[:8], dtype=np.dtype(dtype).name, texts=len(texts), tokenizer=cfg.tokenizer)
     (folder / "data.json").write_text(json.dumps(size))
 
@@ -565,6 +562,10 @@ def train(cfg, given):
     if world > 1:
         runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
 
+    stop = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stop.append(number))
+
     # header
     lines = (folder / "log.jsonl").read_text().splitlines() if rank == 0 else []
     log = open(folder / "log.jsonl", "w") if rank == 0 else None
@@ -583,7 +584,7 @@ def train(cfg, given):
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     say(f"run      {folder}{f', resumed at step {step}' if saved else ''}")
     say(f"model    {cfg.attn}, {parameters / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}")
-    say(f"data     {data.info['texts']} texts, {data.info['bytes']} bytes, sha256 {data.info['sha256']}, "
+    say(f"data     {data.info['texts']} texts, {data.info['train_bytes'] + data.info['val_bytes']} bytes, sha256 {data.info['sha256']}, "
         f"{data.info['train']} + {data.info['val']} tokens ({cfg.tokenizer})")  # fmt: skip
     say(f"options  {', '.join(f'{k} {v}' for k, v in changed.items()) or 'all defaults'}")
     say(f"on       {hardware}, {'bf16 autocast' if cuda else 'fp32'}, {world} process{'es' * (world > 1)}, torch {torch.__version__}, "
@@ -592,10 +593,6 @@ def train(cfg, given):
         say("note     without a GPU this preset takes very long; --small is made for a CPU")
     record(step=step, header=True, parameters=parameters, data=data.info, hardware=hardware, processes=world, torch=torch.__version__,
            options=changed)  # fmt: skip
-
-    stop = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stop.append(number))
 
     def save():
         if rank == 0:
@@ -699,6 +696,9 @@ def main(argv=None):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step; later a signal saves first
+        print("stopped  before the first step", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
