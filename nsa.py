@@ -339,7 +339,7 @@ def main():
         "ASA global": ASAGlobal(C, H, D, G, 2 * D, D // 2, n=16),
     }
     T = 1024
-    text = torch.randn(1, 8192, C)
+    text = torch.randn(1, 4096, C)
     print(f"What the query at {T - 1} reads; one mark = 16 tokens, untrained weights.  o compressed  # selected  - window  . nothing\n")
     for name, layer in layers.items():
         blocks, chosen, slide = tokens_read(layer, text[:, :T])
@@ -347,7 +347,7 @@ def main():
         print(f"{name:10} compressed {'o' * int(blocks.sum()) or '(none)'}")
         print(f"{'':10} tokens     {''.join('#' if c else '-' if s else '.' for c, s in zip(any16(chosen), any16(slide)))}")
     print("\nEntries that one query reads, as a share of all keys (counted: finished blocks + chosen tokens + window)\n")
-    lengths = (256, 1024, 4096, 8192)
+    lengths = (256, 512, 1024, 2048, 4096)
     print(f"{'T':10}" + "".join(f"{t:>16}" for t in lengths))
     for name, layer in layers.items():
         counts = [sum(int(mask.sum()) for mask in tokens_read(layer, text[:, :t])) for t in lengths]

@@ -73,12 +73,13 @@ class Config:
     # data
     data: list = option([], "text files to train on (default: Python's own help texts for small, its library's sources otherwise)")
     tokenizer: str = option("bytes", "bytes, or an encoding that tiktoken knows by name (it may download it)")
-    recall: float = option(0.25, "share of the documents that get key=value pairs to recall")
+    recall: float = option(0.5, "share of the documents that get key=value pairs to recall")
+    keys: int = option(16, "pairs in such a document: 1 to this many in training, this many in evaluation")
     # training
     context: int = option(4096, "tokens per sequence T")
-    batch: int = option(32, "sequences per step, over all processes")
+    batch: int = option(16, "sequences per step, over all processes")
     micro: int = option(4, "sequences per forward pass and process: lower it when memory runs out")
-    steps: int = option(1000, "optimizer steps")
+    steps: int = option(700, "optimizer steps")
     lr: float = option(1e-3, "highest learning rate; warm-up over the first 5 %% of the steps, cosine to a tenth")
     seed: int = option(0, "seeds weights, batches and samples")
     device: str = option("auto", "auto, cpu or cuda")
@@ -87,8 +88,8 @@ class Config:
     # run
     out: str = option("out", "folder of all runs")
     name: str = option("", "the run's folder in it (default: PRESET-ATTN, numbered when taken)")
-    eval_every: int = option(250, "steps between evaluations")
-    save_every: int = option(250, "steps between checkpoints")
+    eval_every: int = option(100, "steps between evaluations")
+    save_every: int = option(100, "steps between checkpoints")
     resume: bool = option(False, "continue --name, or the latest run of this preset and attention")
     check: bool = option(False, "exit with 1 if the model did not learn as expected")
 
@@ -108,14 +109,15 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(layers=4, width=128, heads=4, groups=2, window=32, blocks=8, nsa_blocks=4, nsa_block=32, recall=0.5,
-                  context=256, batch=16, micro=16, steps=500, lr=3e-3, eval_every=100, save_every=100),
+    "small": dict(layers=4, width=128, heads=4, groups=2, window=32, blocks=8, nsa_blocks=4, nsa_block=32, keys=1, recall=0.8,
+                  context=256, batch=8, micro=8, steps=400, lr=3e-3),
     "base": dict(),
     "340m": dict(layers=24, width=1024, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16,
                  context=8192, batch=32, micro=2, steps=20000, lr=3e-4, recompute=True),
     "1.3b": dict(layers=24, width=2048, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16,
                  context=8192, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
 }  # fmt: skip
+ANSWER_WEIGHT = 10  # in the loss, of an answer in a recall document: unweighted, 1 token in 50 teaches recall, and slowly
 MODEL_FIELDS = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()
 
 
@@ -308,39 +310,44 @@ class Data:
         start = rng.integers(len(self.tokens[part]) - self.cfg.context - 1)
         return self.tokens[part][start : start + self.cfg.context + 1].astype(np.int64)  # (T + 1,)
 
-    def recall(self, part, rng):
-        """A crop with statements like <qzk=407> strewn in, half of them new, half repeating an earlier one.
+    def recall(self, part, rng, keys):
+        """A crop with statements like <qz=H> strewn in, about `keys` different ones, told again and again.
 
-        Only a look at the earlier statement tells the value of a repeated one: at random 1 in 1000. Worked example, 5 statements:
-        `...<qzk=407>...<abe=311>...<qzk=407>...<mno=020>...<abe=311>...`: the 3rd and the 5th can be known.
-        -> tokens (T + 1,), and a list of (distance to the earlier statement in tokens, where its value begins, where it ends).
+        When a key comes back, only a look at where it was told before gives its value; guessing is right 1 time in 26. Worked example,
+        2 keys: `...<qz=H>...<ab=C>...<qz=H>...<qz=H>...<ab=C>...`: the 3rd, 4th and 5th can be known.
+        -> tokens (T + 1,), and a list of (tokens back to where it was last told, where the value begins, where it ends).
         """
         text, doc, told, asked = self.crop(part, rng), [], {}, []
-        gap = max(24, self.cfg.context // 32)  # tokens of text between statements, on average
+        letters = lambda first, n: "".join(map(chr, first + rng.integers(26, size=n)))  # noqa: E731
+        pairs = [(letters(ord("a"), 2), letters(ord("A"), 1)) for _ in range(keys)]
+        gap = np.exp(rng.uniform(np.log(8), np.log(self.cfg.context / 4)))  # tokens of text between statements: dense and sparse documents
         while len(doc) <= self.cfg.context:
-            take = int(rng.integers(gap // 2, gap + gap // 2))
-            doc.extend(text[len(doc) : len(doc) + take])
-            if told and rng.random() < 0.5:
-                key = list(told)[rng.integers(len(told))]
-                value, where = told[key]
-            else:
-                key, value, where = "".join(map(chr, rng.integers(97, 123, 3))), f"{rng.integers(1000):03}", None
-            lead, body = self.enc.encode_ordinary(f"<{key}="), self.enc.encode_ordinary(f"{value}>")
+            doc.extend(text[len(doc) : len(doc) + int(gap * rng.uniform(0.5, 1.5))])
+            key, value = pairs[rng.integers(keys)]
+            lead, body, end = (self.enc.encode_ordinary(s) for s in (f"<{key}=", value, ">"))
             begin = len(doc) + len(lead)
-            if where is not None and begin + len(body) <= self.cfg.context + 1:
-                asked.append((len(doc) - where, begin, begin + len(body)))
-            told[key] = (value, len(doc))
-            doc.extend(lead + body)
+            if key in told and begin + len(body) <= self.cfg.context + 1:
+                asked.append((len(doc) - told[key], begin, begin + len(body)))
+            told[key] = len(doc)
+            doc.extend(lead + body + end)
         return np.array(doc[: self.cfg.context + 1]), asked
 
     def batch(self, step, rank=0, world=1):
-        """The rows of a step that belong to one of `world` processes: (inputs, targets) (batch / world, T) each."""
-        rows = []
+        """The rows of a step that belong to one of `world` processes: inputs, targets, weights of the targets (batch / world, T) each."""
+        rows, weights = [], []
         for row in range(rank, self.cfg.batch, world):
-            rng = np.random.default_rng([self.cfg.seed, step, row])
-            rows.append(self.recall("train", rng)[0] if rng.random() < self.cfg.recall else self.crop("train", rng))
+            rng, weight = np.random.default_rng([self.cfg.seed, step, row]), np.ones(self.cfg.context, np.float32)
+            if rng.random() < self.cfg.recall:
+                keys = int(np.exp(rng.uniform(0, np.log(self.cfg.keys + 1))))  # 1 to keys, log-uniform: one pair is learned first
+                doc, asked = self.recall("train", rng, keys)
+                for _, begin, end in asked:
+                    weight[begin - 1 : end - 1] = ANSWER_WEIGHT
+            else:
+                doc = self.crop("train", rng)
+            rows.append(doc)
+            weights.append(weight)
         rows = torch.from_numpy(np.stack(rows))  # (batch / world, T + 1)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1], rows[:, 1:], torch.from_numpy(np.stack(weights))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -354,7 +361,7 @@ def evaluate(model, data, device, amp, documents=32):
     model.eval()
     rng = np.random.default_rng([cfg.seed, 2**31])  # the same documents at every evaluation
     plain = np.stack([data.crop("val", rng) for _ in range(documents)])  # (documents, T + 1)
-    made = [data.recall("val", rng) for _ in range(documents)]
+    made = [data.recall("val", rng, cfg.keys) for _ in range(documents)]
     nats, hits = [], []
     for i in range(0, documents, cfg.micro):
         rows = torch.from_numpy(plain[i : i + cfg.micro]).to(device)
@@ -449,7 +456,7 @@ def parse(argv):
 
 
 def validate(cfg, world):
-    for name in "layers width heads groups window context batch micro".split():
+    for name in "layers width heads groups window context batch micro keys".split():
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if cfg.steps < 0 or cfg.save_every < 1 or cfg.eval_every < 1:
@@ -473,21 +480,23 @@ def run_folder(cfg):
     """-> the run's folder, created; never one that already holds a run, unless resuming."""
     base = f"{cfg.preset}-{cfg.attn}"
     names = [cfg.name] if cfg.name else [base] + [f"{base}-{i}" for i in range(2, 1000)]
-    taken = [n for n in names if os.path.exists(os.path.join(cfg.out, n, "log.jsonl"))]
+    folders = [pathlib.Path(cfg.out, name) for name in names]
     if cfg.resume:
+        taken = [f for f in folders if (f / "log.jsonl").exists()]
         if not taken:
-            raise UserError(f"--resume: there is no run {os.path.join(cfg.out, names[0])}")
-        return pathlib.Path(cfg.out, taken[-1])
-    if cfg.name and taken:
-        raise UserError(f"{os.path.join(cfg.out, cfg.name)} holds a run already: --resume continues it, another --name starts anew")
-    folder = pathlib.Path(cfg.out, next(n for n in names if n not in taken))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.jsonl", "x"):
-            pass
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror}") from e
-    return folder
+            raise UserError(f"--resume: there is no run {folders[0]}")
+        return taken[-1]
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "log.jsonl", "x"):
+                return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise UserError(f"cannot write to {folder}: a file is in the way") from None
+        except OSError as e:
+            raise UserError(f"cannot write to {folder}: {e.strerror}") from e
+    raise UserError(f"{folders[-1]} holds a run already: --resume continues it, another --name starts anew")
 
 
 def peak_memory(device):
@@ -614,7 +623,7 @@ def train(cfg, given):
     micro = min(cfg.micro, per_rank)
     accumulate = per_rank // micro
     began, first, timed = time.time(), step, []
-    inputs, targets = data.batch(step, rank, world)
+    rows = data.batch(step, rank, world)
     bar = tqdm(total=cfg.steps, initial=step, disable=None if rank == 0 else True, unit="step", leave=False)
     while step < cfg.steps:
         start = time.time()
@@ -623,14 +632,14 @@ def train(cfg, given):
             group["lr"] = lr
         total = torch.zeros((), device=device)
         for i in range(accumulate):
-            x, y = (t[i * micro : (i + 1) * micro].to(device, non_blocking=True) for t in (inputs, targets))  # (b, T)
+            x, y, w = (t[i * micro : (i + 1) * micro].to(device, non_blocking=True) for t in rows)  # (b, T)
             last = i == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else runner.no_sync(), amp():
-                loss = F.cross_entropy(runner(x).flatten(0, 1).float(), y.flatten()) / accumulate
-                loss.backward()
-            total += loss.detach()
+                loss = F.cross_entropy(runner(x).float().transpose(1, 2), y, reduction="none")  # (b, T)
+                (loss * w).mean().div(accumulate).backward()
+            total += loss.detach().mean() / accumulate
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        inputs, targets = data.batch(step + 1, rank, world)  # made while the GPU works
+        rows = data.batch(step + 1, rank, world)  # made while the GPU works
         state = torch.stack([total / world, torch.tensor(float(len(stop)), device=device)])
         if world > 1:
             dist.all_reduce(state)
