@@ -160,6 +160,23 @@ def attend(q, k, v, mask, scale):
     return F.scaled_dot_product_attention(q.reshape(B * G, h, T, -1), k, v, mask, scale=scale).reshape(B, H, T, -1)
 
 
+def window_attention(q, k, v, window, scale):
+    """Causal attention to the last `window` positions of one text, itself included, in time and memory linear in T.
+
+    W queries at a time meet the 2 W keys of their own chunk and the one before; position t lies in row t.
+    q (B, H, T, Dk), k (B, G, T, Dk), v (B, G, T, Dv) -> (B, H, T, Dv); equal to attend(..., visible(pos, pos, window), scale).
+    """
+    B, H, T, _ = q.shape
+    W = min(window, T)
+    n, pad = -(-T // W), -T % W  # chunks, rows to fill the last one
+    q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (n, W)).transpose(1, 2).flatten(0, 1)  # (B n, H, W, Dk)
+    k, v = (F.pad(x, (0, 0, W, pad)).unfold(2, 2 * W, W).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))  # (B n, G, 2W, D)
+    pos = torch.arange(n * W, device=q.device).view(n, W)  # (n, W)
+    see = visible(pos, torch.cat([pos - W, pos], dim=-1)[:, None], W)  # (n, 1, W, 2W); before the text positions are negative: empty
+    o = attend(q, k, v, see.repeat(B, 1, 1, 1), scale)  # (B n, H, W, Dv)
+    return o.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
 def split_heads(x, heads):
     """(B, T, heads * width) -> (B, heads, T, width)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -248,13 +265,16 @@ class LatentAttention(nn.Module):
         """Weighted latents of every head -> values -> output: (B, H, T, R) -> (B, T, C)."""
         return self.out(merge_heads(torch.einsum("bhtr,hdr->bhtd", o, self.v_up.to(o.dtype))))
 
-    def materialised(self, q_c, q_r, c, k_r, mask):
-        """Attention on keys and values made for each head, eqs 10, 11, 16-18 -> (B, T, C)."""
-        c = c.repeat_interleave(self.heads // self.latents, dim=1)  # (B, H, S, R)
-        k = torch.einsum("bhsr,hdr->bhsd", c, self.k_up.to(c.dtype))  # (B, H, S, D)
-        v = torch.einsum("bhsr,hdr->bhsd", c, self.v_up.to(c.dtype))  # (B, H, S, D)
-        k = torch.cat([k, k_r.expand(-1, self.heads, -1, -1)], dim=-1)  # (B, H, S, D + P)
-        o = attend(torch.cat([q_c, q_r], dim=-1), k, v, mask, self.scale)  # (B, H, T, D)
+    def materialised(self, q_c, q_r, c, k_r):
+        """Attention of a whole text on keys and values made for each head, eqs 10, 11, 16-18 -> (B, T, C)."""
+        c = c.repeat_interleave(self.heads // self.latents, dim=1)  # (B, H, T, R)
+        k = torch.einsum("bhsr,hdr->bhsd", c, self.k_up.to(c.dtype))  # (B, H, T, D)
+        v = torch.einsum("bhsr,hdr->bhsd", c, self.v_up.to(c.dtype))  # (B, H, T, D)
+        q, k = torch.cat([q_c, q_r], dim=-1), torch.cat([k, k_r.expand(-1, self.heads, -1, -1)], dim=-1)  # (B, H, T, D + P)
+        if self.window is None:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, D)
+        else:
+            o = window_attention(q, k, v, self.window, self.scale)  # (B, H, T, D)
         return self.out(merge_heads(o))
 
     def absorbed(self, q_c, q_r, c, k_r, mask):
@@ -264,7 +284,7 @@ class LatentAttention(nn.Module):
     def forward(self, x, pos, cache=None, count=None):
         q_c, q_r, c, k_r = self.project(x, pos)
         if cache is None:
-            return self.materialised(q_c, q_r, c, k_r, visible(pos, pos[:, None], self.window))
+            return self.materialised(q_c, q_r, c, k_r)
         c, k_r, k_pos = cache["tokens"].append(c, k_r, pos=pos, count=count)  # (B, G, S, R), (B, 1, S, P), (B, heads, S)
         return self.absorbed(q_c, q_r, c, k_r, visible(pos, k_pos, self.window)).to(x.dtype)
 
@@ -299,8 +319,8 @@ def main():
 
     layer = rows[4][1].double()
     x, pos = torch.randn(2, 37, C, dtype=torch.float64), torch.arange(37)[None]
-    parts, mask = layer.project(x, pos), visible(pos, pos[:, None])
-    a, b = layer.materialised(*parts, mask), layer.absorbed(*parts, mask)
+    parts = layer.project(x, pos)
+    a, b = layer.materialised(*parts), layer.absorbed(*parts, visible(pos, pos[:, None]))
     print(f"\nGLA, keys made per head = latents read as they lie: max difference {(a - b).abs().max():.1e} (fp64)")
 
 

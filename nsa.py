@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from latent_attention import LatentAttention, SlotCache, attend, cache_bytes, merge_heads, rope, split_heads, visible
+from latent_attention import LatentAttention, SlotCache, attend, cache_bytes, merge_heads, rope, split_heads, visible, window_attention
 
 SHARE = 4  # ASA: consecutive queries that share one block list
 ASA_BLOCK = 16  # ASA: l = d = l'
@@ -203,7 +203,7 @@ class NSA(nn.Module):
         q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
         k0, v0, k1, v1, k2, v2 = split_heads(self.kv(x), 6 * self.groups).chunk(6, dim=1)  # (B, G, T, D) each
         k1, k2 = rope(k1, pos, self.base), rope(k2, pos, self.base)
-        pos0 = pos1 = pos2 = pos[:, None]  # (1, 1, T)
+        pos0 = pos1 = pos[:, None]  # (1, 1, T)
         if cache is not None:
             k0, v0, pos0 = cache["open"].append(k0, v0, pos=pos, count=count)
             k1, v1, pos1 = cache["tokens"].append(k1, v1, pos=pos, count=count)
@@ -222,7 +222,10 @@ class NSA(nn.Module):
         o_slc = selected_attention(q.to(k1.dtype), k1, v1, lists, pos, pos1, self.block, self.scale)  # (B, H, T, D)
 
         # 3) slide
-        o_win = attend(q.to(k2.dtype), k2, v2, visible(pos, pos2, self.window), self.scale)  # (B, H, T, D)
+        if cache is None:
+            o_win = window_attention(q, k2, v2, self.window, self.scale)  # (B, H, T, D)
+        else:
+            o_win = attend(q.to(k2.dtype), k2, v2, visible(pos, pos2, self.window), self.scale)  # (B, H, T, D)
 
         # 4) gate
         g = split_heads(self.gate(x).sigmoid(), 3 * self.heads).chunk(3, dim=1)  # (B, H, T, 1) each
@@ -339,15 +342,15 @@ def main():
         "ASA global": ASAGlobal(C, H, D, G, 2 * D, D // 2, n=16),
     }
     T = 1024
-    text = torch.randn(1, 4096, C)
+    text = torch.randn(1, 2048, C)
     print(f"What the query at {T - 1} reads; one mark = 16 tokens, untrained weights.  o compressed  # selected  - window  . nothing\n")
     for name, layer in layers.items():
         blocks, chosen, slide = tokens_read(layer, text[:, :T])
-        any16 = lambda mask: mask.view(-1, 16).any(-1).tolist()  # noqa: E731
+        any16 = lambda mask: mask.view(-1, 16).any(-1).tolist()
         print(f"{name:10} compressed {'o' * int(blocks.sum()) or '(none)'}")
         print(f"{'':10} tokens     {''.join('#' if c else '-' if s else '.' for c, s in zip(any16(chosen), any16(slide)))}")
     print("\nEntries that one query reads, as a share of all keys (counted: finished blocks + chosen tokens + window)\n")
-    lengths = (256, 512, 1024, 2048, 4096)
+    lengths = (256, 512, 1024, 2048)
     print(f"{'T':10}" + "".join(f"{t:>16}" for t in lengths))
     for name, layer in layers.items():
         counts = [sum(int(mask.sum()) for mask in tokens_read(layer, text[:, :t])) for t in lengths]

@@ -97,7 +97,7 @@ def text_of(model, rows, length):
 def test_rope_is_relative_and_half_split():
     x, y = torch.randn(2, 3, 5, 8).double(), torch.randn(2, 3, 5, 8).double()
     pos = torch.randint(100, (2, 5))
-    score = lambda shift: (rope(x, pos + shift) * rope(y, pos * 2 + shift)).sum(-1)  # noqa: E731
+    score = lambda shift: (rope(x, pos + shift) * rope(y, pos * 2 + shift)).sum(-1)
     close(score(0), score(37), 1e-12, "a common shift of the positions")
     pairs = torch.complex(x[..., :4], x[..., 4:])  # channel i with channel i + P/2
     turn = torch.polar(torch.ones(4).double(), torch.ones(4).double() * 7 * 10000.0 ** (-torch.arange(4).double() / 4))
@@ -199,7 +199,7 @@ def plain_attention(q, k, v, mask, scale):
 
 def test_attend_equals_plain_attention_with_gradients():
     for T, G, Dk, Dv, B1, G1 in [(3, 2, 8, 8, 2, 2), (40, 2, 12, 8, 2, 2), (40, 2, 8, 16, 1, 1), (40, 1, 8, 8, 2, 1), (33, 2, 192, 128, 2, 1),
-                                 (33, 4, 160, 128, 1, 1)]:  # fmt: skip
+                                 (33, 4, 160, 128, 1, 1)]:
         S = T + 5
         q, k, v = (torch.randn(2, h, n, d, dtype=torch.float64, requires_grad=True) for h, n, d in ((4, T, Dk), (G, S, Dk), (G, S, Dv)))
         mask = torch.rand(B1, G1, T, S) < 0.5
@@ -212,6 +212,16 @@ def test_attend_equals_plain_attention_with_gradients():
             close(a, b, 1e-11, f"attend, {what}, T {T}, G {G}, widths {Dk}/{Dv}, mask {B1}x{G1}")
 
 
+def test_window_attention_equals_a_mask_with_gradients():
+    for T, W in [(1, 4), (5, 4), (31, 8), (64, 16), (40, 40), (40, 41), (33, 1), (100, 7)]:
+        q, k, v = (torch.randn(2, h, T, d, dtype=torch.float64, requires_grad=True) for h, d in ((4, 12), (2, 12), (2, 8)))
+        pos, results = torch.arange(T)[None], []
+        for o in (la.window_attention(q, k, v, W, 0.3), plain_attention(q, k, v, visible(pos, pos[:, None], W), 0.3)):
+            results.append([o, *torch.autograd.grad((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum(), (q, k, v))])
+        for a, b, what in zip(*results, ("output", "dq", "dk", "dv")):
+            close(a, b, 1e-11, f"window attention, {what}, T {T}, window {W}")
+
+
 def test_absorbed_equals_materialised():
     for latents, window in ((1, None), (1, 7), (4, None)):  # MLA, MLA in a window, GLA
         layer = LatentAttention(64, 8, 8, latents, 24, 6, window=window).double()
@@ -219,7 +229,7 @@ def test_absorbed_equals_materialised():
         parts, mask = layer.project(x, pos), visible(pos, pos[:, None], window)
 
         def same():
-            close(layer.absorbed(*parts, mask), layer.materialised(*parts, mask), 1e-10, f"{latents} latents, window {window}")
+            close(layer.absorbed(*parts, mask), layer.materialised(*parts), 1e-10, f"{latents} latents, window {window}")
 
         same()
         scale = layer.scale
@@ -231,7 +241,7 @@ def test_absorbed_equals_materialised():
 def test_cache_bytes_are_the_formula():
     T, B, bf16 = 96, 2, dict(dtype=torch.bfloat16)
     H, G, D, R, P, W, margin = 8, 4, 16, 24, 8, 20, 8
-    per_layer = lambda layer: la.cache_bytes([layer.new_cache(B, T, margin, **bf16)]) / (2 * B)  # noqa: E731
+    per_layer = lambda layer: la.cache_bytes([layer.new_cache(B, T, margin, **bf16)]) / (2 * B)
     assert per_layer(GQA(128, H, G, D)) == 2 * G * D * T
     assert per_layer(GQA(128, H, H, D)) == 2 * H * D * T
     assert per_layer(LatentAttention(128, H, D, 1, R, P)) == (R + P) * T
@@ -309,7 +319,7 @@ def nsa_by_loops(layer, x):
     pos = torch.arange(T)[None]
     q0 = layer.q(x).view(T, H, D)
     kv = layer.kv(x).view(T, 6, G, D)
-    turn = lambda a, p: rope(a[None], torch.as_tensor(p, dtype=torch.float64).view(1, -1), layer.base)[0]  # noqa: E731  (heads, T, D)
+    turn = lambda a, p: rope(a[None], torch.as_tensor(p, dtype=torch.float64).view(1, -1), layer.base)[0]  # (heads, T, D)
     gates = layer.gate(x).sigmoid().view(T, 3, H)
     out = torch.zeros(T, H, D).double()
     for t in range(1, T + 1):
@@ -331,7 +341,7 @@ def nsa_by_loops(layer, x):
             forced = {1, own, max(1, own - 1)}
             rest = sorted(set(score) - forced, key=lambda j: -score[j])[: layer.n - len(forced)]
             for branch, keys in ((1, [s for j in sorted(forced | set(rest)) for s in range((j - 1) * block + 1, min(j * block, t) + 1)]),
-                                 (2, range(max(1, t - layer.window + 1), t + 1))):  # fmt: skip
+                                 (2, range(max(1, t - layer.window + 1), t + 1))):
                 keys = torch.tensor(list(keys)) - 1
                 k = turn(kv[keys, 2 * branch, g][None], keys.double())[0]
                 w = (q @ k.T / math.sqrt(D)).softmax(-1)
@@ -346,7 +356,7 @@ def asa_by_loops(layer, x):
     q_c, _, c, _ = layer.project(x[None], torch.arange(T)[None])
     q_r = layer.q_up(layer.q_norm(layer.q_down(x))).view(T, H, -1)[..., -P:]
     r = layer.kv_down(x)[:, G * R :]  # (T, P) un-rotated
-    turn = lambda a, p: rope(a.view(1, 1, -1, P), torch.as_tensor(p, dtype=torch.float64).view(1, -1), layer.base)[0, 0]  # noqa: E731
+    turn = lambda a, p: rope(a.view(1, 1, -1, P), torch.as_tensor(p, dtype=torch.float64).view(1, -1), layer.base)[0, 0]
     gates, D = layer.gate(x).sigmoid().view(T, 2, H), q_c.shape[-1]
     out = torch.zeros(T, H, D).double()
 
@@ -426,12 +436,12 @@ def test_window():
 def compressed_rotation():
     layer = ASAGlobal(32, 4, 8, 2, 14, 8, n=4).double()
     c, r = torch.randn(1, 2, 3, 16, 14).double(), torch.randn(1, 1, 3, 1, 8).double().expand(-1, -1, -1, 16, -1)  # r constant in a block
-    keys = lambda shift: rope(r.reshape(1, 1, 48, 8), shift + torch.arange(48)[None]).view(1, 1, 3, 16, 8)  # noqa: E731
+    keys = lambda shift: rope(r.reshape(1, 1, 48, 8), shift + torch.arange(48)[None]).view(1, 1, 3, 16, 8)
     small = layer.compress(c, keys(0))[1]
     close(small.norm(dim=-1), r[..., 0, :].norm(dim=-1), 1e-12, "the length of a compressed rotary key over a constant block")
     close(small, rope(r[..., 0, :], torch.tensor([[7.5, 23.5, 39.5]])), 1e-12, "a compressed rotary key stands at its block's middle")
     q = torch.randn(1, 1, 1, 8).double()
-    score = lambda shift: (rope(q, torch.tensor([[60 + shift]])) * layer.compress(c, keys(shift))[1]).sum(-1)  # noqa: E731
+    score = lambda shift: (rope(q, torch.tensor([[60 + shift]])) * layer.compress(c, keys(shift))[1]).sum(-1)
     close(score(0), score(160), 1e-11, "scores after a shift of all positions")
 
 
@@ -458,9 +468,9 @@ def causal(attn):
 def test_causality_is_bit_exact():
     for attn in KINDS:
         causal(attn)
-    see = lambda q_pos, k_pos, window=None: visible(q_pos + 1, k_pos, window)  # noqa: E731
-    shared_by_last = lambda lists, pos, earlier=None: lists.gather(  # noqa: E731  the list of the last of the four
-        2, (torch.arange(pos.shape[1]) // 4 * 4 + 3).clamp(max=pos.shape[1] - 1)[None, None, :, None].expand_as(lists))  # fmt: skip
+    see = lambda q_pos, k_pos, window=None: visible(q_pos + 1, k_pos, window)
+    shared_by_last = lambda lists, pos, earlier=None: lists.gather(  # the list of the last of the four
+        2, (torch.arange(pos.shape[1]) // 4 * 4 + 3).clamp(max=pos.shape[1] - 1)[None, None, :, None].expand_as(lists))
     for attn, name, wrong in (("nsa", "visible", see), ("asa", "visible", see), ("asa", "share_lists", shared_by_last)):
         with swapped(nsa, name, wrong):
             fails(causal, attn)
@@ -487,7 +497,7 @@ def test_first_tokens_are_finite():
 def test_block_scores_learn_through_the_compressed_branch():
     x, pos = torch.randn(1, 100, 32).double(), torch.arange(100)[None]
     for attn, names in (("nsa", ("phi_k.up.weight", "phi_v.down.weight", "kv.weight", "q.weight")),
-                        ("asa", ("pool", "k_up", "kv_down.weight", "q_up.weight"))):  # fmt: skip
+                        ("asa", ("pool", "k_up", "kv_down.weight", "q_up.weight"))):
         layer = lm(attn, layers=2).blocks[1].attn
         with torch.no_grad():
             layer.gate.weight.zero_()
@@ -535,7 +545,7 @@ def decoding_equals_forward(attn, plans=None, T=110):
         left = [rest - c for rest, c in zip(left, count)]
         ragged.append(count)
     plans = plans or {"1 token": [1] * T, "5 tokens": [5] * (T // 5), "all": [T], "ragged rows": ragged,
-                      **{f"prompt of {p}, then 1": [p] + [1] * 6 + [T - p - 6] for p in (15, 16, 17, 20, 31, 32, 33, 47, 48, 49, 63, 64, 65)}}  # fmt: skip
+                      **{f"prompt of {p}, then 1": [p] + [1] * 6 + [T - p - 6] for p in (15, 16, 17, 20, 31, 32, 33, 47, 48, 49, 63, 64, 65)}}
     for what, plan in plans.items():
         close(decode(model, text, plan), full, 1e-12, f"{attn}, {what}")
 
@@ -598,14 +608,14 @@ def test_gqa_is_a_llama_model():
     for tied in (False, True):
         model = lm("gqa", tied=tied, rope_base=500.0, norm_eps=1e-3, layers=2, ffn=40)
         text, T, H, G, D = text_of(model, 1, 23), 23, 4, 2, 8
-        norm = lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * w  # noqa: E731
+        norm = lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * w
         x = model.embed.weight[text[0]]
         angle = torch.arange(T).double()[:, None] * 500.0 ** (-torch.arange(0, D, 2).double() / D)
         for block in model.blocks:
             y = norm(x, block.attn_norm.weight)
             q, k, v = (y @ w.weight.T for w in (block.attn.q, block.attn.k, block.attn.v))
             q, k, v = q.view(T, H, D), k.view(T, G, D).repeat_interleave(2, 1), v.view(T, G, D).repeat_interleave(2, 1)
-            half = lambda z: torch.cat([-z[..., D // 2 :], z[..., : D // 2]], -1)  # noqa: E731
+            half = lambda z: torch.cat([-z[..., D // 2 :], z[..., : D // 2]], -1)
             cos, sin = angle.cos().repeat(1, 2)[:, None], angle.sin().repeat(1, 2)[:, None]
             q, k = q * cos + half(q) * sin, k * cos + half(k) * sin
             w = (torch.einsum("thd,shd->hts", q, k) / D**0.5).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf).softmax(-1)
@@ -667,7 +677,7 @@ def test_data_is_split_by_text_and_read_in_pieces():
         files = sorted(str(f) for f in tmp.glob("*.txt"))
         (tmp / "1").mkdir()
         data = prepared(tmp / "1", data=files)
-        text = lambda part: data.enc.decode_bytes([t for t in data.tokens[part] if t != 256]).decode()  # noqa: E731
+        text = lambda part: data.enc.decode_bytes([t for t in data.tokens[part] if t != 256]).decode()
         assert text("val") == texts[9], "every tenth text is for validation"
         assert text("train") == "".join(t for i, t in enumerate(texts) if i != 9) + "not utf-8: \ufffd\ufffd\n"
         assert (data.tokens["train"] == 256).sum() == 11 == 12 - (data.tokens["val"] == 256).sum() and isinstance(data.tokens["train"], np.memmap)
@@ -773,7 +783,7 @@ def test_two_processes_equal_one():
         assert in_process(*common, "--micro", 1, "--name", "pieces")[0] == 0
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(random.randint(20000, 60000))]
         done = subprocess.run([*torchrun, str(HERE / "train_lm.py"), *map(str, common), "--name", "two", "--micro", "1"],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
+                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         one, two, pieces = (losses(pathlib.Path(tmp, n)) for n in ("one", "two", "pieces"))
         assert list(one) == list(two) == [1, 2, 3, 4]
@@ -853,7 +863,7 @@ def test_kill_leaves_a_whole_checkpoint():
         last = 0
         for attempt in range(4):
             process = subprocess.Popen([*args, *(["--resume"] if attempt else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                                       env={**os.environ, "OMP_NUM_THREADS": "1"})
             began, size = time.time(), lambda: (folder / "ckpt.pt").stat().st_mtime_ns if (folder / "ckpt.pt").exists() else 0
             old = size()
             while size() == old and time.time() - began < 60:
@@ -878,11 +888,11 @@ def test_no_network_and_no_triton_needed():
             "def no(*a, **k): raise OSError('a network was tried')\n"
             "socket.socket.connect = socket.create_connection = socket.getaddrinfo = no\n"
             "sys.modules['triton'] = None\n"
-            "import train_lm; sys.exit(train_lm.main(sys.argv[1:]))")  # fmt: skip
+            "import train_lm; sys.exit(train_lm.main(sys.argv[1:]))")
     with tempfile.TemporaryDirectory() as tmp:
         for attn in KINDS:
             done = subprocess.run([sys.executable, "-c", code, *QUICK, "--attn", attn, "--steps", "2", "--out", tmp], cwd=HERE,
-                                  capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=120)  # fmt: skip
+                                  capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=120)
             assert done.returncode == 0, done.stderr
 
 

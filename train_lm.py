@@ -109,14 +109,14 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(layers=4, width=128, heads=4, groups=2, window=32, blocks=8, nsa_blocks=4, nsa_block=32, keys=1, recall=0.8,
-                  context=256, batch=8, micro=8, steps=400, lr=3e-3),
+    "small": dict(layers=4, width=128, heads=4, groups=2, window=16, blocks=8, nsa_blocks=4, nsa_block=32, keys=1, recall=0.8,
+                  context=256, batch=8, micro=8, steps=450, lr=3e-3),
     "base": dict(),
     "340m": dict(layers=24, width=1024, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16,
                  context=8192, batch=32, micro=2, steps=20000, lr=3e-4, recompute=True),
     "1.3b": dict(layers=24, width=2048, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16,
                  context=8192, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
-}  # fmt: skip
+}
 ANSWER_WEIGHT = 10  # in the loss, of an answer in a recall document: unweighted, 1 token in 50 teaches recall, and slowly
 MODEL_FIELDS = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()
 
@@ -302,7 +302,7 @@ class Data:
         for part in ("train", "val"):
             if self.info[part] < cfg.context + 2:
                 raise UserError(f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context} needs {cfg.context + 2} "
-                                "or more: give more text or a shorter --context")  # fmt: skip
+                                "or more: give more text or a shorter --context")
         self.tokens = {part: np.memmap(folder / f"{part}.bin", self.info["dtype"], "r") for part in ("train", "val")}
         self.bytes_per_token = self.info["val_bytes"] / self.info["val"]
 
@@ -317,20 +317,20 @@ class Data:
         2 keys: `...<qz=H>...<ab=C>...<qz=H>...<qz=H>...<ab=C>...`: the 3rd, 4th and 5th can be known.
         -> tokens (T + 1,), and a list of (tokens back to where it was last told, where the value begins, where it ends).
         """
-        text, doc, told, asked = self.crop(part, rng), [], {}, []
-        letters = lambda first, n: "".join(map(chr, first + rng.integers(26, size=n)))  # noqa: E731
-        pairs = [(letters(ord("a"), 2), letters(ord("A"), 1)) for _ in range(keys)]
-        gap = np.exp(rng.uniform(np.log(8), np.log(self.cfg.context / 4)))  # tokens of text between statements: dense and sparse documents
-        while len(doc) <= self.cfg.context:
-            doc.extend(text[len(doc) : len(doc) + int(gap * rng.uniform(0.5, 1.5))])
-            key, value = pairs[rng.integers(keys)]
-            lead, body, end = (self.enc.encode_ordinary(s) for s in (f"<{key}=", value, ">"))
+        T, text, doc, told, asked = self.cfg.context, self.crop(part, rng).tolist(), [], {}, []
+        pairs = [("".join(map(chr, rng.integers(97, 123, 2))), chr(rng.integers(65, 91))) for _ in range(keys)]  # a-z twice, A-Z
+        pairs = {key: [self.enc.encode_ordinary(s) for s in (f"<{key}=", value, ">")] for key, value in pairs}
+        gap = np.exp(rng.uniform(np.log(4), np.log(T / 4)))  # tokens of text between statements: dense and sparse documents
+        while len(doc) <= T:
+            doc += text[len(doc) : len(doc) + int(gap * rng.uniform(0.5, 1.5))]
+            key = list(pairs)[rng.integers(len(pairs))]
+            lead, value, end = pairs[key]
             begin = len(doc) + len(lead)
-            if key in told and begin + len(body) <= self.cfg.context + 1:
-                asked.append((len(doc) - told[key], begin, begin + len(body)))
+            if key in told and begin + len(value) <= T + 1:
+                asked.append((len(doc) - told[key], begin, begin + len(value)))
             told[key] = len(doc)
-            doc.extend(lead + body + end)
-        return np.array(doc[: self.cfg.context + 1]), asked
+            doc += lead + value + end
+        return np.array(doc[: T + 1]), asked
 
     def batch(self, step, rank=0, world=1):
         """The rows of a step that belong to one of `world` processes: inputs, targets, weights of the targets (batch / world, T) each."""
@@ -374,7 +374,7 @@ def evaluate(model, data, device, amp, documents=32):
         hits += [(d, bool(right[r, a - 1 : b - 1].all())) for r, (_, asked) in enumerate(made[i : i + cfg.micro]) for d, a, b in asked]
     model.train()
     bits = torch.cat(nats).mean(0) / math.log(2) / data.bytes_per_token  # (T,)
-    share = lambda known: (sum(known) / len(known), len(known)) if known else None  # noqa: E731
+    share = lambda known: (sum(known) / len(known), len(known)) if known else None
     by_distance, low = {}, 0
     for high in [2**k for k in range(4, 30) if 2**k < 2 * cfg.context]:
         if found := share([ok for d, ok in hits if low < d <= high]):
@@ -438,7 +438,7 @@ def parse(argv):
             raise UserError(f"{message} (python train_lm.py --help lists the options)")
 
     parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    epilog="Defaults shown are those of the preset base. Presets: " + "; ".join(  # fmt: skip
+                    epilog="Defaults shown are those of the preset base. Presets: " + "; ".join(
                         f"{name}: {', '.join(f'{k} {v}' for k, v in values.items()) or 'the defaults'}" for name, values in PRESETS.items()))
     parser.add_argument("--small", dest="preset", action="store_const", const="small", default=argparse.SUPPRESS, help="= --preset small")
     for f in dataclasses.fields(Config):
@@ -594,29 +594,29 @@ def train(cfg, given):
     say(f"run      {folder}{f', resumed at step {step}' if saved else ''}")
     say(f"model    {cfg.attn}, {parameters / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}")
     say(f"data     {data.info['texts']} texts, {data.info['train_bytes'] + data.info['val_bytes']} bytes, sha256 {data.info['sha256']}, "
-        f"{data.info['train']} + {data.info['val']} tokens ({cfg.tokenizer})")  # fmt: skip
+        f"{data.info['train']} + {data.info['val']} tokens ({cfg.tokenizer})")
     say(f"options  {', '.join(f'{k} {v}' for k, v in changed.items()) or 'all defaults'}")
     say(f"on       {hardware}, {'bf16 autocast' if cuda else 'fp32'}, {world} process{'es' * (world > 1)}, torch {torch.__version__}, "
-        f"{cfg.batch * cfg.context} tokens a step")  # fmt: skip
+        f"{cfg.batch * cfg.context} tokens a step")
     if not cuda and cfg.preset != "small" and rank == 0:
         say("note     without a GPU this preset takes very long; --small is made for a CPU")
     record(step=step, header=True, parameters=parameters, data=data.info, hardware=hardware, processes=world, torch=torch.__version__,
-           options=changed)  # fmt: skip
+           options=changed)
 
     def save():
         if rank == 0:
             save_checkpoint(folder / "ckpt.pt", {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
                 "rng": torch.get_rng_state(), "config": dataclasses.asdict(cfg), "data": data.info["sha256"],
-            })  # fmt: skip
+            })
 
     def test():
         if rank == 0:
             found = evaluate(model, data, device, amp)
             record(step=step, **found)
-            percent = lambda pair: f"{pair[0]:.0%}" if pair else "-"  # noqa: E731
+            percent = lambda pair: f"{pair[0]:.0%}" if pair else "-"
             say(f"eval     step {step} | {found['bpb']:.3f} bits/byte | recall inside the window {percent(found['recall_inside'])}, "
-                f"beyond {percent(found['recall_beyond'])}")  # fmt: skip
+                f"beyond {percent(found['recall_beyond'])}")
             return found
 
     per_rank = cfg.batch // world
@@ -659,7 +659,7 @@ def train(cfg, given):
         bar.update()
         if step % 10 == 0 or step == cfg.steps or step == first + 1:
             say(f"step {step:5d}/{cfg.steps} | loss {total:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1e3 * typical:.0f} ms | "
-                f"{rate / 1e3:.1f}k tok/s | eta {typical * (cfg.steps - step) / 60:.1f} min")  # fmt: skip
+                f"{rate / 1e3:.1f}k tok/s | eta {typical * (cfg.steps - step) / 60:.1f} min")
         if stopping or step % cfg.save_every == 0 or step == cfg.steps:
             save()
         if stopping:
@@ -680,7 +680,7 @@ def report(cfg, given, model, data, folder, found, device, record, say, timed, s
     given_text = data.enc.decode(prompt[0].tolist())
     say(f"\nsample   (the text before the bar was given)\n{given_text}|{text[len(given_text):]}\n")
     caches = count_caches(cfg)
-    percent = lambda pair: f"{pair[0]:.1%} of {pair[1]}" if pair else "none asked"  # noqa: E731
+    percent = lambda pair: f"{pair[0]:.1%} of {pair[1]}" if pair else "none asked"
     rate = cfg.batch * cfg.context / float(np.median(timed[3:] or timed or [math.nan]))
     memory = peak_memory(device)
     say(f"result   {cfg.attn}, {cfg.steps} steps, {seconds:.0f} s of training")
@@ -688,13 +688,13 @@ def report(cfg, given, model, data, folder, found, device, record, say, timed, s
     say(f"  recall            inside the window of {cfg.window}: {percent(found['recall_inside'])}; beyond it: {percent(found['recall_beyond'])}")
     say("  by distance up to " + ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items()))
     say(f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: " +
-        ", ".join(f"{name} {size:.0f}" for name, size in caches.items()) + f"; asa is {caches['asa'] / caches['nsa']:.1%} of nsa")  # fmt: skip
+        ", ".join(f"{name} {size:.0f}" for name, size in caches.items()) + f"; asa is {caches['asa'] / caches['nsa']:.1%} of nsa")
     say(f"  speed, memory     {rate:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak")
     bpb, beyond = EXPECTED.get((cfg.preset, cfg.attn), (3.0, 0.0))
     got = (found["recall_beyond"] or [0.0])[0]
     ok = found["bpb"] <= bpb and got >= beyond
     say(f"expected at most {bpb:.2f} bits/byte and at least {beyond:.0%} recall beyond the window, "
-        f"got {found['bpb']:.2f} and {got:.0%}: {'OK' if ok else 'NOT'}")  # fmt: skip
+        f"got {found['bpb']:.2f} and {got:.0%}: {'OK' if ok else 'NOT'}")
     record(step=cfg.steps, final=True, tokens_per_second=rate, seconds=seconds, peak_bytes=memory, cache_bytes_per_token=caches, ok=ok, **found)
     return 1 if cfg.check and not ok else 0
 
