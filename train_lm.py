@@ -62,7 +62,7 @@ class Config:
     heads: int = option(8, "query heads H; the head width D is C / H")
     groups: int = option(2, "groups of heads G: key-value heads of gqa and nsa, latents of asa's global layers")
     ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32")
-    window: int = option(256, "tokens in the window of nsa and of asa's local layers, the query's own included")
+    window: int = option(32, "tokens in the window of nsa and of asa's local layers, the query's own included")
     blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers")
     nsa_blocks: int = option(8, "blocks in a list of nsa: by default the tokens of asa's global layers, spread over all layers")
     nsa_block: int = option(64, "tokens in a selection block of nsa (compression: 32 tokens every 16)")
@@ -77,9 +77,9 @@ class Config:
     keys: int = option(16, "pairs in such a document: 1 to this many in training, this many in evaluation")
     # training
     context: int = option(4096, "tokens per sequence T")
-    batch: int = option(16, "sequences per step, over all processes")
+    batch: int = option(8, "sequences per step, over all processes")
     micro: int = option(4, "sequences per forward pass and process: lower it when memory runs out")
-    steps: int = option(700, "optimizer steps")
+    steps: int = option(1200, "optimizer steps")
     lr: float = option(1e-3, "highest learning rate; warm-up over the first 5 %% of the steps, cosine to a tenth")
     seed: int = option(0, "seeds weights, batches and samples")
     device: str = option("auto", "auto, cpu or cuda")
@@ -88,8 +88,8 @@ class Config:
     # run
     out: str = option("out", "folder of all runs")
     name: str = option("", "the run's folder in it (default: PRESET-ATTN, numbered when taken)")
-    eval_every: int = option(100, "steps between evaluations")
-    save_every: int = option(100, "steps between checkpoints")
+    eval_every: int = option(150, "steps between evaluations")
+    save_every: int = option(150, "steps between checkpoints")
     resume: bool = option(False, "continue --name, or the latest run of this preset and attention")
     check: bool = option(False, "exit with 1 if the model did not learn as expected")
 
@@ -118,6 +118,7 @@ PRESETS = {
                  context=8192, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
 }
 ANSWER_WEIGHT = 10  # in the loss, of an answer in a recall document: unweighted, 1 token in 50 teaches recall, and slowly
+ECHOES = 0.3  # of the recall documents: one random string again and again
 MODEL_FIELDS = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()
 
 
@@ -332,12 +333,20 @@ class Data:
             doc += lead + value + end
         return np.array(doc[: T + 1]), asked
 
+    def echo(self, rng):
+        """A random string of letters, again and again, (T + 1,): behind its first end all can be known. The quickest lesson in looking back."""
+        length = int(np.exp(rng.uniform(np.log(4), np.log(self.cfg.context / 2))))
+        return np.resize(self.enc.encode_ordinary("".join(map(chr, rng.integers(97, 123, length)))), self.cfg.context + 1)
+
     def batch(self, step, rank=0, world=1):
         """The rows of a step that belong to one of `world` processes: inputs, targets, weights of the targets (batch / world, T) each."""
         rows, weights = [], []
         for row in range(rank, self.cfg.batch, world):
             rng, weight = np.random.default_rng([self.cfg.seed, step, row]), np.ones(self.cfg.context, np.float32)
-            if rng.random() < self.cfg.recall:
+            kind = rng.random() / max(self.cfg.recall, 1e-9)
+            if kind < ECHOES:
+                doc = self.echo(rng)
+            elif kind < 1:
                 keys = int(np.exp(rng.uniform(0, np.log(self.cfg.keys + 1))))  # 1 to keys, log-uniform: one pair is learned first
                 doc, asked = self.recall("train", rng, keys)
                 for _, begin, end in asked:
@@ -355,9 +364,10 @@ class Data:
 
 
 @torch.no_grad()
-def evaluate(model, data, device, amp, documents=32):
+def evaluate(model, data, device, amp):
     """-> {"bpb", "bpb_by_position": 4 quarters of the context, "recall": {"<= W", "> W", and by distance}} on validation text."""
     cfg = data.cfg
+    documents = min(64, max(16, 2**17 // cfg.context))  # of each kind
     model.eval()
     rng = np.random.default_rng([cfg.seed, 2**31])  # the same documents at every evaluation
     plain = np.stack([data.crop("val", rng) for _ in range(documents)])  # (documents, T + 1)
@@ -655,7 +665,7 @@ def train(cfg, given):
         timed.append(spent)
         typical = float(np.mean(timed[3:][-50:] or timed))
         rate = cfg.batch * cfg.context / typical
-        record(step=step, loss=total, lr=lr, norm=norm.item(), ms=1e3 * spent)
+        record(step=step, loss=total, lr=lr, norm=norm.item(), ms=1e3 * spent, peak_gib=peak_memory(device) / 2**30)
         bar.update()
         if step % 10 == 0 or step == cfg.steps or step == first + 1:
             say(f"step {step:5d}/{cfg.steps} | loss {total:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1e3 * typical:.0f} ms | "
