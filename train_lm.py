@@ -78,7 +78,7 @@ class Config:
     # training
     context: int = option(4096, "tokens per sequence T")
     batch: int = option(8, "sequences per step, over all processes")
-    micro: int = option(4, "sequences per forward pass and process: lower it when memory runs out")
+    micro: int = option(8, "sequences per forward pass and process: lower it when memory runs out")
     steps: int = option(1200, "optimizer steps")
     lr: float = option(1e-3, "highest learning rate; warm-up over the first 5 %% of the steps, cosine to a tenth")
     seed: int = option(0, "seeds weights, batches and samples")
