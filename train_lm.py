@@ -74,7 +74,7 @@ class Config:
     data: list = option([], "text files to train on (default: Python's own help texts for small, its library's sources otherwise)")
     tokenizer: str = option("bytes", "bytes, or an encoding that tiktoken knows by name (it may download it)")
     recall: float = option(0.5, "share of the documents that get key=value pairs to recall")
-    keys: int = option(16, "pairs in such a document: 1 to this many in training, this many in evaluation")
+    keys: int = option(16, "pairs in a section of such a document: 1 to this many in training, this many in evaluation")
     # training
     context: int = option(4096, "tokens per sequence T")
     batch: int = option(8, "sequences per step, over all processes")
@@ -118,8 +118,7 @@ PRESETS = {
                  context=8192, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
 }
 ANSWER_WEIGHT = 10  # in the loss, of an answer in a recall document: unweighted, 1 token in 50 teaches recall, and slowly
-ECHOES = 0.3  # of the recall documents: one random string again and again
-MODEL_FIELDS = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()
+FIXED = "data attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()  # by a checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -311,44 +310,42 @@ class Data:
         start = rng.integers(len(self.tokens[part]) - self.cfg.context - 1)
         return self.tokens[part][start : start + self.cfg.context + 1].astype(np.int64)  # (T + 1,)
 
-    def recall(self, part, rng, keys):
-        """A crop with statements like <qz=H> strewn in, about `keys` different ones, told again and again.
+    def recall(self, part, rng, keys=None):
+        """A crop with statements like <qz=H> strewn in, told again and again: sections of any length, each with pairs of its own.
 
         When a key comes back, only a look at where it was told before gives its value; guessing is right 1 time in 26. Worked example,
         2 keys: `...<qz=H>...<ab=C>...<qz=H>...<qz=H>...<ab=C>...`: the 3rd, 4th and 5th can be known.
+        keys  pairs in one section as long as the document (evaluation); None: short and long, easy and hard sections (training): a
+              long document with many pairs alone teaches nothing for a long time.
         -> tokens (T + 1,), and a list of (tokens back to where it was last told, where the value begins, where it ends).
         """
-        T, text, doc, told, asked = self.cfg.context, self.crop(part, rng).tolist(), [], {}, []
-        pairs = [("".join(map(chr, rng.integers(97, 123, 2))), chr(rng.integers(65, 91))) for _ in range(keys)]  # a-z twice, A-Z
-        pairs = {key: [self.enc.encode_ordinary(s) for s in (f"<{key}=", value, ">")] for key, value in pairs}
-        gap = np.exp(rng.uniform(np.log(4), np.log(T / 4)))  # tokens of text between statements: dense and sparse documents
+        T, text, doc, asked = self.cfg.context, self.crop(part, rng).tolist(), [], []
+        between = lambda low, high: float(np.exp(rng.uniform(math.log(low), math.log(high))))  # log-uniform
+        letters = lambda first, n: "".join(map(chr, first + rng.integers(26, size=n)))
         while len(doc) <= T:
-            doc += text[len(doc) : len(doc) + int(gap * rng.uniform(0.5, 1.5))]
-            key = list(pairs)[rng.integers(len(pairs))]
-            lead, value, end = pairs[key]
-            begin = len(doc) + len(lead)
-            if key in told and begin + len(value) <= T + 1:
-                asked.append((len(doc) - told[key], begin, begin + len(value)))
-            told[key] = len(doc)
-            doc += lead + value + end
+            length = T + 1 if keys else between(64, T)
+            stop = min(len(doc) + length, T + 1)  # the section's end
+            pairs = [(letters(ord("a"), 2), letters(ord("A"), 1)) for _ in range(keys or int(between(1, self.cfg.keys + 1)))]
+            pairs = {key: [self.enc.encode_ordinary(s) for s in (f"<{key}=", value, ">")] for key, value in pairs}
+            gap, told = between(4, length / 4), {}  # tokens of text between statements: dense and sparse sections
+            while len(doc) < stop:
+                doc += text[len(doc) : len(doc) + int(gap * rng.uniform(0.5, 1.5))]
+                key = list(pairs)[rng.integers(len(pairs))]
+                lead, value, end = pairs[key]
+                begin = len(doc) + len(lead)
+                if key in told and begin + len(value) <= T + 1:
+                    asked.append((len(doc) - told[key], begin, begin + len(value)))
+                told[key] = len(doc)
+                doc += lead + value + end
         return np.array(doc[: T + 1]), asked
-
-    def echo(self, rng):
-        """A random string of letters, again and again, (T + 1,): behind its first end all can be known. The quickest lesson in looking back."""
-        length = int(np.exp(rng.uniform(np.log(4), np.log(self.cfg.context / 2))))
-        return np.resize(self.enc.encode_ordinary("".join(map(chr, rng.integers(97, 123, length)))), self.cfg.context + 1)
 
     def batch(self, step, rank=0, world=1):
         """The rows of a step that belong to one of `world` processes: inputs, targets, weights of the targets (batch / world, T) each."""
         rows, weights = [], []
         for row in range(rank, self.cfg.batch, world):
             rng, weight = np.random.default_rng([self.cfg.seed, step, row]), np.ones(self.cfg.context, np.float32)
-            kind = rng.random() / max(self.cfg.recall, 1e-9)
-            if kind < ECHOES:
-                doc = self.echo(rng)
-            elif kind < 1:
-                keys = int(np.exp(rng.uniform(0, np.log(self.cfg.keys + 1))))  # 1 to keys, log-uniform: one pair is learned first
-                doc, asked = self.recall("train", rng, keys)
+            if rng.random() < self.cfg.recall:
+                doc, asked = self.recall("train", rng)
                 for _, begin, end in asked:
                     weight[begin - 1 : end - 1] = ANSWER_WEIGHT
             else:
@@ -423,11 +420,14 @@ EXPECTED = {
 
 def save_checkpoint(path, state):
     """Write to a temporary name, flush to the disk, rename: at any moment the path holds a whole checkpoint, old or new."""
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; the checkpoint before is untouched") from e
 
 
 def load_checkpoint(path, device="cpu"):
@@ -522,32 +522,44 @@ def learning_rate(cfg, step):
     return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, cfg.steps - warm))))
 
 
-def train(cfg, given):
-    """One run, from its folder to its last line. Returns the exit code."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    validate(cfg, world)
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    say = (lambda *a: tqdm.write(" ".join(map(str, a)))) if rank == 0 else (lambda *a: None)
+class Run:
+    """A run's folder: log.jsonl, ckpt.pt, the tokenized data. Only rank 0 writes and prints."""
 
-    # the folder, and what is saved in it
-    folder, saved = None, None
-    if rank == 0:
-        folder = run_folder(cfg)
+    def __init__(self, folder, rank):
+        self.folder, self.rank, self.log = folder, rank, None
+
+    def say(self, *lines):
+        if self.rank == 0:
+            tqdm.write("\n".join(lines))
+
+    def open_log(self, step):
+        """Continue the log behind `step`: what a killed run wrote after its last checkpoint, it will write again."""
+        if self.rank == 0:
+            path, kept = self.folder / "log.jsonl", []
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line may be torn
+                    kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            (self.folder / "log.jsonl.tmp").write_text("".join(kept))
+            os.replace(self.folder / "log.jsonl.tmp", path)
+            self.log = open(path, "a")
+
+    def record(self, **entry):
+        if self.rank == 0:
+            self.log.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
+            self.log.flush()
+
+
+def open_run(cfg, given, rank, world):
+    """Find or create the run's folder and its tokens -> (cfg, run, data, the checkpoint to resume from or None)."""
+    folder = [run_folder(cfg) if rank == 0 else None]
     if world > 1:
-        box = [str(folder)]
-        dist.broadcast_object_list(box)
-        folder = pathlib.Path(box[0])
+        dist.broadcast_object_list(folder)
+    folder, saved = folder[0], None
     if cfg.resume:
         saved = load_checkpoint(folder / "ckpt.pt")
-        for name in MODEL_FIELDS:
+        for name in FIXED:
             if name in given and given[name] != saved["config"][name]:
-                raise UserError(f"{folder}: the checkpoint has --{name} {saved['config'][name]}, not {given[name]}")
+                raise UserError(f"{folder}: the checkpoint has --{name.replace('_', '-')} {saved['config'][name]}, not {given[name]}")
         cfg = Config(**{**saved["config"], **given})
         validate(cfg, world)
     enc = tokenizer(cfg.tokenizer)
@@ -559,21 +571,61 @@ def train(cfg, given):
     data = Data(cfg, enc, folder)
     if saved and saved["data"] != data.info["sha256"]:
         raise UserError(f"{folder}: the run was trained on data {saved['data']}, this is {data.info['sha256']}")
+    return cfg, Run(folder, rank), data, saved
 
-    # model and optimizer
+
+def make_optimizer(cfg, model, fused):
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=fused)
+
+
+def header(cfg, run, data, model, hardware, world, step):
+    """What somebody needs to judge or repeat the run, on the screen and in the log."""
+    default, info = Config(), data.info
+    changed = {k: v for k, v in dataclasses.asdict(cfg).items() if v != getattr(default, k)}
+    parameters = sum(p.numel() for p in model.parameters())
+    run.say(
+        f"run      {run.folder}{f', resumed at step {step}' if step else ''}",
+        f"model    {cfg.attn}, {parameters / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}",
+        f"data     {info['texts']} texts, {info['train_bytes'] + info['val_bytes']} bytes, sha256 {info['sha256']}, "
+        f"{info['train']} + {info['val']} tokens ({cfg.tokenizer})",
+        f"options  {', '.join(f'{k} {v}' for k, v in changed.items()) or 'all defaults'}",
+        f"on       {hardware}, {world} process{'es' * (world > 1)}, torch {torch.__version__}, "
+        f"{cfg.batch * cfg.context} tokens a step",
+    )
+    if "CPU" in hardware and cfg.preset != "small":
+        run.say("note     without a GPU this preset takes very long; --small is made for a CPU")
+    run.record(step=step, parameters=parameters, data=info, hardware=hardware, processes=world, torch=torch.__version__, options=changed)
+
+
+def train(cfg, given):
+    """One run, from its folder to its last line. Returns the exit code."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    validate(cfg, world)
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+    # 1) data
+    cfg, run, data, saved = open_run(cfg, given, rank, world)
+
+    # 2) model and optimizer, as they were or new
     torch.manual_seed(cfg.seed)
     model = LM(cfg).to(device)
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=cuda)
+    optimizer = make_optimizer(cfg, model, fused=cuda)
     step, seconds = 0, 0.0
     if saved:
         try:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError) as e:
-            raise UserError(f"{folder / 'ckpt.pt'}: the checkpoint is of another shape ({str(e).splitlines()[0]})") from e
+            raise UserError(f"{run.folder / 'ckpt.pt'}: the checkpoint is of another shape ({str(e).splitlines()[0]})") from e
         step, seconds = saved["step"], saved["seconds"]
         torch.set_rng_state(saved["rng"])
     amp = (lambda: torch.autocast("cuda", torch.bfloat16)) if cuda else contextlib.nullcontext
@@ -581,58 +633,30 @@ def train(cfg, given):
     if world > 1:
         runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
 
-    stop = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stop.append(number))
-
-    # header
-    lines = (folder / "log.jsonl").read_text().splitlines() if rank == 0 else []
-    log = open(folder / "log.jsonl", "w") if rank == 0 else None
-    for line in lines:  # what a killed run logged after its last checkpoint is done again
-        if json.loads(line).get("step", 0) <= step:
-            log.write(line + "\n")
-
-    def record(**entry):
-        if rank == 0:
-            log.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
-            log.flush()
-
-    parameters = sum(p.numel() for p in model.parameters())
-    default = Config()
-    changed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(default, f.name)}
-    hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    say(f"run      {folder}{f', resumed at step {step}' if saved else ''}")
-    say(f"model    {cfg.attn}, {parameters / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}")
-    say(f"data     {data.info['texts']} texts, {data.info['train_bytes'] + data.info['val_bytes']} bytes, sha256 {data.info['sha256']}, "
-        f"{data.info['train']} + {data.info['val']} tokens ({cfg.tokenizer})")
-    say(f"options  {', '.join(f'{k} {v}' for k, v in changed.items()) or 'all defaults'}")
-    say(f"on       {hardware}, {'bf16 autocast' if cuda else 'fp32'}, {world} process{'es' * (world > 1)}, torch {torch.__version__}, "
-        f"{cfg.batch * cfg.context} tokens a step")
-    if not cuda and cfg.preset != "small" and rank == 0:
-        say("note     without a GPU this preset takes very long; --small is made for a CPU")
-    record(step=step, header=True, parameters=parameters, data=data.info, hardware=hardware, processes=world, torch=torch.__version__,
-           options=changed)
-
     def save():
         if rank == 0:
-            save_checkpoint(folder / "ckpt.pt", {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
-                "rng": torch.get_rng_state(), "config": dataclasses.asdict(cfg), "data": data.info["sha256"],
-            })
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+            state.update(rng=torch.get_rng_state(), config=dataclasses.asdict(cfg), data=data.info["sha256"])
+            save_checkpoint(run.folder / "ckpt.pt", state)
 
     def test():
-        if rank == 0:
-            found = evaluate(model, data, device, amp)
-            record(step=step, **found)
-            percent = lambda pair: f"{pair[0]:.0%}" if pair else "-"
-            say(f"eval     step {step} | {found['bpb']:.3f} bits/byte | recall inside the window {percent(found['recall_inside'])}, "
-                f"beyond {percent(found['recall_beyond'])}")
-            return found
+        found = evaluate(model, data, device, amp)
+        run.record(step=step, **found)
+        run.say(f"eval     step {step} | {found['bpb']:.3f} bits/byte | recall inside the window "
+                f"{percent(found['recall_inside'])}, beyond {percent(found['recall_beyond'])}")
+        return found
 
-    per_rank = cfg.batch // world
-    micro = min(cfg.micro, per_rank)
-    accumulate = per_rank // micro
-    began, first, timed = time.time(), step, []
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    run.open_log(step)
+    hardware = f"{torch.cuda.get_device_name()}, bf16 autocast" if cuda else f"CPU, {torch.get_num_threads()} threads, fp32"
+    header(cfg, run, data, model, hardware, world, step)
+
+    # 3) training
+    micro = min(cfg.micro, cfg.batch // world)
+    accumulate = cfg.batch // world // micro
+    first, timed = step, []
     rows = data.batch(step, rank, world)
     bar = tqdm(total=cfg.steps, initial=step, disable=None if rank == 0 else True, unit="step", leave=False)
     while step < cfg.steps:
@@ -642,70 +666,76 @@ def train(cfg, given):
             group["lr"] = lr
         total = torch.zeros((), device=device)
         for i in range(accumulate):
-            x, y, w = (t[i * micro : (i + 1) * micro].to(device, non_blocking=True) for t in rows)  # (b, T)
-            last = i == accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else runner.no_sync(), amp():
+            x, y, w = (t[i * micro : (i + 1) * micro].to(device, non_blocking=True) for t in rows)  # (b, T) each
+            with contextlib.nullcontext() if i == accumulate - 1 or world == 1 else runner.no_sync(), amp():
                 loss = F.cross_entropy(runner(x).float().transpose(1, 2), y, reduction="none")  # (b, T)
                 (loss * w).mean().div(accumulate).backward()
-            total += loss.detach().mean() / accumulate
+            total += loss.detach().mean() / accumulate  # logged unweighted
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rows = data.batch(step + 1, rank, world)  # made while the GPU works
         state = torch.stack([total / world, torch.tensor(float(len(stop)), device=device)])
         if world > 1:
-            dist.all_reduce(state)
+            dist.all_reduce(state)  # so that all processes stop at the same step
         total, stopping = state.tolist()
         if not math.isfinite(total):
-            say(f"stopped  the loss is {total} at step {step}: nothing saved since the last checkpoint in {folder}; try a lower --lr")
+            run.say(f"stopped  the loss is {total} at step {step}: nothing saved since the last checkpoint in {run.folder}; try a lower --lr")
             return 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        spent = time.time() - start
-        seconds += spent
-        timed.append(spent)
-        typical = float(np.mean(timed[3:][-50:] or timed))
-        rate = cfg.batch * cfg.context / typical
-        record(step=step, loss=total, lr=lr, norm=norm.item(), ms=1e3 * spent, peak_gib=peak_memory(device) / 2**30)
+        timed.append(time.time() - start)
+        seconds += timed[-1]
+        typical = float(np.mean(timed[3:][-50:] or timed))  # without the warm-up
+        memory = peak_memory(device) / 2**30
+        run.record(step=step, loss=total, lr=lr, norm=norm.item(), ms=1e3 * timed[-1], peak_gib=memory)
         bar.update()
         if step % 10 == 0 or step == cfg.steps or step == first + 1:
-            say(f"step {step:5d}/{cfg.steps} | loss {total:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1e3 * typical:.0f} ms | "
-                f"{rate / 1e3:.1f}k tok/s | eta {typical * (cfg.steps - step) / 60:.1f} min")
+            run.say(f"step {step:5d}/{cfg.steps} | loss {total:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1e3 * typical:.0f} ms | "
+                    f"{cfg.batch * cfg.context / typical / 1e3:.1f}k tok/s | eta {typical * (cfg.steps - step) / 60:.1f} min")
         if stopping or step % cfg.save_every == 0 or step == cfg.steps:
             save()
         if stopping:
-            say(f"stopped  by a signal at step {step}, saved; --resume --name {folder.name} continues")
+            run.say(f"stopped  by a signal at step {step}, saved; --resume --name {run.folder.name} continues")
             return 128 + (stop[0] if stop else signal.SIGTERM)
-        if step % cfg.eval_every == 0 and step < cfg.steps:
+        if step % cfg.eval_every == 0 and step < cfg.steps and rank == 0:
             test()
     bar.close()
-    found = test()
-    return report(cfg, given, model, data, folder, found, device, record, say, timed, seconds) if rank == 0 else 0
+
+    # 4) evaluation
+    if rank > 0:
+        return 0
+    speed = cfg.batch * cfg.context / float(np.median(timed[3:] or timed or [math.inf]))
+    return report(cfg, run, data, model, test(), device, speed, seconds)
 
 
-def report(cfg, given, model, data, folder, found, device, record, say, timed, seconds):
-    """A sample, then the figures that the run claims, counted and measured; what was expected, and OK or NOT. Returns the exit code."""
-    prompt = torch.from_numpy(data.tokens["val"][:64].astype(np.int64))[None].to(device)
-    tokens = generate(model, prompt, min(256, max(16, cfg.context - 64)), generator=torch.Generator(device).manual_seed(cfg.seed))
-    text = data.enc.decode(tokens[0].tolist())
-    given_text = data.enc.decode(prompt[0].tolist())
-    say(f"\nsample   (the text before the bar was given)\n{given_text}|{text[len(given_text):]}\n")
-    caches = count_caches(cfg)
-    percent = lambda pair: f"{pair[0]:.1%} of {pair[1]}" if pair else "none asked"
-    rate = cfg.batch * cfg.context / float(np.median(timed[3:] or timed or [math.nan]))
-    memory = peak_memory(device)
-    say(f"result   {cfg.attn}, {cfg.steps} steps, {seconds:.0f} s of training")
-    say(f"  bits per byte     {found['bpb']:.3f}, by quarter of the context: {' '.join(f'{b:.3f}' for b in found['bpb_by_position'])}")
-    say(f"  recall            inside the window of {cfg.window}: {percent(found['recall_inside'])}; beyond it: {percent(found['recall_beyond'])}")
-    say("  by distance up to " + ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items()))
-    say(f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: " +
-        ", ".join(f"{name} {size:.0f}" for name, size in caches.items()) + f"; asa is {caches['asa'] / caches['nsa']:.1%} of nsa")
-    say(f"  speed, memory     {rate:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak")
-    bpb, beyond = EXPECTED.get((cfg.preset, cfg.attn), (3.0, 0.0))
-    got = (found["recall_beyond"] or [0.0])[0]
-    ok = found["bpb"] <= bpb and got >= beyond
-    say(f"expected at most {bpb:.2f} bits/byte and at least {beyond:.0%} recall beyond the window, "
-        f"got {found['bpb']:.2f} and {got:.0%}: {'OK' if ok else 'NOT'}")
-    record(step=cfg.steps, final=True, tokens_per_second=rate, seconds=seconds, peak_bytes=memory, cache_bytes_per_token=caches, ok=ok, **found)
+def percent(pair):
+    return f"{pair[0]:.0%} of {pair[1]}" if pair else "none asked"
+
+
+def report(cfg, run, data, model, found, device, speed, seconds):
+    """A sample, then the figures that the run claims, counted and measured; what was expected, OK or NOT. Returns the exit code."""
+    prompt = torch.from_numpy(data.tokens["val"][:64].astype(np.int64))[None].to(device)  # (1, 64)
+    tokens = generate(model, prompt, 192, generator=torch.Generator(device).manual_seed(cfg.seed))[0].tolist()
+    caches, memory = count_caches(cfg), peak_memory(device)
+    bpb, recall = EXPECTED.get((cfg.preset, cfg.attn), (3.0, 0.0))
+    beyond = (found["recall_beyond"] or [0.0])[0]
+    ok = found["bpb"] <= bpb and beyond >= recall
+    run.say(
+        f"\nsample   (the text before the bar was given)\n{data.enc.decode(tokens[:64])}|{data.enc.decode(tokens[64:])}\n",
+        f"result   {cfg.attn}, {cfg.steps} steps, {seconds:.0f} s of training",
+        f"  bits per byte     {found['bpb']:.3f}; by quarter of the context {' '.join(f'{b:.3f}' for b in found['bpb_by_position'])}",
+        f"  recall            inside the window of {cfg.window} tokens {percent(found['recall_inside'])}, "
+        f"beyond it {percent(found['recall_beyond'])}",
+        "  by distance up to " + ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items()),
+        f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: "
+        + ", ".join(f"{name} {size:.0f}" for name, size in caches.items())
+        + f"; asa is {caches['asa'] / caches['nsa']:.1%} of nsa, {caches['asa'] / caches['gqa']:.1%} of gqa",
+        f"  speed, memory     {speed:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak",
+        f"expected at most {bpb:.2f} bits/byte and at least {recall:.0%} recall beyond the window, "
+        f"got {found['bpb']:.2f} and {beyond:.0%}: {'OK' if ok else 'NOT'}",
+    )
+    run.record(step=cfg.steps, final=True, tokens_per_second=speed, seconds=seconds, peak_bytes=memory,
+               cache_bytes_per_token=caches, ok=ok, **found)
     return 1 if cfg.check and not ok else 0
 
 
