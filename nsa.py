@@ -132,7 +132,7 @@ def share_lists(lists, pos, earlier=None, every=SHARE):
 
 
 def chosen_tokens(lists, k_pos, block, see):
-    """The tokens of the chosen blocks, causally: lists (B, G, T, n), k_pos (B or 1, heads, S), see (B or 1, heads, T, S) -> (B, G, T, S)."""
+    """Which tokens a query's blocks hold: lists (B, G, T, n), k_pos (B or 1, heads, S), see (B or 1, heads, T, S) -> (B, G, T, S) bool."""
     B, G, T, _ = lists.shape
     blocks = int(k_pos.shape[-1]) // block + 2
     chosen = torch.zeros(B, G, T, blocks, dtype=torch.bool, device=lists.device)
@@ -154,7 +154,7 @@ def selected_attention(q, k, v, lists, pos, k_pos, block, scale):
 
 
 class Phi(nn.Module):
-    """NSA's compressor, l tokens -> 1: an MLP over the block with a position encoding inside it. Ours: added to the mean, and 0 at first."""
+    """NSA's compressor, l tokens -> 1: an MLP on the block, with a position encoding inside it. Ours: added to the mean, and 0 at first."""
 
     def __init__(self, l, head_width):
         super().__init__()

@@ -198,8 +198,8 @@ def plain_attention(q, k, v, mask, scale):
 
 
 def test_attend_equals_plain_attention_with_gradients():
-    for T, G, Dk, Dv, B1, G1 in [(3, 2, 8, 8, 2, 2), (40, 2, 12, 8, 2, 2), (40, 2, 8, 16, 1, 1), (40, 1, 8, 8, 2, 1), (33, 2, 192, 128, 2, 1),
-                                 (33, 4, 160, 128, 1, 1)]:
+    cases = [(3, 2, 8, 8, 2, 2), (40, 2, 12, 8, 2, 2), (40, 2, 8, 16, 1, 1), (40, 1, 8, 8, 2, 1)]
+    for T, G, Dk, Dv, B1, G1 in [*cases, (33, 2, 192, 128, 2, 1), (33, 4, 160, 128, 1, 1)]:
         S = T + 5
         q, k, v = (torch.randn(2, h, n, d, dtype=torch.float64, requires_grad=True) for h, n, d in ((4, T, Dk), (G, S, Dk), (G, S, Dv)))
         mask = torch.rand(B1, G1, T, S) < 0.5
@@ -504,7 +504,8 @@ def test_block_scores_learn_through_the_compressed_branch():
             layer.gate.bias.copy_(torch.tensor([0.0, -99, -99][: layer.gate.bias.numel() // 4]).repeat_interleave(4))
         layer(x, pos).square().sum().backward()
         for name in names:
-            assert dict(layer.named_parameters())[name].grad.abs().max() > 1e-8, f"{attn}: {name} gets no gradient from the compressed branch"
+            gradient = dict(layer.named_parameters())[name].grad
+            assert gradient.abs().max() > 1e-8, f"{attn}: {name} gets no gradient from the compressed branch"
 
 
 def test_nsa_branches_have_keys_and_values_of_their_own():
@@ -544,8 +545,10 @@ def decoding_equals_forward(attn, plans=None, T=110):
         count = [min(rest, draw.randint(0, n)) for rest in left]
         left = [rest - c for rest, c in zip(left, count)]
         ragged.append(count)
-    plans = plans or {"1 token": [1] * T, "5 tokens": [5] * (T // 5), "all": [T], "ragged rows": ragged,
-                      **{f"prompt of {p}, then 1": [p] + [1] * 6 + [T - p - 6] for p in (15, 16, 17, 20, 31, 32, 33, 47, 48, 49, 63, 64, 65)}}
+    edges = (15, 16, 17, 20, 31, 32, 33, 47, 48, 49, 63, 64, 65)
+    if plans is None:
+        plans = {"1 token": [1] * T, "5 tokens": [5] * (T // 5), "all": [T], "ragged rows": ragged}
+        plans.update({f"prompt of {p}, then 1": [p] + [1] * 6 + [T - p - 6] for p in edges})
     for what, plan in plans.items():
         close(decode(model, text, plan), full, 1e-12, f"{attn}, {what}")
 
@@ -680,7 +683,8 @@ def test_data_is_split_by_text_and_read_in_pieces():
         text = lambda part: data.enc.decode_bytes([t for t in data.tokens[part] if t != 256]).decode()
         assert text("val") == texts[9], "every tenth text is for validation"
         assert text("train") == "".join(t for i, t in enumerate(texts) if i != 9) + "not utf-8: \ufffd\ufffd\n"
-        assert (data.tokens["train"] == 256).sum() == 11 == 12 - (data.tokens["val"] == 256).sum() and isinstance(data.tokens["train"], np.memmap)
+        ends = [int((data.tokens[part] == 256).sum()) for part in ("train", "val")]
+        assert ends == [11, 1] and isinstance(data.tokens["train"], np.memmap), "one end of text each, memory mapped"
         first = data.info["sha256"]
         (tmp / "00.txt").write_text("changed")
         (tmp / "2").mkdir()
@@ -734,7 +738,7 @@ def run(*args, code=0, env=None, script="train_lm.py"):
     """A subprocess; its exit code must be `code`. -> (stdout, stderr)"""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run([sys.executable, str(HERE / script), *map(str, args)], capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == code, f"{script} {' '.join(map(str, args))}: exit code {done.returncode}, not {code}\n{done.stdout}{done.stderr}"
+    assert done.returncode == code, f"{script} {args}: exit code {done.returncode}, not {code}\n{done.stdout}{done.stderr}"
     return done.stdout, done.stderr
 
 
@@ -798,7 +802,8 @@ def test_a_model_learns_or_says_not():
         assert code == 1 and out.strip().endswith("NOT"), "a model that did not learn: NOT, and exit code 1 with --check"
         code, out, _ = in_process(*QUICK, "--steps", 2, "--lr", 0, "--out", tmp, "--name", "idle2")
         assert code == 0 and "NOT" in out, "without --check the exit code is 0"
-        code, out, _ = in_process(*QUICK, "--batch", 16, "--micro", 16, "--steps", 60, "--lr", 1e-2, "--out", tmp, "--name", "busy", "--recall", 0)
+        busy = ["--batch", 16, "--micro", 16, "--steps", 60, "--lr", 1e-2, "--recall", 0]
+        code, out, _ = in_process(*QUICK, *busy, "--out", tmp, "--name", "busy")
         curve = losses(pathlib.Path(tmp, "busy"))
         assert curve[60] < 0.65 * curve[1], f"60 steps: loss {curve[1]} -> {curve[60]}"
         for word in ("sample", "bits per byte", "inside the window", "beyond it", "KV cache", "tokens/s", "GiB", "expected"):
@@ -859,7 +864,8 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 def test_kill_leaves_a_whole_checkpoint():
     with tempfile.TemporaryDirectory() as tmp:
         folder, draw = pathlib.Path(tmp, "k"), random.Random(0)
-        args = [sys.executable, str(HERE / "train_lm.py"), *QUICK, "--width", "128", "--steps", "100000", "--save-every", "1", "--out", tmp, "--name", "k"]
+        args = [sys.executable, str(HERE / "train_lm.py"), *QUICK, "--width", "128", "--steps", "100000", "--save-every", "1"]
+        args += ["--out", tmp, "--name", "k"]
         last = 0
         for attempt in range(4):
             process = subprocess.Popen([*args, *(["--resume"] if attempt else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -902,8 +908,8 @@ def test_no_network_and_no_triton_needed():
 
 def test_every_option_is_read():
     tree = ast.parse((HERE / "train_lm.py").read_text())
-    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in ("cfg", "self")}
-    read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Attribute) and n.value.attr == "cfg"}
+    owners = lambda n: {n.value.id} if isinstance(n.value, ast.Name) else {n.value.attr} if isinstance(n.value, ast.Attribute) else set()
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and owners(n) & {"cfg", "self"}}
     for f in dataclasses.fields(Config):
         assert f.name in read, f"--{f.name} is never read"
         assert f.metadata["help"], f"--{f.name} has no help"

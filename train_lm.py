@@ -62,7 +62,7 @@ class Config:
     heads: int = option(8, "query heads H; the head width D is C / H")
     groups: int = option(2, "groups of heads G: key-value heads of gqa and nsa, latents of asa's global layers")
     ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32")
-    window: int = option(32, "tokens in the window of nsa and of asa's local layers, the query's own included")
+    window: int = option(128, "tokens in the window of nsa and of asa's local layers, the query's own included")
     blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers")
     nsa_blocks: int = option(8, "blocks in a list of nsa: by default the tokens of asa's global layers, spread over all layers")
     nsa_block: int = option(64, "tokens in a selection block of nsa (compression: 32 tokens every 16)")
@@ -79,7 +79,7 @@ class Config:
     context: int = option(4096, "tokens per sequence T")
     batch: int = option(8, "sequences per step, over all processes")
     micro: int = option(8, "sequences per forward pass and process: lower it when memory runs out")
-    steps: int = option(1200, "optimizer steps")
+    steps: int = option(1400, "optimizer steps")
     lr: float = option(1e-3, "highest learning rate; warm-up over the first 5 %% of the steps, cosine to a tenth")
     seed: int = option(0, "seeds weights, batches and samples")
     device: str = option("auto", "auto, cpu or cuda")
@@ -118,7 +118,8 @@ PRESETS = {
                  context=8192, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
 }
 ANSWER_WEIGHT = 10  # in the loss, of an answer in a recall document: unweighted, 1 token in 50 teaches recall, and slowly
-FIXED = "data attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()  # by a checkpoint
+# what a resumed run cannot change
+FIXED = "data attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -183,14 +184,14 @@ class LM(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.5)  # not 0.02: tokens that stand out in the residual stream are recalled much sooner
         for block in self.blocks:  # torch's fan-in initialisation, except that what enters the residual stream starts small
             for out in (block.attn.out, block.down):
                 with torch.no_grad():
                     out.weight.mul_((2 * cfg.layers) ** -0.5)
         if cfg.tied:
-            self.head.weight = self.embed.weight
+            self.embed.weight = self.head.weight
 
     def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device=None):
         """A cache for `batch` rows of up to max_len tokens; at most `margin` tokens can be taken back at once."""
@@ -301,8 +302,8 @@ class Data:
         self.info = json.loads((folder / "data.json").read_text())
         for part in ("train", "val"):
             if self.info[part] < cfg.context + 2:
-                raise UserError(f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context} needs {cfg.context + 2} "
-                                "or more: give more text or a shorter --context")
+                raise UserError(f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context} needs "
+                                f"{cfg.context + 2} or more: give more text or a shorter --context")
         self.tokens = {part: np.memmap(folder / f"{part}.bin", self.info["dtype"], "r") for part in ("train", "val")}
         self.bytes_per_token = self.info["val_bytes"] / self.info["val"]
 
@@ -447,9 +448,10 @@ def parse(argv):
         def error(self, message):
             raise UserError(f"{message} (python train_lm.py --help lists the options)")
 
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    epilog="Defaults shown are those of the preset base. Presets: " + "; ".join(
-                        f"{name}: {', '.join(f'{k} {v}' for k, v in values.items()) or 'the defaults'}" for name, values in PRESETS.items()))
+    about = "\n\n".join(__doc__.split("\n\n")[:2])  # the title and the commands
+    presets = [f"  {name:6} {', '.join(f'{k} {v}' for k, v in values.items()) or 'the defaults'}" for name, values in PRESETS.items()]
+    parser = Parser(usage="python train_lm.py [options]", description=about, epilog="presets:\n" + "\n".join(presets),
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", dest="preset", action="store_const", const="small", default=argparse.SUPPRESS, help="= --preset small")
     for f in dataclasses.fields(Config):
         text, flag = f.metadata["help"], "--" + f.name.replace("_", "-")
@@ -472,7 +474,8 @@ def validate(cfg, world):
     if cfg.steps < 0 or cfg.save_every < 1 or cfg.eval_every < 1:
         raise UserError("--steps must be at least 0, --save-every and --eval-every at least 1")
     if cfg.width % cfg.heads or cfg.heads % cfg.groups or cfg.head_width % 4:
-        raise UserError(f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4, --groups {cfg.groups} the heads")
+        raise UserError(f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4, and "
+                        f"--groups {cfg.groups} the heads")
     block = {"gqa": 1, "nsa": cfg.nsa_block, "asa": ASA_BLOCK}[cfg.attn]
     if cfg.context % block:
         raise UserError(f"--context {cfg.context} must be a multiple of {block}, the selection block of {cfg.attn}")
@@ -678,7 +681,8 @@ def train(cfg, given):
             dist.all_reduce(state)  # so that all processes stop at the same step
         total, stopping = state.tolist()
         if not math.isfinite(total):
-            run.say(f"stopped  the loss is {total} at step {step}: nothing saved since the last checkpoint in {run.folder}; try a lower --lr")
+            run.say(f"stopped  the loss is {total} at step {step}: nothing saved since the last checkpoint in {run.folder}; "
+                    "try a lower --lr")
             return 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
