@@ -110,7 +110,7 @@ class Config:
 
 PRESETS = {
     "small": dict(layers=4, width=128, heads=4, groups=2, window=16, blocks=8, nsa_blocks=4, nsa_block=32, keys=1, recall=0.8,
-                  context=256, batch=8, micro=8, steps=450, lr=3e-3),
+                  context=256, batch=8, micro=8, steps=400, lr=3e-3),
     "base": dict(),
     "340m": dict(layers=24, width=1024, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16,
                  context=8192, batch=32, micro=2, steps=20000, lr=3e-4, recompute=True),
