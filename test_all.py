@@ -701,7 +701,7 @@ def test_recall_documents_can_be_known():
         data = prepared(pathlib.Path(tmp), preset="small", context=512)
         seen = 0
         for seed in range(20):
-            doc, asked = data.recall("train", np.random.default_rng(seed), 5)
+            doc, asked = data.recall("train", np.random.default_rng(seed), data.cfg.context, 5)
             text = bytes(min(int(t), 255) for t in doc).decode("latin1")
             assert len(doc) == 513
             for distance, begin, end in asked:

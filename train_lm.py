@@ -62,7 +62,7 @@ class Config:
     heads: int = option(8, "query heads H; the head width D is C / H")
     groups: int = option(2, "groups of heads G: key-value heads of gqa and nsa, latents of asa's global layers")
     ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32")
-    window: int = option(128, "tokens in the window of nsa and of asa's local layers, the query's own included")
+    window: int = option(64, "tokens in the window of nsa and of asa's local layers, the query's own included")
     blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers")
     nsa_blocks: int = option(8, "blocks in a list of nsa: by default the tokens of asa's global layers, spread over all layers")
     nsa_block: int = option(64, "tokens in a selection block of nsa (compression: 32 tokens every 16)")
@@ -74,12 +74,13 @@ class Config:
     data: list = option([], "text files to train on (default: Python's own help texts for small, its library's sources otherwise)")
     tokenizer: str = option("bytes", "bytes, or an encoding that tiktoken knows by name (it may download it)")
     recall: float = option(0.5, "share of the documents that get key=value pairs to recall")
-    keys: int = option(16, "pairs in a section of such a document: 1 to this many in training, this many in evaluation")
+    keys: int = option(1, "pairs in a section of such a document: 1 to this many in training, this many in evaluation")
     # training
     context: int = option(4096, "tokens per sequence T")
     batch: int = option(8, "sequences per step, over all processes")
     micro: int = option(8, "sequences per forward pass and process: lower it when memory runs out")
-    steps: int = option(1400, "optimizer steps")
+    grow: float = option(0.6, "share of the steps in which sequences grow from 256 tokens to the context, as many tokens a step")
+    steps: int = option(1000, "optimizer steps")
     lr: float = option(1e-3, "highest learning rate; warm-up over the first 5 %% of the steps, cosine to a tenth")
     seed: int = option(0, "seeds weights, batches and samples")
     device: str = option("auto", "auto, cpu or cuda")
@@ -109,7 +110,7 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(layers=4, width=128, heads=4, groups=2, window=16, blocks=8, nsa_blocks=4, nsa_block=32, keys=1, recall=0.8,
+    "small": dict(layers=4, width=128, heads=4, groups=2, window=16, blocks=8, nsa_blocks=4, nsa_block=32, recall=0.8,
                   context=256, batch=8, micro=8, steps=400, lr=3e-3),
     "base": dict(),
     "340m": dict(layers=24, width=1024, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16,
@@ -307,11 +308,11 @@ class Data:
         self.tokens = {part: np.memmap(folder / f"{part}.bin", self.info["dtype"], "r") for part in ("train", "val")}
         self.bytes_per_token = self.info["val_bytes"] / self.info["val"]
 
-    def crop(self, part, rng):
-        start = rng.integers(len(self.tokens[part]) - self.cfg.context - 1)
-        return self.tokens[part][start : start + self.cfg.context + 1].astype(np.int64)  # (T + 1,)
+    def crop(self, part, rng, T):
+        start = rng.integers(len(self.tokens[part]) - T - 1)
+        return self.tokens[part][start : start + T + 1].astype(np.int64)  # (T + 1,)
 
-    def recall(self, part, rng, keys=None):
+    def recall(self, part, rng, T, keys=None):
         """A crop with statements like <qz=H> strewn in, told again and again: sections of any length, each with pairs of its own.
 
         When a key comes back, only a look at where it was told before gives its value; guessing is right 1 time in 26. Worked example,
@@ -320,7 +321,7 @@ class Data:
               long document with many pairs alone teaches nothing for a long time.
         -> tokens (T + 1,), and a list of (tokens back to where it was last told, where the value begins, where it ends).
         """
-        T, text, doc, asked = self.cfg.context, self.crop(part, rng).tolist(), [], []
+        text, doc, asked = self.crop(part, rng, T).tolist(), [], []
         between = lambda low, high: float(np.exp(rng.uniform(math.log(low), math.log(high))))  # log-uniform
         letters = lambda first, n: "".join(map(chr, first + rng.integers(26, size=n)))
         while len(doc) <= T:
@@ -340,20 +341,30 @@ class Data:
                 doc += lead + value + end
         return np.array(doc[: T + 1]), asked
 
+    def length(self, step):
+        """T of a step: the context, halved as often as 256 tokens allow, doubles at equal steps. What to look back for is learned
+        among few tokens, then kept: from 4096 tokens on, recall is not learned in the steps that we give it."""
+        lengths = [self.cfg.context]
+        while lengths[0] >= 512 and lengths[0] % 128 == 0:
+            lengths.insert(0, lengths[0] // 2)
+        phases = (len(lengths) - 1) * step / max(1, self.cfg.grow * self.cfg.steps)
+        return lengths[min(int(phases), len(lengths) - 1)]
+
     def batch(self, step, rank=0, world=1):
-        """The rows of a step that belong to one of `world` processes: inputs, targets, weights of the targets (batch / world, T) each."""
-        rows, weights = [], []
-        for row in range(rank, self.cfg.batch, world):
-            rng, weight = np.random.default_rng([self.cfg.seed, step, row]), np.ones(self.cfg.context, np.float32)
+        """The rows of a step that belong to one of `world` processes: inputs, targets, weights of the targets (N / world, T) each,
+        where N T = batch x context at every length T."""
+        T, rows, weights = self.length(step), [], []
+        for row in range(rank, self.cfg.batch * self.cfg.context // T, world):
+            rng, weight = np.random.default_rng([self.cfg.seed, step, row]), np.ones(T, np.float32)
             if rng.random() < self.cfg.recall:
-                doc, asked = self.recall("train", rng)
+                doc, asked = self.recall("train", rng, T)
                 for _, begin, end in asked:
                     weight[begin - 1 : end - 1] = ANSWER_WEIGHT
             else:
-                doc = self.crop("train", rng)
+                doc = self.crop("train", rng, T)
             rows.append(doc)
             weights.append(weight)
-        rows = torch.from_numpy(np.stack(rows))  # (batch / world, T + 1)
+        rows = torch.from_numpy(np.stack(rows))  # (N / world, T + 1)
         return rows[:, :-1], rows[:, 1:], torch.from_numpy(np.stack(weights))
 
 
@@ -368,8 +379,8 @@ def evaluate(model, data, device, amp):
     documents = min(64, max(16, 2**17 // cfg.context))  # of each kind
     model.eval()
     rng = np.random.default_rng([cfg.seed, 2**31])  # the same documents at every evaluation
-    plain = np.stack([data.crop("val", rng) for _ in range(documents)])  # (documents, T + 1)
-    made = [data.recall("val", rng, cfg.keys) for _ in range(documents)]
+    plain = np.stack([data.crop("val", rng, cfg.context) for _ in range(documents)])  # (documents, T + 1)
+    made = [data.recall("val", rng, cfg.context, cfg.keys) for _ in range(documents)]
     nats, hits = [], []
     for i in range(0, documents, cfg.micro):
         rows = torch.from_numpy(plain[i : i + cfg.micro]).to(device)
@@ -483,8 +494,9 @@ def validate(cfg, world):
         raise UserError("--nsa-block must be a multiple of 16, at least 32; --blocks and --nsa-blocks at least 3 (3 are forced)")
     if cfg.batch % world or cfg.batch // world % min(cfg.micro, cfg.batch // world):
         raise UserError(f"--batch {cfg.batch} must be a multiple of {world} processes x --micro {cfg.micro}")
-    if not 0 <= cfg.recall <= 1:
-        raise UserError(f"--recall {cfg.recall} is a share, 0 to 1")
+    for name in ("recall", "grow"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise UserError(f"--{name} {getattr(cfg, name)} is a share, 0 to 1")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this computer has no GPU that torch can use; leave the option away for the CPU")
 
@@ -657,8 +669,7 @@ def train(cfg, given):
     header(cfg, run, data, model, hardware, world, step)
 
     # 3) training
-    micro = min(cfg.micro, cfg.batch // world)
-    accumulate = cfg.batch // world // micro
+    accumulate = cfg.batch // world // min(cfg.micro, cfg.batch // world)
     first, timed = step, []
     rows = data.batch(step, rank, world)
     bar = tqdm(total=cfg.steps, initial=step, disable=None if rank == 0 else True, unit="step", leave=False)
@@ -668,8 +679,8 @@ def train(cfg, given):
         for group in optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=device)
-        for i in range(accumulate):
-            x, y, w = (t[i * micro : (i + 1) * micro].to(device, non_blocking=True) for t in rows)  # (b, T) each
+        for i, part in enumerate(zip(*(t.chunk(accumulate) for t in rows))):
+            x, y, w = (t.to(device, non_blocking=True) for t in part)  # (b, T) each
             with contextlib.nullcontext() if i == accumulate - 1 or world == 1 else runner.no_sync(), amp():
                 loss = F.cross_entropy(runner(x).float().transpose(1, 2), y, reduction="none")  # (b, T)
                 (loss * w).mean().div(accumulate).backward()
