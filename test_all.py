@@ -716,6 +716,18 @@ def test_recall_documents_can_be_known():
         assert seen > 40
 
 
+def test_sequences_grow_to_the_context():
+    with tempfile.TemporaryDirectory() as tmp:
+        data = prepared(pathlib.Path(tmp), preset="small", context=1024, batch=2, steps=10, grow=0.4)
+        assert [data.length(step) for step in range(10)] == [256] * 2 + [512] * 2 + [1024] * 6, [data.length(s) for s in range(10)]
+        for step in (0, 2, 9):
+            x, y, w = data.batch(step)
+            assert x.shape == y.shape == w.shape == (2048 // data.length(step), data.length(step)), "as many tokens at every step"
+            assert torch.equal(data.batch(step, 1, 2)[0], x[1::2])
+        data.cfg.grow = 0.0
+        assert data.length(0) == 1024 and prepared(pathlib.Path(tmp), preset="small", context=320).length(0) == 320
+
+
 def test_batches_depend_on_seed_step_and_row_alone():
     with tempfile.TemporaryDirectory() as tmp:
         data = prepared(pathlib.Path(tmp), preset="small", context=64, batch=32, keys=2)

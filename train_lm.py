@@ -342,8 +342,8 @@ class Data:
         return np.array(doc[: T + 1]), asked
 
     def length(self, step):
-        """T of a step: the context, halved as often as 256 tokens allow, doubles at equal steps. What to look back for is learned
-        among few tokens, then kept: from 4096 tokens on, recall is not learned in the steps that we give it."""
+        """T of a step: 256 tokens or a little more at first, doubled at equal distances until it is the context (after `grow` of the
+        steps). What to look back for is learned among few tokens in few steps, and then kept; among 4096 it is not learned."""
         lengths = [self.cfg.context]
         while lengths[0] >= 512 and lengths[0] % 128 == 0:
             lengths.insert(0, lengths[0] // 2)
@@ -420,9 +420,12 @@ def count_caches(cfg):
 
 # What a run with a preset's own settings reaches: bits per byte at most, recall beyond the window at least.
 EXPECTED = {
-    ("small", "gqa"): (3.0, 0.0),
-    ("small", "nsa"): (3.0, 0.0),
-    ("small", "asa"): (3.0, 0.0),
+    ("small", "gqa"): (2.55, 0.9),
+    ("small", "nsa"): (2.5, 0.9),
+    ("small", "asa"): (2.6, 0.9),
+    ("base", "gqa"): (0.95, 0.9),
+    ("base", "nsa"): (1.05, 0.9),
+    ("base", "asa"): (0.92, 0.9),
 }
 
 
@@ -732,7 +735,7 @@ def report(cfg, run, data, model, found, device, speed, seconds):
     prompt = torch.from_numpy(data.tokens["val"][:64].astype(np.int64))[None].to(device)  # (1, 64)
     tokens = generate(model, prompt, 192, generator=torch.Generator(device).manual_seed(cfg.seed))[0].tolist()
     caches, memory = count_caches(cfg), peak_memory(device)
-    bpb, recall = EXPECTED.get((cfg.preset, cfg.attn), (3.0, 0.0))
+    bpb, recall = (3.0, 0.0) if cfg.data else EXPECTED.get((cfg.preset, cfg.attn), (3.0, 0.0))  # other text, other bits
     beyond = (found["recall_beyond"] or [0.0])[0]
     ok = found["bpb"] <= bpb and beyond >= recall
     run.say(
