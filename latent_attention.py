@@ -81,10 +81,13 @@ class SlotCache:
         """Write the first count[b] of T new entries behind row b's length; return what the new queries have to read.
 
         new: one (B, heads, T, width) per quantity; pos (B, T) their positions; count (B,) with 0 <= count <= T, the rest is padding.
+        count None: nothing is written, the queries read what lies there (a draft of mtp.py).
         -> (*data, positions (B, heads, S)). These are the buffers themselves, except when more than `margin` tokens enter a ring at
         once: then the first of them still need slots that the last of them overwrite, and old and new entries are returned side by
         side (S + T). Raises RuntimeError when a row is full (on a GPU as an asynchronous device assertion).
         """
+        if count is None:
+            return [*self.data, self.pos]
         T, S = pos.shape[1], self.pos.shape[2]
         pos = pos[:, None].expand(-1, self.pos.shape[1], -1).to(self.pos.dtype)  # (B, heads, T)
         read = None
@@ -191,7 +194,8 @@ class GQA(nn.Module):
     """Dense grouped-query attention, exactly a Llama layer's; MHA with G = H, MQA with G = 1. Caches 2 G D numbers per token.
 
     forward(x (B, T, C), pos (B or 1, T), cache, count (B,)) -> (B, T, C). Without a cache: the whole text at once, position t at row t.
-    With one: T new tokens per row, of which count[b] are real, are appended, and read all that lies before them.
+    With one: T new tokens per row, of which count[b] are real, are appended, and read all that lies before them; with count None they
+    only read. source (B, T, C): keys and values come from it instead of x; row t of x reads rows up to t of it (both for mtp.py).
     Every attention layer of this project has these two methods.
     """
 
@@ -206,10 +210,11 @@ class GQA(nn.Module):
     def new_cache(self, batch, max_len, margin=8, **kind):
         return {"tokens": SlotCache(batch, max_len, ((self.groups, self.head_width),) * 2, margin=margin, **kind)}
 
-    def forward(self, x, pos, cache=None, count=None):
+    def forward(self, x, pos, cache=None, count=None, source=None):
+        source = x if source is None else source
         q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
-        k = rope(split_heads(self.k(x), self.groups), pos, self.base)  # (B, G, T, D)
-        v = split_heads(self.v(x), self.groups)  # (B, G, T, D)
+        k = rope(split_heads(self.k(source), self.groups), pos, self.base)  # (B, G, T, D)
+        v = split_heads(self.v(source), self.groups)  # (B, G, T, D)
         if cache is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
         else:
@@ -245,11 +250,12 @@ class LatentAttention(nn.Module):
         widths = ((self.latents, self.rank), (1, self.rotary))
         return {"tokens": SlotCache(batch, max_len, widths, window=self.window, margin=margin, **kind)}
 
-    def project(self, x, pos):
+    def project(self, x, pos, source=None):
         """x (B, T, C) -> q_c (B, H, T, D), q_r (B, H, T, P), and what is cached: c (B, G, T, R), k_r (B, 1, T, P)."""
+        source = x if source is None else source
         q = split_heads(self.q_up(self.q_norm(self.q_down(x))), self.heads)  # (B, H, T, D + P)
         q_c, q_r = q.split([q.shape[-1] - self.rotary, self.rotary], dim=-1)
-        c, k_r = self.kv_down(x).split([self.latents * self.rank, self.rotary], dim=-1)  # (B, T, GR), (B, T, P)
+        c, k_r = self.kv_down(source).split([self.latents * self.rank, self.rotary], dim=-1)  # (B, T, GR), (B, T, P)
         c = self.kv_norm(split_heads(c, self.latents))  # (B, G, T, R)
         return q_c, rope(q_r, pos, self.base), c, rope(k_r[:, None], pos, self.base)
 
@@ -281,8 +287,8 @@ class LatentAttention(nn.Module):
         """The same sum on the latents themselves -> (B, T, C)."""
         return self.finish(attend(self.absorb(q_c, q_r).to(c.dtype), self.join(c, k_r), c, mask, self.scale))
 
-    def forward(self, x, pos, cache=None, count=None):
-        q_c, q_r, c, k_r = self.project(x, pos)
+    def forward(self, x, pos, cache=None, count=None, source=None):
+        q_c, q_r, c, k_r = self.project(x, pos, source)
         if cache is None:
             return self.materialised(q_c, q_r, c, k_r)
         c, k_r, k_pos = cache["tokens"].append(c, k_r, pos=pos, count=count)  # (B, G, S, R), (B, 1, S, P), (B, heads, S)

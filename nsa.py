@@ -50,6 +50,8 @@ def compressed_entries(compress, parts, k_pos, pos, l, d, cache=None, count=None
     -> (*entries (B, G, N, width), positions (B or 1, heads or 1, N)): the position of a block is that of its last token.
     """
     T, inside = pos.shape[1], torch.arange(l, device=pos.device)
+    if cache is not None and count is None:
+        return [*cache.data, cache.pos]
     if cache is None:
         ids = torch.arange(blocks_done(T, l, d), device=pos.device)[None]  # (1, N)
         slot = ids[..., None] * d + inside  # (1, N, l): position t lies in row t
@@ -199,9 +201,9 @@ class NSA(nn.Module):
         """Blocks of un-rotated k, v (B, G, N, l, D) -> one entry each (B, G, N, D), not rotated yet."""
         return self.phi_k(k), self.phi_v(v)
 
-    def forward(self, x, pos, cache=None, count=None, trace=None):
+    def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
         q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
-        k0, v0, k1, v1, k2, v2 = split_heads(self.kv(x), 6 * self.groups).chunk(6, dim=1)  # (B, G, T, D) each
+        k0, v0, k1, v1, k2, v2 = split_heads(self.kv(x if source is None else source), 6 * self.groups).chunk(6, dim=1)  # (B, G, T, D) each
         k1, k2 = rope(k1, pos, self.base), rope(k2, pos, self.base)
         pos0 = pos1 = pos[:, None]  # (1, 1, T)
         if cache is not None:
@@ -276,8 +278,8 @@ class ASAGlobal(LatentAttention):
         k_r = rope(k_r.flatten(1, 2), turn[None], self.base).unflatten(1, k_r.shape[1:3])  # (B, 1, N, 16, P)
         return c, k_r.mean(-2)
 
-    def forward(self, x, pos, cache=None, count=None, trace=None):
-        q_c, q_r, c, k_r = self.project(x, pos)
+    def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
+        q_c, q_r, c, k_r = self.project(x, pos, source)
         q = self.absorb(q_c, q_r)  # (B, H, T, R + P)
         k_pos = pos[:, None]  # (1, 1, T)
         if cache is not None:

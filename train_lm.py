@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import mtp
 from latent_attention import GQA, LatentAttention, RMSNorm, cache_bytes
 from nsa import ASA_BLOCK, NSA, ASAGlobal
 
@@ -70,6 +71,7 @@ class Config:
     tied: bool = option(False, "the output matrix is the embedding")
     rope_base: float = option(10000.0, "base of the rotary frequencies")
     norm_eps: float = option(1e-6, "epsilon of RMSNorm")
+    mtp: int = option(0, "depths K of a multi-token prediction module, trained beside the model (mtp.py); 0 = none")
     # data
     data: list = option([], "text files to train on (default: Python's own help texts for small, its library's sources otherwise)")
     tokenizer: str = option("bytes", "bytes, or an encoding that tiktoken knows by name (it may download it)")
@@ -120,7 +122,7 @@ PRESETS = {
 }
 ANSWER_WEIGHT = 10  # in the loss, of an answer in a recall document: unweighted, 1 token in 50 teaches recall, and slowly
 # what a resumed run cannot change
-FIXED = "data attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps tokenizer".split()
+FIXED = "data attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps mtp tokenizer".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -169,8 +171,8 @@ class Block(nn.Module):
         self.up = nn.Linear(cfg.width, ffn, bias=False)
         self.down = nn.Linear(ffn, cfg.width, bias=False)
 
-    def forward(self, x, pos, cache=None, count=None):  # x (B, T, C), pos (B or 1, T)
-        x = x + self.attn(self.attn_norm(x), pos, cache, count)
+    def forward(self, x, pos, cache=None, count=None, source=None):  # x, source (B, T, C), pos (B or 1, T)
+        x = x + self.attn(self.attn_norm(x), pos, cache, count, source if source is None else self.attn_norm(source))
         y = self.ffn_norm(x)  # (B, T, C)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
@@ -193,6 +195,7 @@ class LM(nn.Module):
                     out.weight.mul_((2 * cfg.layers) ** -0.5)
         if cfg.tied:
             self.embed.weight = self.head.weight
+        self.mtp = mtp.MTP(Block(cfg, 0), cfg.width, cfg.norm_eps) if cfg.mtp else None  # last: the trunk's start is the same without
 
     def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device=None):
         """A cache for `batch` rows of up to max_len tokens; at most `margin` tokens can be taken back at once."""

@@ -1,0 +1,462 @@
+"""How many tokens one read yields: draft several with one small module, verify them in one pass, keep the distribution as it was.
+
+Decoding is bound by reading the weights and the cache, once per token. Multi-token prediction (MTP) adds one block to a model, unrolled K
+times: depth k guesses the token k + 1 places ahead. The model then reads all K guesses at once and keeps as many as its own distribution
+supports, and always one more token: the text is distributed exactly as without drafts, only sooner.
+
+    1) draft     the module samples d_1 .. d_g, each from its own distribution q_k          one block each
+    2) verify    the trunk reads the pending token and the drafts: g + 1 distributions p     one pass
+    3) accept    d_k with probability min(1, p_k / q_k), up to the first refusal; then one token from (p - q)+, or from p_{g+1}
+    4) commit    stop tokens and limits; log p of what was sampled; every row at its own length
+    5) catch up  the trunk forgets refused drafts; the module makes its entries again from the trunk's states
+
+Training (3.1 of the losses below: CE first, then end-to-end TV) happens on a frozen trunk by self-distillation (`equip`) or beside it
+(`train_lm.py --mtp K`); the trunk never gets a gradient from it. All rows of a batch accept different numbers of drafts; rows that end are
+refilled. On a GPU a whole round is one CUDA graph. How many drafts pay, possibly none, is measured all the time.
+
+Does NOT include: trees of drafts, reduced draft vocabularies, top-p.
+Run `python mtp.py` to see a sentence with its drafts, `python mtp.py --equip out/base-gqa` to add a module to a run of train_lm.py,
+`python mtp.py --bench out/base-gqa` to time it. Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (the module);
+FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL 2026, 1871), which this file
+follows, only the abstract is available to us: K, the losses, the detach points and the drafting are ours.
+
+Letters as in latent_attention.py; K depths, g <= K drafts in a round, V vocabulary. p target, q draft distribution. 0-based: row s holds
+the trunk's state h_s at token x_s, which predicts x_{s+1}; depth k of row s predicts x_{s+k+1}.
+
+This file knows no model class. A trunk is anything with hidden(tokens, cache, count) -> (B, T, C) after the final norm, new_cache(batch,
+max_len, margin, dtype), embed.weight (V, C) and head.weight (V, C); a block is anything like train_lm.Block.
+"""
+import argparse
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The module
+
+
+class MTP(nn.Module):
+    """One block for all depths: DeepSeek-V3's module at depth 1, fed with its own output from depth 2 on. No weight depends on K.
+
+    Which keys and values a row sees is the same in training and in drafting: at every depth those that depth 1 made of rows <= s. So a
+    draft behind the first reads the module's cache and writes nothing (GLM-5.2's choice).
+    """
+
+    def __init__(self, block, width, eps=1e-6):
+        super().__init__()
+        self.norm_h, self.norm_e, self.norm = (nn.RMSNorm(width, eps=eps) for _ in range(3))
+        self.join = nn.Linear(2 * width, width, bias=False)
+        self.block = block
+
+    def forward(self, h, e, pos, cache=None, count=None, source=None):
+        """h (B, T, C) state of the depth before (depth 1: the trunk's), e (B, T, C) embedding of the token it predicted, pos (B or 1, T)
+        of the rows -> (state (B, T, C), the block's input (B, T, C)); source: depth 1's input, where there is no cache."""
+        u = self.join(torch.cat([self.norm_h(h), self.norm_e(e)], dim=-1))  # (B, T, C)
+        return self.norm(self.block(u, pos, cache, count, source)), u
+
+    def unroll(self, h, tokens, embed, K):
+        """All depths of a text at once, teacher-forced: h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K].
+
+        h and embed are detached here: nothing that is made of the result gives the trunk a gradient. Within the module it flows through
+        all depths.
+        """
+        e, h, source, states = F.embedding(tokens, embed.detach()), h.detach(), None, []  # (B, T, C)
+        for k in range(1, K + 1):
+            rows = tokens.shape[1] - k
+            pos = torch.arange(rows, device=tokens.device)[None]  # (1, T - k)
+            h, u = self(h[:, :rows], e[:, k:], pos, source=source)  # (B, T - k, C) twice
+            source = u[:, :-1] if source is None else source[:, :-1]
+            states.append(h)
+        return states
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Losses: z logits and p target probabilities (..., V) -> (...)
+
+
+def law(logits, temperature):
+    """The distribution that is sampled from: softmax(logits / temperature) in fp32 or better; at 0 all mass on the best token."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(-1)
+
+
+def soft_ce(z, p):
+    """Cross entropy to the trunk's distribution. Gradient q - p: the same as CE's on samples of p, without their noise."""
+    return -(p * z.log_softmax(-1)).sum(-1)
+
+
+def tv(z, p):
+    """Total variation 1 - sum min(p, q) = the probability that a sampled draft is refused. Its gradient is proportional to q: dead from a
+    cold start, so CE comes first."""
+    return 1 - torch.minimum(p, z.softmax(-1)).sum(-1)
+
+
+def depth_masks(mask, K):
+    """Which rows count at depth k: those whose tokens x_{s+1} .. x_{s+k+1} all do. mask (B, T) of 0 and 1 -> [(B, T - k - 1) for k = 1..K]."""
+    masks, m = [], mask[:, 1:]  # (B, T - 1)
+    for k in range(1, K + 1):
+        m = m[:, :-1] * mask[:, k + 1 :]  # (B, T - k - 1)
+        masks.append(m)
+    return masks
+
+
+def draft_loss(kind, states, head, p, tokens, mask, temperature=1.0, decay=0.6):
+    """The loss of all depths, one number.
+
+    kind    "ce" hard targets x_{s+k+1} | "soft" | "tv" | "e2e"
+    states  of MTP.unroll, head (V, C), p (B, T, V) the trunk's law at the same temperature, tokens (B, T), mask (B, T): 1 on tokens that
+            count (the answer, its stop token included). p and head are detached here.
+    The first three sum the depths' means with weights decay^(k-1), normalised (FastMTP). End-to-end TV is 1 - the expected share of
+    accepted drafts, 1 - 1/K sum_k prod_{i<=k} (1 - TV_i), every product over depths of one row: the weights come out by themselves.
+    """
+    head, p, masks = head.detach(), p.detach(), depth_masks(mask.to(p.dtype), len(states))
+    weights = torch.tensor([decay**k for k in range(len(states))])
+    total, weight_sum, alive = 0.0, 0.0, None
+    for k, (h, m) in enumerate(zip(states, masks), 1):
+        rows = m.shape[1]  # T - k - 1: those with a target
+        z = F.linear(h[:, :rows], head).to(p.dtype) / temperature  # (B, rows, V)
+        target = p[:, k : k + rows]  # (B, rows, V)
+        if kind == "e2e":
+            kept = 1 - tv(z, target)  # (B, rows)
+            alive = kept if alive is None else alive[:, :rows] * kept
+            total, weight_sum = total + (m * (1 - alive)).sum(), weight_sum + m.sum()
+            continue
+        if kind == "ce":
+            loss = F.cross_entropy(z.transpose(1, 2), tokens[:, k + 1 :], reduction="none")  # (B, rows)
+        else:
+            loss = {"soft": soft_ce, "tv": tv}[kind](z, target)  # (B, rows)
+        total = total + weights[k - 1] / weights.sum() * (m * loss).sum() / m.sum().clamp(min=1)
+    return total / weight_sum.clamp(min=1) if kind == "e2e" else total
+
+
+@torch.no_grad()
+def expected_acceptance(states, head, p, tokens, mask, temperature=1.0, greedy=False):
+    """The probability that drafts 1..k are all accepted, without drafting: (K,), on text that was sampled from p.
+
+    sum_v min(p_k, q_k) at prefixes that p wrote, reweighted to those that accepted drafts write: prod_{i<k} min(1, q_i(x_i) / p_i(x_i)).
+    """
+    found, weight = [], None
+    for k, (h, m) in enumerate(zip(states, depth_masks(mask.to(p.dtype), len(states))), 1):
+        rows = m.shape[1]
+        z = F.linear(h[:, :rows], head).to(p.dtype)  # (B, rows, V)
+        q, target = law(z, 0 if greedy else temperature), p[:, k : k + rows]  # (B, rows, V)
+        weight = m if weight is None else weight[:, :rows] * m
+        found.append((weight * torch.minimum(target, q).sum(-1)).sum() / m.sum().clamp(min=1))
+        x = tokens[:, k + 1 :, None]  # (B, rows, 1)
+        weight = weight * (q.gather(-1, x) / target.gather(-1, x).clamp(min=1e-30)).clamp(max=1)[..., 0]
+    return torch.stack(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3) Verification
+
+
+def sample(p):
+    """p (..., V) -> tokens (...): argmax of p / Exp(1) is distributed as p, on any device and inside a CUDA graph."""
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+
+def accept(p, q, drafts):
+    """Rejection sampling: the accepted drafts and the token after them are distributed as p. Greedy drafts have a one-hot q.
+
+    p (B, g+1, V) target laws at the pending token and each draft, q (B, g, V) draft laws, drafts (B, g) ~ q
+    -> n (B,) accepted drafts, the next token (B,), and alpha (B, g) = sum_v min(p, q), the chance that draft k had.
+    """
+    g, at = drafts.shape[1], drafts[..., None]
+    u = torch.rand(drafts.shape, device=p.device, dtype=p.dtype)  # (B, g)
+    ok = u * q.gather(-1, at)[..., 0] < p[:, :g].gather(-1, at)[..., 0]  # (B, g): u < p / q
+    n = ok.long().cumprod(1).sum(1)  # (B,)
+    here = n[:, None, None].expand(-1, 1, p.shape[-1])  # (B, 1, V)
+    # The residual (p - q)+ at the refused draft; behind the last draft q is 0 and the bonus is drawn from p_{g+1} itself.
+    p_n, q_n = p.gather(1, here)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # (B, V)
+    rest = (p_n - q_n).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)  # p = q up to rounding
+    return n, sample(rest), torch.minimum(p[:, :g], q).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The decoding engine
+
+
+class Pace:
+    """How many drafts pay, by measurement: expected tokens of a round, from counted acceptance, over its seconds."""
+
+    def __init__(self, K, fixed=None):
+        self.K, self.fixed = K, fixed
+        self.seconds = {}  # drafts -> seconds of a round
+        self.reached, self.accepted = [0.0] * K, [0.0] * K  # per depth, fading
+        self.last, self.quiet, self.wait = None, 0, 4  # the best so far; segments since all depths were tried; when to try them again
+
+    def tokens(self, g):
+        """Expected tokens of a round with g drafts: 1 + sum of the cumulative acceptance rates."""
+        total = alive = 1.0
+        for reached, accepted in zip(self.reached[:g], self.accepted[:g]):
+            alive *= accepted / max(reached, 1e-9)
+            total += alive
+        return total
+
+    def best(self):
+        low, high = self.seconds[0], self.seconds[self.K]
+        guess = lambda g: self.seconds.get(g, low + (high - low) * (g + 1) / (self.K + 1))  # drafting and catching up cost in proportion
+        return max(range(self.K + 1), key=lambda g: self.tokens(g) / guess(g))
+
+    def choose(self):
+        """Drafts of the next segment. Both ends are measured first; a deeper draft than the best is tried again, ever more rarely."""
+        if self.fixed is not None or not self.K:
+            return self.fixed or 0
+        for g in (self.K, 0):
+            if g not in self.seconds:
+                return g
+        best = self.best()
+        if best != self.last:
+            self.last, self.wait = best, 4
+        self.quiet += 1
+        if best == self.K or self.quiet < self.wait:
+            return best
+        self.quiet, self.wait = 0, min(2 * self.wait, 64)
+        return self.K
+
+    def update(self, g, seconds, reached, accepted):
+        """After a segment: its seconds per round, and counts per depth (K,)."""
+        old = self.seconds.get(g, seconds)
+        self.seconds[g] = min(seconds, 0.7 * old + 0.3 * seconds)  # disturbances only ever make it longer
+        for k in range(g):
+            self.reached[k] = 0.9 * self.reached[k] + reached[k]
+            self.accepted[k] = 0.9 * self.accepted[k] + accepted[k]
+
+
+class Decoder:
+    """Batched generation with or without drafts, from preallocated caches.
+
+    trunk, mtp   see above; mtp None or drafts 0: plain decoding
+    batch        rows that are decoded at once; longer lists of prompts refill the rows that end
+    max_len      most tokens of a row, prompt included
+    K            most drafts in a round
+    temperature  of the target; greedy: drafts are the module's best tokens instead of samples
+    stop         a token that ends a row, or None
+    drafts       None: as many as pay; else always so many
+    Weights may change between calls (in place, as optimizers do): graphs stay valid.
+    """
+
+    SEGMENT = 8  # rounds between two looks of the host
+    LATE = 64  # states kept while no drafts are made, so that the module can catch up
+
+    def __init__(self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, greedy=False, drafts=None):
+        self.trunk, self.mtp, self.K = trunk, mtp, K if mtp is not None else 0
+        self.max_len, self.temperature, self.stop, self.greedy = max_len, temperature, stop, greedy
+        self.embed, self.head = trunk.embed.weight, trunk.head.weight  # (V, C)
+        device, C = self.embed.device, self.embed.shape[1]
+        kind = {"dtype": self.embed.dtype, "device": device}
+        room, margin = max_len + self.K + 1, self.K + 1
+        self.cache = trunk.new_cache(batch, room, margin, dtype=kind["dtype"])
+        self.text = torch.zeros(batch, room + 1, dtype=torch.long, device=device)  # prompt, answer, room for a round's overhang
+        self.logp = torch.zeros(batch, room + 1, device=device)  # of every sampled token under p
+        self.known = torch.ones(batch, dtype=torch.long, device=device)  # tokens of a row; the last of them is pending: not in the cache
+        self.limit = torch.ones(batch, dtype=torch.long, device=device)  # where a row ends
+        self.active = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(4, max(1, self.K), device=device, dtype=torch.double)  # reached, accepted, expected | rounds of rows
+        if self.K:
+            self.own = mtp.block.attn.new_cache(batch, room, margin, **kind)  # the module's cache
+            self.own_seen = torch.zeros(batch, dtype=torch.long, device=device)
+            self.state = torch.zeros(batch, 1, C, **kind)  # depth 1 at the last row: it makes the first draft
+            self.late, self.lag = torch.zeros(batch, self.LATE, C, **kind), torch.zeros(1, dtype=torch.long, device=device)
+        self.behind = 0  # rows in late
+        self.pace, self.graphs = Pace(self.K, drafts), {}
+
+    # -- one round
+
+    def round(self, g):
+        """Draft g tokens, verify, commit. Static shapes, no look from the host. -> (drafts (B, g), accepted (B,))."""
+        before = self.known - 1  # (B,) tokens in the trunk's cache
+        pending = self.text.gather(1, before[:, None])  # (B, 1)
+
+        # 1) draft
+        drafts, q, h = [pending[:, :0]], [], None
+        for k in range(g):
+            if k == 0:
+                h = self.state  # (B, 1, C)
+            else:  # reads the module's cache, writes nothing
+                h, _ = self.mtp(h, F.embedding(drafts[-1], self.embed), before[:, None] - 1, self.own)
+            q.append(law(F.linear(h, self.head), 0 if self.greedy else self.temperature))  # (B, 1, V)
+            drafts.append(sample(q[-1]))  # (B, 1)
+        drafts = torch.cat(drafts, dim=1)  # (B, g)
+
+        # 2) verify
+        h = self.trunk.hidden(torch.cat([pending, drafts], dim=1), self.cache, self.active * (g + 1))  # (B, g + 1, C)
+        p = law(F.linear(h, self.head), self.temperature)  # (B, g + 1, V)
+
+        # 3) accept
+        if g:
+            n, last, alpha = accept(p, torch.cat(q, dim=1), drafts)  # (B,), (B,), (B, g)
+            reached = (n[:, None] >= torch.arange(g, device=n.device)) & self.active[:, None]  # (B, g)
+            passed = (n[:, None] > torch.arange(g, device=n.device)) & self.active[:, None]
+            self.counts[:3, :g] += torch.stack([reached.double(), passed.double(), alpha.double().masked_fill(~reached, 0)]).sum(1)
+        else:
+            n, last = torch.zeros_like(before), sample(p[:, 0])
+        self.counts[3, 0] += self.active.sum()
+
+        # 4) commit tokens y_0 .. y_n, as far as the stop token and the limit allow
+        j = torch.arange(g + 1, device=n.device)  # (g + 1,)
+        y = torch.where(j < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (B, g + 1)
+        take = torch.minimum(n + 1, self.limit - self.known)  # (B,)
+        if self.stop is not None:
+            stops = (y == self.stop) & (j < take[:, None])
+            take = torch.where(stops.any(1), stops.int().argmax(1) + 1, take)
+        take = take * self.active
+        place, real = self.known[:, None] + j, j < take[:, None]  # (B, g + 1)
+        logp = p.gather(-1, y[..., None])[..., 0].log().to(self.logp.dtype)  # (B, g + 1)
+        for buffer, new in ((self.text, y), (self.logp, logp)):
+            buffer.scatter_(1, place, torch.where(real, new, buffer.gather(1, place)))
+        self.known += take
+        self.active &= self.known < self.limit
+        if self.stop is not None:
+            self.active &= ~(stops & real).any(1)
+
+        # 5) catch up
+        if g:
+            self.cache.rollback(self.known - 1)
+            self.catch_up(h, take)
+        elif self.K:
+            self.late.index_copy_(1, self.lag, h)
+            self.lag += 1
+        return drafts, n
+
+    def catch_up(self, h, count):
+        """The module's entries of the next count[b] rows, from the trunk's states h (B, T, C)."""
+        pos = self.own_seen[:, None] + torch.arange(h.shape[1], device=h.device)  # (B, T)
+        e = F.embedding(self.text.gather(1, (pos + 1).clamp(max=self.text.shape[1] - 1)), self.embed)  # (B, T, C)
+        out, _ = self.mtp(h, e, pos, self.own, count)  # (B, T, C)
+        last = out.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, h.shape[2]))  # (B, 1, C)
+        self.state.copy_(torch.where(count[:, None, None] > 0, last, self.state))
+        self.own_seen += count
+
+    def close_gap(self):
+        """After rounds without drafts: all their states at once."""
+        if self.behind:
+            self.catch_up(self.late[:, : self.behind], self.known - 1 - self.own_seen)
+            self.lag.zero_()
+            self.behind = 0
+
+    def step(self, g):
+        """One round; on a GPU the second one with g drafts is captured, and replayed from then on."""
+        if self.K and not g:
+            self.behind += 1
+        if self.text.device.type != "cuda" or g not in self.graphs:
+            self.graphs[g] = None  # the first round is the warm-up that a capture needs
+            return self.round(g)
+        if self.graphs[g] is None:
+            torch.cuda.synchronize()
+            self.graphs[g] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[g]):
+                self.round(g)
+        self.graphs[g].replay()
+
+    # -- whole texts
+
+    def fill(self, rows, prompts, limits):
+        """Start texts in some rows: their old entries are forgotten, all but the last token of each prompt is read."""
+        self.close_gap()
+        longest, device = max(len(p) for p in prompts), self.text.device
+        text, length = torch.zeros(len(rows), longest, dtype=torch.long), torch.tensor([len(p) for p in prompts])
+        for i, prompt in enumerate(prompts):
+            text[i, : len(prompt)] = prompt
+        rows = torch.tensor(rows, device=device)
+        self.text[rows, :longest], self.known[rows], self.limit[rows] = text.to(device), length.to(device), torch.tensor(limits, device=device)
+        self.active[rows] = True
+        fresh = torch.zeros_like(self.active).index_fill_(0, rows, True)
+        self.cache.rollback(torch.where(fresh, 0, self.cache.seen))
+        if self.K:
+            self.state[rows], self.own_seen[rows] = 0, 0
+            for part in self.own.values():
+                part.rollback(torch.where(fresh, 0, self.max_len))
+        for start in range(0, longest - 1, 256):  # in pieces: the mask of a piece is (B, heads, 256, S)
+            stop = min(start + 256, longest - 1)
+            count = (self.known - 1 - start).clamp(0, stop - start) * fresh  # (B,)
+            h = self.trunk.hidden(self.text[:, start:stop], self.cache, count)  # (B, <= 256, C)
+            if self.K:
+                self.catch_up(h, count)
+
+    @torch.no_grad()
+    def generate(self, prompts, new):
+        """prompts: 1-D tensors of tokens (with drafts, of two or more); new: most tokens to add to each -> [(tokens, log-probabilities)] of what was added."""
+        for p in prompts:
+            least = 2 if self.K else 1  # the module reads a state and the token after it
+            if not least <= len(p) < self.max_len:
+                raise ValueError(f"a prompt of {len(p)} tokens: {least} to {self.max_len - 1} are possible here")
+        todo, answers = list(range(len(prompts)))[::-1], [None] * len(prompts)
+        owner, batch = {}, len(self.active)  # row -> prompt
+        self.active.zero_()
+        while todo or owner:
+            free = [row for row in range(batch) if row not in owner][: len(todo)]
+            if free:
+                owner.update((row, todo.pop()) for row in free)
+                chosen = [prompts[owner[row]].to(self.text.device) for row in free]
+                self.fill(free, chosen, [min(len(p) + new, self.max_len) for p in chosen])
+            self.segment()
+            alive = self.active.tolist()
+            ended = [row for row in owner if not alive[row]]
+            if ended:
+                known = self.known.tolist()
+                for row in ended:
+                    i = owner.pop(row)
+                    part = slice(len(prompts[i]), known[row])
+                    answers[i] = (self.text[row, part].clone(), self.logp[row, part].clone())
+        return answers
+
+    def segment(self):
+        """A few rounds with as many drafts as pay, timed."""
+        g = self.pace.choose()
+        if g or self.behind + self.SEGMENT + 2 > self.LATE:
+            self.close_gap()
+        while self.text.device.type == "cuda" and self.graphs.get(g) is None:  # warm-up and capture are not timed
+            self.step(g)
+        counts = self.counts.tolist()
+        start = time.perf_counter()
+        for _ in range(self.SEGMENT):
+            self.step(g)
+        new = self.counts.tolist()  # waits for the GPU
+        seconds = (time.perf_counter() - start) / self.SEGMENT
+        if self.K:
+            self.pace.update(g, seconds, *([a - b for a, b in zip(x, y)] for x, y in zip(new[:2], counts[:2])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Equipping a model that has none
+
+
+def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperature=1.0, say=print):
+    """Train the module on a frozen trunk with the trunk's own samples and own distributions: soft CE first, then end-to-end TV.
+
+    samples (N, T) tokens that the trunk wrote behind `prompt` given ones, at `temperature`. -> expected acceptance (K,), see there.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    device, rng = samples.device, torch.Generator().manual_seed(0)
+    mask = torch.ones(rows, samples.shape[1], device=device)
+    mask[:, :prompt] = 0
+    amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    start = time.time()
+    for step in range(steps):
+        kind = "soft" if step < 0.4 * steps else "e2e"
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
+        text = samples[torch.randint(len(samples), (rows,), generator=rng).to(device)]  # (rows, T)
+        with torch.no_grad(), amp():
+            h = trunk.hidden(text)  # (rows, T, C)
+            p = law(F.linear(h, trunk.head.weight), temperature)  # (rows, T, V)
+        with amp():
+            states = module.unroll(h, text, trunk.embed.weight, K)
+            loss = draft_loss(kind, states, trunk.head.weight, p, text, mask, temperature)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % max(1, steps // 10) == 0:
+            rate = expected_acceptance(states, trunk.head.weight, p, text, mask, temperature)
+            left = (time.time() - start) / (step + 1) * (steps - step - 1)
+            say(f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | length per read {1 + rate.sum():.2f} | depths "
+                f"{' '.join(f'{r:.0%}' for r in rate.tolist())} | eta {left / 60:.1f} min")
+    return rate
