@@ -21,6 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics are kept in fp32 or better by torch's own kernel."""
@@ -39,9 +41,11 @@ def rope(x, pos, base=10000.0):
     x (B, H, T, P), P even; pos (B, T) or (1, T) in tokens, fractions allowed (nsa.py rotates to the middle of a block) -> like x.
     Angles are computed in fp32 (fp64 for fp64 input). Source: arXiv 2104.09864; the half-split pairing is Llama's.
     """
+    if kernels.fast(x):
+        return kernels.rope(x, pos, base)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    freq = base ** (-torch.arange(0, x.shape[-1], 2, device=x.device, dtype=dtype) / x.shape[-1])  # (P/2,)
-    angle = pos[:, None, :, None].to(dtype) * freq  # (B, 1, T, P/2)
+    freq = base ** (-torch.arange(0, x.shape[-1], 2, device=x.device, dtype=torch.float64) / x.shape[-1])  # (P/2,)
+    angle = pos[:, None, :, None].to(dtype) * freq.to(dtype)  # (B, 1, T, P/2)
     cos, sin = angle.cos(), angle.sin()
     a, b = x.to(dtype).chunk(2, dim=-1)  # (B, H, T, P/2) each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -84,7 +88,7 @@ class SlotCache:
         count None: nothing is written, the queries read what lies there (a draft of mtp.py).
         -> (*data, positions (B, heads, S)). These are the buffers themselves, except when more than `margin` tokens enter a ring at
         once: then the first of them still need slots that the last of them overwrite, and old and new entries are returned side by
-        side (S + T). Raises RuntimeError when a row is full (on a GPU as an asynchronous device assertion).
+        side (S + T). Raises RuntimeError when a row is full (in the fast path nothing is raised here: train_lm.LM asserts for all layers).
         """
         if count is None:
             return [*self.data, self.pos]
@@ -93,6 +97,10 @@ class SlotCache:
         read = None
         if self.ring and T > self.margin:
             read = [torch.cat([old, x.to(old.dtype)], dim=2) for old, x in zip([*self.data, self.pos], [*new, pos])]  # (B, heads, S+T, ..)
+        if kernels.fast(new[0]):
+            kernels.append(self.data, self.pos, self.length, new, pos[:, 0], count)
+            self.length += count
+            return read or [*self.data, self.pos]
         if not self.ring:
             torch._assert_async((self.length + count <= S).all(), "a row of the cache is full")
 
@@ -163,6 +171,14 @@ def attend(q, k, v, mask, scale):
     return F.scaled_dot_product_attention(q.reshape(B * G, h, T, -1), k, v, mask, scale=scale).reshape(B, H, T, -1)
 
 
+def read_slots(q, k, v, q_pos, k_pos, slots, scale, window=None, k2=None):
+    """attend to what `slots` holds, keys [k ; k2] and values v as append returned them, with their positions k_pos."""
+    if kernels.fast(q) and k_pos is slots.pos and q.shape[1] // k.shape[1] * q.shape[2] <= 128:
+        return kernels.decode_attention(q, k, v, q_pos, k_pos, slots.length, scale, window, k2)
+    k = k if k2 is None else torch.cat([k, k2.expand(-1, k.shape[1], -1, -1)], dim=-1)  # (B, G, S, Dk)
+    return attend(q, k, v, visible(q_pos, k_pos, window), scale)
+
+
 def window_attention(q, k, v, window, scale):
     """Causal attention to the last `window` positions of one text, itself included, in time and memory linear in T.
 
@@ -219,7 +235,7 @@ class GQA(nn.Module):
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
         else:
             k, v, k_pos = cache["tokens"].append(k, v, pos=pos, count=count)  # (B, G, S, D) twice, (B, G, S)
-            o = attend(q.to(k.dtype), k, v, visible(pos, k_pos), self.head_width**-0.5)  # (B, H, T, D)
+            o = read_slots(q.to(k.dtype), k, v, pos, k_pos, cache["tokens"], self.head_width**-0.5)  # (B, H, T, D)
         return self.out(merge_heads(o).to(x.dtype))
 
 
@@ -292,7 +308,8 @@ class LatentAttention(nn.Module):
         if cache is None:
             return self.materialised(q_c, q_r, c, k_r)
         c, k_r, k_pos = cache["tokens"].append(c, k_r, pos=pos, count=count)  # (B, G, S, R), (B, 1, S, P), (B, heads, S)
-        return self.absorbed(q_c, q_r, c, k_r, visible(pos, k_pos, self.window)).to(x.dtype)
+        q = self.absorb(q_c, q_r).to(c.dtype)  # (B, H, T, R + P)
+        return self.finish(read_slots(q, c, c, pos, k_pos, cache["tokens"], self.scale, self.window, k_r)).to(x.dtype)
 
 
 def cache_bytes(layers):

@@ -47,15 +47,17 @@ class MTP(nn.Module):
 
     def __init__(self, block, width, eps=1e-6):
         super().__init__()
-        self.norm_h, self.norm_e, self.norm = (nn.RMSNorm(width, eps=eps) for _ in range(3))
+        self.norm_h, self.norm_e, self.norm_out = (nn.Parameter(torch.ones(width)) for _ in range(3))
+        self.eps = eps
         self.join = nn.Linear(2 * width, width, bias=False)
         self.block = block
 
     def forward(self, h, e, pos, cache=None, count=None, source=None):
         """h (B, T, C) state of the depth before (depth 1: the trunk's), e (B, T, C) embedding of the token it predicted, pos (B or 1, T)
         of the rows -> (state (B, T, C), the block's input (B, T, C)); source: depth 1's input, where there is no cache."""
-        u = self.join(torch.cat([self.norm_h(h), self.norm_e(e)], dim=-1))  # (B, T, C)
-        return self.norm(self.block(u, pos, cache, count, source)), u
+        norm = lambda x, weight: F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+        u = self.join(torch.cat([norm(h, self.norm_h), norm(e, self.norm_e)], dim=-1))  # (B, T, C)
+        return norm(self.block(u, pos, cache, count, source), self.norm_out), u
 
     def unroll(self, h, tokens, embed, K):
         """All depths of a text at once, teacher-forced: h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K].
@@ -407,6 +409,13 @@ class Decoder:
                     answers[i] = (self.text[row, part].clone(), self.logp[row, part].clone())
         return answers
 
+    def summary(self):
+        """Tokens per read and acceptance so far, counted."""
+        reached, accepted, expected, rounds = self.counts.cpu()
+        rate = lambda x: " ".join(f"{r:.0%}" for r in (x / reached.clamp(min=1)).tolist())
+        length = 1 + (accepted.sum() / rounds[0].clamp(min=1)).item()
+        return f"{length:.2f} tokens per read; each depth accepted {rate(accepted)}, expected from sum min(p, q) {rate(expected)}"
+
     def segment(self):
         """A few rounds with as many drafts as pay, timed."""
         g = self.pace.choose()
@@ -455,8 +464,128 @@ def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperatur
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % max(1, steps // 10) == 0:
-            rate = expected_acceptance(states, trunk.head.weight, p, text, mask, temperature)
+            with amp():
+                rate = expected_acceptance(states, trunk.head.weight, p, text, mask, temperature)
             left = (time.time() - start) / (step + 1) * (steps - step - 1)
             say(f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | length per read {1 + rate.sum():.2f} | depths "
                 f"{' '.join(f'{r:.0%}' for r in rate.tolist())} | eta {left / 60:.1f} min")
     return rate
+
+
+def crops(tokens, rows, length, seed):
+    """Random pieces of a 1-D array of tokens -> list of `rows` tensors (length,)."""
+    starts = torch.randint(len(tokens) - length, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [torch.from_numpy(tokens[s : s + length].astype("int64")) for s in starts]
+
+
+def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
+    """Add a module to a run of train_lm.py: writes folder/mtp.pt and nothing else."""
+    import train_lm
+
+    model, cfg, folder = train_lm.load_run(folder, device)
+    data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+    new = min(new, cfg.context - prompt)
+    model.requires_grad_(False)
+    torch.manual_seed(cfg.seed)
+    model.mtp = MTP(train_lm.Block(cfg, 0), cfg.width, cfg.norm_eps).to(device)
+    trained, total = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.mtp, model))
+    print(f"equip    {folder}: {cfg.attn}, {total - trained:.2f} M parameters frozen, {trained:.2f} M in the module, K = {K}")
+    start = time.time()
+    writer = Decoder(train_lm.half(model), min(samples, 512), prompt + new)
+    given = crops(data.tokens["train"], samples, prompt, cfg.seed)
+    texts = torch.stack([torch.cat([g.to(device), x]) for g, (x, _) in zip(given, writer.generate(given, new))])  # (samples, T)
+    print(f"samples  {samples} of {prompt} given + {new} own tokens in {time.time() - start:.0f} s")
+    rate = equip(model, model.mtp, texts, prompt, K, steps)
+    train_lm.save_checkpoint(folder / "mtp.pt", {"module": model.mtp.state_dict(), "depths": K})
+    print(f"equipped in {time.time() - start:.0f} s: {1 + rate.sum():.2f} tokens per read expected; {folder / 'mtp.pt'} holds the module")
+
+
+def bench_run(folder, device, batches, new=512, prompt=64):
+    """The same generation with and without drafts, seconds and tokens/s; temperature 1, prompts from the run's validation text."""
+    import train_lm
+
+    model, cfg, folder = train_lm.load_run(folder, device)
+    if not cfg.mtp:
+        raise train_lm.UserError(f"{folder} has no module: python mtp.py --equip {folder}")
+    data, model = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder), train_lm.half(model)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"bench    {folder}, {cfg.attn}, {next(model.parameters()).dtype}, on {name}; {prompt} given + {new} new tokens, temperature 1\n")
+    print(f"{'batch':>5} {'drafts':>7} {'seconds':>8} {'tokens/s':>9} {'saved':>6}  tokens per read, acceptance per depth")
+    for batch in batches:
+        prompts, plain = crops(data.tokens["val"], batch, prompt, 1), None
+        for drafts in (0, None, *range(1, cfg.mtp + 1)):
+            decoder = Decoder(model, batch, prompt + new, model.mtp if drafts != 0 else None, cfg.mtp, drafts=drafts)
+            decoder.generate(prompts, 64)  # warm-up: graphs, and which number of drafts pays
+            decoder.counts.zero_()
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                decoder.generate(prompts, new)
+                times.append(time.perf_counter() - start)
+            seconds = sorted(times)[1]
+            plain = plain or seconds
+            label = "measured" if drafts is None else drafts or "none"
+            print(f"{batch:5} {label:>7} {seconds:8.3f} {batch * new / seconds:9.0f} {1 - seconds / plain:6.1%}  "
+                  f"{decoder.summary() if drafts != 0 else ''}", flush=True)
+
+
+def demo():
+    """A tiny model learns this file's header, with a module beside it; then one sentence of it, read by read."""
+    import train_lm
+
+    torch.manual_seed(0)
+    text = torch.tensor([ord(c) for c in __doc__[:1200]])  # so little that it learns it nearly by heart
+    cfg = train_lm.Config(attn="gqa", layers=2, width=96, heads=4, groups=2, vocab=128, context=64, mtp=5)
+    model = train_lm.LM(cfg)
+    objective, optimizer = train_lm.Objective(model), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(220):
+        at = torch.randint(len(text) - 65, (16,))[:, None] + torch.arange(65)
+        rows = text[at]  # (16, 65)
+        loss, _ = objective(rows[:, :-1], rows[:, 1:], torch.ones(16, 64))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    prompt = text[:40]
+    decoder = Decoder(model, 1, 256, model.mtp, cfg.mtp, temperature=0.7, drafts=cfg.mtp)
+    decoder.fill([0], [prompt], [200])
+    show = lambda tokens: "".join(map(chr, tokens)).replace("\n", "~")
+    print(f"given    {show(prompt.tolist())}\n\nread  drafted    accepted   then")
+    reads = 0
+    with torch.no_grad():
+        while decoder.active.item() and reads < 24:
+            known, reads = decoder.known.item(), reads + 1
+            drafts, n = decoder.round(cfg.mtp)
+            new = decoder.text[0, known : decoder.known.item()].tolist()
+            print(f"{reads:4}  {show(drafts[0].tolist()):10} {show(new[:n]):10} {show(new[n:])}")
+    print(f"\nwritten  {show(decoder.text[0, : decoder.known.item()].tolist())}\n\n{decoder.summary()}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Multi-token prediction: without options, a demo.", allow_abbrev=False)
+    parser.add_argument("--equip", metavar="RUN", help="train a module for the run in this folder, e.g. out/base-gqa; writes RUN/mtp.pt")
+    parser.add_argument("--bench", metavar="RUN", help="time generation with and without drafts")
+    parser.add_argument("--depths", type=int, default=6, help="K of --equip [6]")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of --equip, 32 texts each [2000]")
+    parser.add_argument("--samples", type=int, default=8192, help="texts that the trunk writes for --equip [8192]")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="batch sizes of --bench [1 16 64 256]")
+    given = parser.parse_args(argv)
+    import train_lm
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if min(given.depths, given.steps, given.samples, *given.batch) < 1:
+            raise train_lm.UserError("--depths, --steps, --samples and --batch must be at least 1")
+        if given.equip:
+            equip_run(given.equip, given.depths, given.steps, device, given.samples)
+        if given.bench:
+            bench_run(given.bench, device, given.batch)
+        if not given.equip and not given.bench:
+            demo()
+    except train_lm.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from latent_attention import LatentAttention, SlotCache, attend, cache_bytes, merge_heads, rope, split_heads, visible, window_attention
+from latent_attention import LatentAttention, SlotCache, attend, cache_bytes, merge_heads, read_slots, rope, split_heads, visible, window_attention
 
 SHARE = 4  # ASA: consecutive queries that share one block list
 ASA_BLOCK = 16  # ASA: l = d = l'
@@ -227,7 +227,7 @@ class NSA(nn.Module):
         if cache is None:
             o_win = window_attention(q, k2, v2, self.window, self.scale)  # (B, H, T, D)
         else:
-            o_win = attend(q.to(k2.dtype), k2, v2, visible(pos, pos2, self.window), self.scale)  # (B, H, T, D)
+            o_win = read_slots(q.to(k2.dtype), k2, v2, pos, pos2, cache["window"], self.scale, self.window)  # (B, H, T, D)
 
         # 4) gate
         g = split_heads(self.gate(x).sigmoid(), 3 * self.heads).chunk(3, dim=1)  # (B, H, T, 1) each

@@ -17,6 +17,7 @@ Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -132,14 +133,25 @@ FIXED = "data attn layers width heads groups ffn window blocks nsa_blocks nsa_bl
 class Cache:
     """The caches of all layers, and how many tokens each row has seen (B,): the position of its next token."""
 
-    def __init__(self, layers, batch, device):
-        self.layers, self.seen = layers, torch.zeros(batch, dtype=torch.long, device=device)
+    def __init__(self, layers, batch, max_len, device):
+        self.layers, self.max_len, self.seen = layers, max_len, torch.zeros(batch, dtype=torch.long, device=device)
+        # Positions of equally shaped parts lie in one tensor, so that taking back drafts is one operation for all layers.
+        shapes = {}
+        for part in (part for layer in layers for part in layer.values()):
+            shapes.setdefault(part.pos.shape, []).append(part)
+        self.stacks = []
+        for parts in shapes.values():
+            pos, length = torch.stack([p.pos for p in parts]), torch.stack([p.length for p in parts])  # (layers, B, heads, S), (layers, B)
+            for i, part in enumerate(parts):
+                part.pos, part.length = pos[i], length[i]
+            self.stacks.append((pos, length))
 
     def rollback(self, seen):
-        """Set every row back to its first seen[b] tokens, (B,): the same bound as SlotCache.rollback."""
-        for layer in self.layers:
-            for part in layer.values():
-                part.rollback(seen)
+        """SlotCache.rollback of every layer: set every row back to its first seen[b] tokens, (B,)."""
+        for pos, length in self.stacks:
+            drop = pos >= seen[:, None, None]  # (layers, B, heads, S)
+            length -= drop[:, :, 0].sum(-1)
+            pos.masked_fill_(drop, -1)
         self.seen.copy_(seen)
 
     @property
@@ -200,7 +212,7 @@ class LM(nn.Module):
     def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device=None):
         """A cache for `batch` rows of up to max_len tokens; at most `margin` tokens can be taken back at once."""
         device = device or self.embed.weight.device
-        return Cache([b.attn.new_cache(batch, max_len, margin, dtype=dtype, device=device) for b in self.blocks], batch, device)
+        return Cache([b.attn.new_cache(batch, max_len, margin, dtype=dtype, device=device) for b in self.blocks], batch, max_len, device)
 
     def hidden(self, tokens, cache=None, count=None):
         """tokens (B, T) -> (B, T, C) after the final norm. With a cache, the first count[b] (default: all) of T tokens are appended."""
@@ -208,6 +220,7 @@ class LM(nn.Module):
         if cache is not None:
             pos = cache.seen[:, None] + pos  # (B, T)
             count = torch.full_like(cache.seen, tokens.shape[1]) if count is None else count
+            torch._assert_async((cache.seen + count <= cache.max_len).all(), "a row of the cache is full")
         x = self.embed(tokens)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.cfg.recompute and torch.is_grad_enabled():
@@ -220,6 +233,28 @@ class LM(nn.Module):
 
     def forward(self, tokens, cache=None, count=None):
         return self.head(self.hidden(tokens, cache, count))
+
+
+class Objective(nn.Module):
+    """What training minimises. tokens x, targets y, weights w (B, T) -> the loss, and [cross entropy, draft loss] to be logged.
+
+    The module of mtp.py learns beside the model, towards the model's own distribution; the model gets no gradient from it.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y, w):
+        model = self.model
+        h = model.hidden(x)  # (B, T, C)
+        logits = model.head(h).float()  # (B, T, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (B, T)
+        total, draft = (loss * w).mean(), logits.new_zeros(())
+        if model.mtp is not None:
+            states = model.mtp.unroll(h, x, model.embed.weight, model.cfg.mtp)
+            draft = mtp.draft_loss("soft", states, model.head.weight, logits.softmax(-1), x, torch.ones_like(w))
+        return total + draft, torch.stack([loss.mean(), draft]).detach()
 
 
 @torch.no_grad()
@@ -458,6 +493,28 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__})") from e
 
 
+def load_run(folder, device="cpu"):
+    """A finished or interrupted run -> (model in eval mode, its config, where its data lies); with the module of `mtp.py --equip`, if any."""
+    folder = pathlib.Path(folder)
+    saved = load_checkpoint(folder / "ckpt.pt", device)
+    state, cfg = saved["model"], Config(**saved["config"])
+    if (folder / "mtp.pt").exists():
+        extra = load_checkpoint(folder / "mtp.pt", device)
+        cfg.mtp = extra["depths"]
+        state.update({f"mtp.{k}": v for k, v in extra["module"].items()})
+    model = LM(cfg).to(device)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise UserError(f"{folder}: the checkpoint is of another shape ({str(e).splitlines()[0]})") from e
+    return model.eval(), cfg, folder
+
+
+def half(model):
+    """A copy of a model for decoding: bf16 on a GPU, as it is on a CPU."""
+    return copy.deepcopy(model).bfloat16() if next(model.parameters()).is_cuda else model
+
+
 def parse(argv):
     """Command line -> (Config, names of the options that were given). Explicit options win over the preset."""
 
@@ -650,7 +707,8 @@ def train(cfg, given):
         step, seconds = saved["step"], saved["seconds"]
         torch.set_rng_state(saved["rng"])
     amp = (lambda: torch.autocast("cuda", torch.bfloat16)) if cuda else contextlib.nullcontext
-    runner = torch.compile(model) if cfg.compile else model
+    runner = Objective(model)
+    runner = torch.compile(runner) if cfg.compile else runner
     if world > 1:
         runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
 
@@ -675,6 +733,7 @@ def train(cfg, given):
     header(cfg, run, data, model, hardware, world, step)
 
     # 3) training
+    trunk = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
     accumulate = cfg.batch // world // min(cfg.micro, cfg.batch // world)
     first, timed = step, []
     rows = data.batch(step, rank, world)
@@ -684,19 +743,21 @@ def train(cfg, given):
         lr = learning_rate(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=device)
+        total = torch.zeros(2, device=device)  # cross entropy (unweighted), draft loss
         for i, part in enumerate(zip(*(t.chunk(accumulate) for t in rows))):
             x, y, w = (t.to(device, non_blocking=True) for t in part)  # (b, T) each
             with contextlib.nullcontext() if i == accumulate - 1 or world == 1 else runner.no_sync(), amp():
-                loss = F.cross_entropy(runner(x).float().transpose(1, 2), y, reduction="none")  # (b, T)
-                (loss * w).mean().div(accumulate).backward()
-            total += loss.detach().mean() / accumulate  # logged unweighted
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                loss, parts = runner(x, y, w)
+                (loss / accumulate).backward()
+            total += parts / accumulate
+        norm = nn.utils.clip_grad_norm_(trunk, 1.0)
+        if model.mtp is not None:  # clipped apart: the trunk's steps are the same with and without the module
+            nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
         rows = data.batch(step + 1, rank, world)  # made while the GPU works
-        state = torch.stack([total / world, torch.tensor(float(len(stop)), device=device)])
+        state = torch.cat([total / world, torch.tensor([float(len(stop))], device=device)])
         if world > 1:
             dist.all_reduce(state)  # so that all processes stop at the same step
-        total, stopping = state.tolist()
+        total, draft, stopping = state.tolist()
         if not math.isfinite(total):
             run.say(f"stopped  the loss is {total} at step {step}: nothing saved since the last checkpoint in {run.folder}; "
                     "try a lower --lr")
@@ -708,7 +769,7 @@ def train(cfg, given):
         seconds += timed[-1]
         typical = float(np.mean(timed[3:][-50:] or timed))  # without the warm-up
         memory = peak_memory(device) / 2**30
-        run.record(step=step, loss=total, lr=lr, norm=norm.item(), ms=1e3 * timed[-1], peak_gib=memory)
+        run.record(step=step, loss=total, **({"draft_loss": draft} if cfg.mtp else {}), lr=lr, norm=norm.item(), ms=1e3 * timed[-1], peak_gib=memory)
         bar.update()
         if step % 10 == 0 or step == cfg.steps or step == first + 1:
             run.say(f"step {step:5d}/{cfg.steps} | loss {total:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1e3 * typical:.0f} ms | "
@@ -738,6 +799,10 @@ def report(cfg, run, data, model, found, device, speed, seconds):
     prompt = torch.from_numpy(data.tokens["val"][:64].astype(np.int64))[None].to(device)  # (1, 64)
     tokens = generate(model, prompt, 192, generator=torch.Generator(device).manual_seed(cfg.seed))[0].tolist()
     caches, memory = count_caches(cfg), peak_memory(device)
+    if cfg.mtp:
+        decoder = mtp.Decoder(model, 8, 256, model.mtp, cfg.mtp, drafts=cfg.mtp)
+        decoder.generate(list(prompt.expand(8, -1)), 128)
+        run.say(f"drafts   at temperature 1, 8 x 128 tokens: {decoder.summary()}")
     bpb, recall = (3.0, 0.0) if cfg.data else EXPECTED.get((cfg.preset, cfg.attn), (3.0, 0.0))  # other text, other bits
     beyond = (found["recall_beyond"] or [0.0])[0]
     ok = found["bpb"] <= bpb and beyond >= recall

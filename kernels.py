@@ -1,0 +1,210 @@
+"""The fast path of latent_attention.py on a GPU, in Triton: what a decoding step does once per layer.
+
+A step of a small model is bound by the number of kernels, not by their work: one token through one layer in plain PyTorch is about 85
+launches. Three of them are written here, and replace about 60: they never change what is computed, only how often memory is touched.
+
+    1) rope               angles, rotation and halves in one pass over x; its gradient is the rotation back
+    2) append             keys, values and positions of new tokens to their slots, each row at its own length
+    3) decode_attention   a few queries per row against its slots, up to the row's length, masked by position, split over the slots
+
+The definition is the PyTorch code in latent_attention.py; test_all.py compares, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
+Does NOT include yet: kernels for training and for NSA's and ASA's branches.
+Not to be confused with the package `kernels` on PyPI.
+
+Letters as in latent_attention.py.
+"""
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton, no fast path
+    triton = None
+
+
+def fast(x):
+    """Whether the kernels can take x: on a GPU, with Triton, in 16 or 32 bits."""
+    return triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+if triton is not None:
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 1) rope
+
+    @triton.jit
+    def rope_kernel(x, out, pos, H, T, xb, xh, xt, pb, pt, sign, log2_base, P: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr):
+        """One program: BT tokens of one head. x (B, H, T, P) with strides, its last axis dense; out (B, H, T, P) dense."""
+        bh, t = tl.program_id(0).to(tl.int64), tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
+        b, h = bh // H, bh % H
+        i = tl.arange(0, HALF)
+        freq = tl.exp2(i.to(tl.float64) * (-2.0 / P) * log2_base).to(tl.float32)  # (HALF,) base^(-2i/P)
+        p = tl.load(pos + b * pb + t * pt, mask=t < T, other=0).to(tl.float32)  # (BT,)
+        angle = sign * p[:, None] * freq[None, :]  # (BT, HALF)
+        cos, sin = tl.cos(angle), tl.sin(angle)
+        ok = (t < T)[:, None] & (i < P // 2)[None, :]
+        at = x + b * xb + h * xh + t[:, None] * xt + i[None, :]
+        u, v = tl.load(at, mask=ok, other=0).to(tl.float32), tl.load(at + P // 2, mask=ok, other=0).to(tl.float32)
+        to = out + (bh * T + t[:, None]) * P + i[None, :]
+        tl.store(to, (u * cos - v * sin).to(out.dtype.element_ty), mask=ok)
+        tl.store(to + P // 2, (v * cos + u * sin).to(out.dtype.element_ty), mask=ok)
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 2) append
+
+    @triton.jit
+    def write_row(new, buffer, b, head, take, slot, nb, nh, nt, heads, S, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+        """new[b, head, take] -> buffer[b, head, slot]."""
+        if head < heads:
+            i = tl.arange(0, PADDED)
+            row = tl.load(new + b * nb + head * nh + take * nt + i, mask=i < WIDTH)
+            tl.store(buffer + ((b * heads + head) * S + slot) * WIDTH + i, row.to(buffer.dtype.element_ty), mask=i < WIDTH)
+
+    @triton.jit
+    def append_kernel(x, x_buf, y, y_buf, pos, pos_buf, length, count, S, T, xb, xh, xt, yb, yh, yt, pb, pt, x_heads, y_heads, pos_heads,
+                      XW: tl.constexpr, XP: tl.constexpr, YW: tl.constexpr, YP: tl.constexpr):  # fmt: skip
+        """One program: one new token of one row and head; two quantities and the position. Only the last S tokens find room in a ring."""
+        b, j, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        n = tl.load(count + b)
+        take = j + tl.maximum(n - S, 0)
+        if take < n:
+            slot = (tl.load(length + b) + take) % S
+            write_row(x, x_buf, b, head, take, slot, xb, xh, xt, x_heads, S, XW, XP)
+            write_row(y, y_buf, b, head, take, slot, yb, yh, yt, y_heads, S, YW, YP)
+            if head < pos_heads:
+                tl.store(pos_buf + (b * pos_heads + head) * S + slot, tl.load(pos + b * pb + take * pt).to(tl.int32))
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 3) decode_attention
+
+    @triton.jit
+    def decode_kernel(q, k, k2, v, out, stats, q_pos, k_pos, length, scale, window, T, h, S, G, pos_heads, splits,
+                      qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
+                      PV: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+        """One program: the h T query rows of one group against one share of its slots; an online softmax, base 2.
+
+        A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. Writes the share's weighted mean and (max, sum).
+        """
+        bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        b, g = bg // G, bg % G
+        m, n = tl.arange(0, BM), tl.arange(0, BN)  # query rows: head m // T, token m % T
+        dk, dv = tl.arange(0, PK), tl.arange(0, PV)
+        rows = (m < h * T)[:, None]
+        at = q + b * qb + (g * h + m // T)[:, None] * qh + (m % T)[:, None] * qt
+        queries = tl.load(at + dk[None, :], mask=rows & (dk < DK)[None, :], other=0)  # (BM, PK)
+        if D2 > 0:
+            d2 = tl.arange(0, P2)
+            queries2 = tl.load(at + DK + d2[None, :], mask=rows & (d2 < D2)[None, :], other=0)  # (BM, P2)
+        where = tl.load(q_pos + b * pb + (m % T) * pt, mask=m < h * T, other=0)  # (BM,)
+
+        filled = tl.minimum(tl.load(length + b), S).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(filled, splits), BN) * BN
+        first = split * share
+        top = tl.full((BM,), -1e30, tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        mean = tl.zeros((BM, PV), tl.float32)
+        for start in range(first, tl.minimum(first + share, filled), BN):
+            s = start + n
+            ok = s < filled
+            slot = (bg * S + s).to(tl.int64)  # in k, v and their positions
+            keys = tl.load(k + slot[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0)  # (BN, PK)
+            score = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (BM, BN)
+            if D2 > 0:
+                at2 = k2 + (b * S + s)[:, None] * D2 + d2[None, :]
+                keys2 = tl.load(at2, mask=ok[:, None] & (d2 < D2)[None, :], other=0)  # (BN, P2)
+                score += tl.dot(queries2, tl.trans(keys2), input_precision="ieee")
+            lies = tl.load(k_pos + (b * pos_heads + g % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
+            see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
+            score = tl.where(see, score * scale, -1e30)  # scale includes log2(e)
+            high = tl.maximum(top, tl.max(score, 1))
+            p = tl.where(see, tl.exp2(score - high[:, None]), 0.0)  # (BM, BN)
+            fade = tl.exp2(top - high)
+            total, top = total * fade + tl.sum(p, 1), high
+            if SHARED:
+                values = keys
+            else:
+                values = tl.load(v + slot[:, None] * DV + dv[None, :], mask=ok[:, None] & (dv < DV)[None, :], other=0)  # (BN, PV)
+            mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+        mean = mean / tl.where(total > 0, total, 1.0)[:, None]
+        part = (bg * splits + split) * BM + m
+        tl.store(out + part[:, None] * PV + dv[None, :], mean)
+        tl.store(stats + part * 2, top)
+        tl.store(stats + part * 2 + 1, total)
+
+    @triton.jit
+    def combine_kernel(part, stats, out, T, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
+        """One program: one query row; the shares' means, weighted by their sums. out (B, H, T, DV) dense."""
+        bg, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        i, d = tl.arange(0, SPLITS), tl.arange(0, PV)
+        at = (bg * splits + i) * BM + m
+        top = tl.load(stats + at * 2, mask=i < splits, other=-1e30)
+        total = tl.load(stats + at * 2 + 1, mask=i < splits, other=0)
+        weight = total * tl.exp2(top - tl.max(top, 0))  # (SPLITS,)
+        means = tl.load(part + at[:, None] * PV + d[None, :], mask=(i < splits)[:, None], other=0)  # (SPLITS, PV)
+        norm = tl.sum(weight, 0)
+        o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)
+        tl.store(out + (bg * h * T + m) * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
+
+
+def power(n, least=1):
+    return max(least, triton.next_power_of_2(n))
+
+
+class Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pos, base, sign):
+        ctx.save_for_backward(pos)
+        ctx.base, ctx.sign = base, sign
+        B, H, T, P = x.shape
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        out = torch.empty(B, H, T, P, dtype=x.dtype, device=x.device)
+        BT = min(64, power(T))
+        pb = pos.stride(0) if pos.shape[0] > 1 else 0
+        log2_base = torch.tensor(float(base), dtype=torch.float64).log2().item()
+        rope_kernel[(B * H, triton.cdiv(T, BT))](x, out, pos, H, T, *x.stride()[:3], pb, pos.stride(1), float(sign), log2_base,
+                                                 P=P, HALF=power(P // 2), BT=BT)  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Rope.apply(grad, ctx.saved_tensors[0], ctx.base, -ctx.sign), None, None, None
+
+
+def rope(x, pos, base=10000.0):
+    """latent_attention.rope: x (B, H, T, P), pos (B or 1, T) -> (B, H, T, P); angles in fp32."""
+    return Rope.apply(x, pos, base, 1)
+
+
+def append(data, pos_buffer, length, new, pos, count):
+    """The writing half of SlotCache.append for one or two quantities: data and new lists of (B, heads, S or T, width)."""
+    B, T = pos.shape
+    S = pos_buffer.shape[2]
+    (x, x_buf), (y, y_buf) = zip((new * 2)[:2], (data * 2)[:2])  # a single quantity is written twice
+    x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
+    heads = [x.shape[1], y.shape[1], pos_buffer.shape[1]]
+    append_kernel[(B, min(T, S), max(heads))](x, x_buf, y, y_buf, pos, pos_buffer, length, count, S, T, *x.stride()[:3], *y.stride()[:3],
+                                              *pos.stride(), *heads, XW=x.shape[3], XP=power(x.shape[3]), YW=y.shape[3],
+                                              YP=power(y.shape[3]))  # fmt: skip
+
+
+def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None):
+    """attend(q, [k ; k2], v, visible(q_pos, k_pos, window), scale) for a few queries, reading only the filled slots.
+
+    q (B, H, T, Dk + D2), k (B, G, S, Dk), v (B, G, S, Dv), possibly k itself; k2 (B, 1, S, D2) or None; q_pos (B, T), k_pos (B, 1 or G,
+    S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. H / G * T may be at most 128.
+    """
+    (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
+    h, D2 = H // G, 0 if k2 is None else k2.shape[3]
+    if h * T > 128:
+        raise ValueError(f"decode_attention takes at most 128 query rows per group, not {h} heads x {T} queries")
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    BM, BN = power(h * T, 16), 64 if DK <= 128 else 32
+    splits = max(1, min(64, triton.cdiv(S, 4 * BN), triton.cdiv(264, B * G)))  # enough programs to fill a GPU, not more
+    part = torch.empty(B * G, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
+    stats = torch.empty(B * G, splits, BM, 2, dtype=torch.float32, device=q.device)
+    out = torch.empty(B, H, T, DV, dtype=q.dtype, device=q.device)
+    log2_e = 1.4426950408889634
+    decode_kernel[(B * G, splits)](q, k, k2 if D2 else k, v, part, stats, q_pos, k_pos, length, scale * log2_e, window or 2**31 - 1, T, h,
+                                   S, G, k_pos.shape[1], splits, *q.stride()[:3], *q_pos.stride(), DK=DK, PK=power(DK, 16), D2=D2,
+                                   P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, BM=BM, BN=BN, num_warps=4)  # fmt: skip
+    combine_kernel[(B * G, h * T)](part, stats, out, T, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits), num_warps=1)
+    return out
