@@ -1,13 +1,15 @@
-"""The fast path of latent_attention.py on a GPU, in Triton: what a decoding step does once per layer.
+"""The fast path on a GPU, in Triton: what a decoding step does once per layer, and once per round.
 
 A step of a small model is bound by the number of kernels, not by their work: one token through one layer in plain PyTorch is about 85
-launches. Three of them are written here, and replace about 60: they never change what is computed, only how often memory is touched.
+launches. Those below replace about 60 of them; they never change what is computed, only how often memory is touched.
 
     1) rope               angles, rotation and halves in one pass over x; its gradient is the rotation back
     2) append             keys, values and positions of new tokens to their slots, each row at its own length
     3) decode_attention   a few queries per row against its slots, up to the row's length, masked by position, split over the slots
+    4) draw               softmax and one sample of it
+    5) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
-The definition is the PyTorch code in latent_attention.py; test_all.py compares, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
+The definition is the PyTorch code in latent_attention.py and mtp.py; test_all.py compares, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 Does NOT include yet: kernels for training and for NSA's and ASA's branches.
 Not to be confused with the package `kernels` on PyPI.
 
@@ -79,7 +81,7 @@ if triton is not None:
     @triton.jit
     def decode_kernel(q, k, k2, v, out, stats, q_pos, k_pos, length, scale, window, T, h, S, G, pos_heads, splits,
                       qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
-                      PV: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: the h T query rows of one group against one share of its slots; an online softmax, base 2.
 
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. Writes the share's weighted mean and (max, sum).
@@ -125,10 +127,14 @@ if triton is not None:
                 values = tl.load(v + slot[:, None] * DV + dv[None, :], mask=ok[:, None] & (dv < DV)[None, :], other=0)  # (BN, PV)
             mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         mean = mean / tl.where(total > 0, total, 1.0)[:, None]
-        part = (bg * splits + split) * BM + m
-        tl.store(out + part[:, None] * PV + dv[None, :], mean)
-        tl.store(stats + part * 2, top)
-        tl.store(stats + part * 2 + 1, total)
+        if WHOLE:  # one share is all: out (B, H, T, DV) dense
+            to = out + (bg * h * T + m)[:, None] * DV + dv[None, :]
+            tl.store(to, mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
+        else:
+            part = (bg * splits + split) * BM + m
+            tl.store(out + part[:, None] * PV + dv[None, :], mean)
+            tl.store(stats + part * 2, top)
+            tl.store(stats + part * 2 + 1, total)
 
     @triton.jit
     def combine_kernel(part, stats, out, T, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
@@ -143,6 +149,94 @@ if triton is not None:
         norm = tl.sum(weight, 0)
         o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)
         tl.store(out + (bg * h * T + m) * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 4) draw
+
+    @triton.jit
+    def draw_kernel(logits, noise, p, token, V, scale, HOT: tl.constexpr, NOISE: tl.constexpr, BV: tl.constexpr):
+        """One program: one row. p = softmax(logits * scale), token = argmax(p / noise); HOT: p is one-hot at the largest logit."""
+        row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
+        top, total, best, at = -float("inf"), 0.0, -1.0, 0
+        for start in range(0, V, BV):
+            z = tl.load(logits + row * V + start + i, mask=start + i < V, other=-float("inf")).to(tl.float32) * scale
+            high = tl.maximum(top, tl.max(z, 0))
+            if HOT:
+                if high > top:
+                    at = start + tl.argmax(z, 0)
+            total, top = total * tl.exp(top - high) + tl.sum(tl.exp(z - high), 0), high
+        for start in range(0, V, BV):
+            ok = start + i < V
+            if HOT:
+                x = tl.where(start + i == at, 1.0, 0.0)
+            else:
+                z = tl.load(logits + row * V + start + i, mask=ok, other=-float("inf")).to(tl.float32) * scale
+                x = tl.exp(z - top) / total
+            tl.store(p + row * V + start + i, x, mask=ok)
+            if NOISE and not HOT:
+                race = tl.where(ok, x / tl.load(noise + row * V + start + i, mask=ok, other=1), -1.0)
+                if tl.max(race, 0) > best:
+                    best, at = tl.max(race, 0), start + tl.argmax(race, 0)
+        tl.store(token + row, at)
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 5) commit
+
+    @triton.jit
+    def commit_kernel(p, q, drafts, u, noise, text, logp, known, limit, active, counts, take_out, width, stop, g, V, K,
+                      BV: tl.constexpr):  # fmt: skip
+        """One program: one row of mtp.accept and of what follows it in mtp.Decoder.round."""
+        b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
+        live = tl.load(active + b).to(tl.int32)
+        p, q, drafts = p + b * (g + 1) * V, q + b * g * V, drafts + b * g
+        n, alive = 0, live
+        for k in range(g):
+            d = tl.load(drafts + k)
+            chance = 0.0
+            for start in range(0, V, BV):
+                ok = start + i < V
+                chance += tl.sum(tl.minimum(tl.load(p + k * V + start + i, mask=ok, other=0),
+                                            tl.load(q + k * V + start + i, mask=ok, other=0)), 0)  # fmt: skip
+            at = counts + b * 4 * K + k  # reached, expected and accepted, added up per row
+            tl.store(at, tl.load(at) + alive)
+            tl.store(at + 2 * K, tl.load(at + 2 * K) + alive * chance)
+            alive = alive * (tl.load(u + b * g + k) * tl.load(q + k * V + d) < tl.load(p + k * V + d)).to(tl.int32)
+            tl.store(at + K, tl.load(at + K) + alive)
+            n += alive
+        at = counts + b * 4 * K + 3 * K
+        tl.store(at, tl.load(at) + live)
+
+        # the residual (p - q)+ at the refused draft; behind the last draft, p itself
+        total, width_q = 0.0, tl.where(n < g, V, 0)
+        for start in range(0, V, BV):
+            rest = tl.load(p + n * V + start + i, mask=start + i < V, other=0)
+            rest -= tl.load(q + n * V + start + i, mask=start + i < width_q, other=0)
+            total += tl.sum(tl.maximum(rest, 0), 0)
+        width_q = tl.where(total > 0, width_q, 0)
+        best, last = -1.0, 0
+        for start in range(0, V, BV):
+            ok = start + i < V
+            rest = tl.load(p + n * V + start + i, mask=ok, other=0)
+            rest -= tl.load(q + n * V + start + i, mask=start + i < width_q, other=0)
+            race = tl.where(ok, tl.maximum(rest, 0) / tl.load(noise + b * V + start + i, mask=ok, other=1), -1.0)
+            if tl.max(race, 0) > best:
+                best, last = tl.max(race, 0), start + tl.argmax(race, 0)
+
+        have = tl.load(known + b)
+        room = tl.load(limit + b) - have
+        take, go = 0, live
+        for j in range(n + 1):
+            if (go > 0) & (j < room):
+                y = last.to(tl.int64)
+                if j < n:
+                    y = tl.load(drafts + j)
+                tl.store(text + b * width + have + j, y)
+                tl.store(logp + b * width + have + j, tl.log(tl.load(p + j * V + y)))
+                take += 1
+                go = (y != stop).to(tl.int32)
+        tl.store(known + b, have + take)
+        tl.store(active + b, (go > 0) & (take < room))
+        tl.store(take_out + b, take)
 
 
 def power(n, least=1):
@@ -198,13 +292,36 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None)
         raise ValueError(f"decode_attention takes at most 128 query rows per group, not {h} heads x {T} queries")
     q = q if q.stride(-1) == 1 else q.contiguous()
     BM, BN = power(h * T, 16), 64 if DK <= 128 else 32
-    splits = max(1, min(64, triton.cdiv(S, 4 * BN), triton.cdiv(264, B * G)))  # enough programs to fill a GPU, not more
-    part = torch.empty(B * G, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
-    stats = torch.empty(B * G, splits, BM, 2, dtype=torch.float32, device=q.device)
+    splits = min(64, triton.cdiv(S, 4 * BN), triton.cdiv(132, B * G))  # enough programs to fill a GPU, not more
     out = torch.empty(B, H, T, DV, dtype=q.dtype, device=q.device)
+    part, stats = out, out
+    if splits > 1:
+        part = torch.empty(B * G, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
+        stats = torch.empty(B * G, splits, BM, 2, dtype=torch.float32, device=q.device)
     log2_e = 1.4426950408889634
     decode_kernel[(B * G, splits)](q, k, k2 if D2 else k, v, part, stats, q_pos, k_pos, length, scale * log2_e, window or 2**31 - 1, T, h,
                                    S, G, k_pos.shape[1], splits, *q.stride()[:3], *q_pos.stride(), DK=DK, PK=power(DK, 16), D2=D2,
-                                   P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, BM=BM, BN=BN, num_warps=4)  # fmt: skip
-    combine_kernel[(B * G, h * T)](part, stats, out, T, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits), num_warps=1)
+                                   P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1, BM=BM, BN=BN,
+                                   num_warps=4)  # fmt: skip
+    if splits > 1:
+        combine_kernel[(B * G, h * T)](part, stats, out, T, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
+                                       num_warps=1)  # fmt: skip
     return out
+
+
+def draw(logits, temperature, noise=None):
+    """mtp.law(logits, temperature) and, with noise (..., V) ~ Exp(1), a token drawn from it: logits (..., V) -> (..., V) fp32, (...)."""
+    V, logits = logits.shape[-1], logits.contiguous()
+    p = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    token = torch.empty(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    draw_kernel[(token.numel(),)](logits, noise, p, token, V, 1 / temperature if temperature else 1.0, HOT=temperature == 0,
+                                  NOISE=noise is not None, BV=min(power(V), 4096))  # fmt: skip
+    return p, token
+
+
+def commit(p, q, drafts, u, noise, text, logp, known, limit, active, counts, stop):
+    """Steps 3 and 4 of mtp.Decoder.round in one pass over p and q: -> tokens taken (B,). Writes text, logp, known, active, counts."""
+    (B, n, V), take = p.shape, torch.empty_like(known)
+    commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, limit, active, counts, take, text.shape[1], stop, n - 1, V,
+                        counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
+    return take

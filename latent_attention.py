@@ -227,10 +227,11 @@ class GQA(nn.Module):
         return {"tokens": SlotCache(batch, max_len, ((self.groups, self.head_width),) * 2, margin=margin, **kind)}
 
     def forward(self, x, pos, cache=None, count=None, source=None):
-        source = x if source is None else source
-        q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
-        k = rope(split_heads(self.k(source), self.groups), pos, self.base)  # (B, G, T, D)
-        v = split_heads(self.v(source), self.groups)  # (B, G, T, D)
+        q, k, v = rope(split_heads(self.q(x), self.heads), pos, self.base), None, None  # (B, H, T, D)
+        if cache is None or count is not None:
+            source = x if source is None else source
+            k = rope(split_heads(self.k(source), self.groups), pos, self.base)  # (B, G, T, D)
+            v = split_heads(self.v(source), self.groups)  # (B, G, T, D)
         if cache is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
         else:

@@ -34,6 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The module
 
@@ -48,16 +50,21 @@ class MTP(nn.Module):
     def __init__(self, block, width, eps=1e-6):
         super().__init__()
         self.norm_h, self.norm_e, self.norm_out = (nn.Parameter(torch.ones(width)) for _ in range(3))
-        self.eps = eps
-        self.join = nn.Linear(2 * width, width, bias=False)
-        self.block = block
+        self.join_h, self.join_e = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)  # two halves of one matrix
+        self.block, self.eps = block, eps
+
+    def norm(self, x, weight):
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+
+    def read(self, embedded):
+        """The embedding half of the input, (..., C) -> (..., C): the same at every depth, so a decoder keeps a table of it."""
+        return self.join_e(self.norm(embedded, self.norm_e))
 
     def forward(self, h, e, pos, cache=None, count=None, source=None):
-        """h (B, T, C) state of the depth before (depth 1: the trunk's), e (B, T, C) embedding of the token it predicted, pos (B or 1, T)
-        of the rows -> (state (B, T, C), the block's input (B, T, C)); source: depth 1's input, where there is no cache."""
-        norm = lambda x, weight: F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
-        u = self.join(torch.cat([norm(h, self.norm_h), norm(e, self.norm_e)], dim=-1))  # (B, T, C)
-        return norm(self.block(u, pos, cache, count, source), self.norm_out), u
+        """h (B, T, C) state of the depth before (depth 1: the trunk's), e (B, T, C) `read` of the token that it predicted, pos (B or 1,
+        T) of the rows -> (state (B, T, C), the block's input (B, T, C)); source: depth 1's input, where there is no cache."""
+        u = self.join_h(self.norm(h, self.norm_h)) + e  # (B, T, C)
+        return self.norm(self.block(u, pos, cache, count, source), self.norm_out), u
 
     def unroll(self, h, tokens, embed, K):
         """All depths of a text at once, teacher-forced: h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K].
@@ -65,7 +72,7 @@ class MTP(nn.Module):
         h and embed are detached here: nothing that is made of the result gives the trunk a gradient. Within the module it flows through
         all depths.
         """
-        e, h, source, states = F.embedding(tokens, embed.detach()), h.detach(), None, []  # (B, T, C)
+        e, h, source, states = self.read(F.embedding(tokens, embed.detach())), h.detach(), None, []  # (B, T, C)
         for k in range(1, K + 1):
             rows = tokens.shape[1] - k
             pos = torch.arange(rows, device=tokens.device)[None]  # (1, T - k)
@@ -157,19 +164,22 @@ def expected_acceptance(states, head, p, tokens, mask, temperature=1.0, greedy=F
 # 3) Verification
 
 
-def sample(p):
-    """p (..., V) -> tokens (...): argmax of p / Exp(1) is distributed as p, on any device and inside a CUDA graph."""
-    return (p / torch.empty_like(p).exponential_()).argmax(-1)
+def draw(logits, temperature, noise=None):
+    """The law of logits (..., V), and a token of it: argmax of p / noise, noise ~ Exp(1), is distributed as p, on any device and inside
+    a CUDA graph -> (..., V), (...)."""
+    if kernels.fast(logits):
+        return kernels.draw(logits, temperature, noise)
+    p = law(logits, temperature)
+    return p, None if noise is None else (p / noise).argmax(-1)
 
 
-def accept(p, q, drafts):
+def accept(p, q, drafts, u, noise):
     """Rejection sampling: the accepted drafts and the token after them are distributed as p. Greedy drafts have a one-hot q.
 
-    p (B, g+1, V) target laws at the pending token and each draft, q (B, g, V) draft laws, drafts (B, g) ~ q
-    -> n (B,) accepted drafts, the next token (B,), and alpha (B, g) = sum_v min(p, q), the chance that draft k had.
+    p (B, g+1, V) target laws at the pending token and at each draft, q (B, g, V) draft laws, drafts (B, g) ~ q, u (B, g) uniform, noise
+    (B, V) ~ Exp(1) -> n (B,) accepted drafts, and the next token (B,).
     """
     g, at = drafts.shape[1], drafts[..., None]
-    u = torch.rand(drafts.shape, device=p.device, dtype=p.dtype)  # (B, g)
     ok = u * q.gather(-1, at)[..., 0] < p[:, :g].gather(-1, at)[..., 0]  # (B, g): u < p / q
     n = ok.long().cumprod(1).sum(1)  # (B,)
     here = n[:, None, None].expand(-1, 1, p.shape[-1])  # (B, 1, V)
@@ -177,7 +187,33 @@ def accept(p, q, drafts):
     p_n, q_n = p.gather(1, here)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # (B, V)
     rest = (p_n - q_n).clamp(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)  # p = q up to rounding
-    return n, sample(rest), torch.minimum(p[:, :g], q).sum(-1)
+    return n, (rest / noise).argmax(-1)
+
+
+def commit(p, q, drafts, u, noise, text, logp, known, limit, active, counts, stop):
+    """Accept, then write what was accepted and the token after it behind the known text, up to a stop token (-1: none) and the limit.
+
+    text, logp (B, width) of tokens and their log-probabilities under p; known, limit, active (B,); counts (B, 4, K): drafts reached,
+    accepted, expected to be accepted (sum of min(p, q)), and rounds. All are changed in place -> tokens taken (B,).
+    """
+    g = drafts.shape[1]
+    n, last = accept(p, q, drafts, u, noise)
+    j = torch.arange(g + 1, device=n.device)
+    reached, passed = ((n[:, None] >= i) & active[:, None] for i in (j[:g], j[1:]))  # (B, g)
+    chance = torch.minimum(p[:, :g], q).sum(-1).masked_fill(~reached, 0)  # (B, g)
+    counts[:, :3, :g] += torch.stack([reached.to(p.dtype), passed.to(p.dtype), chance], dim=1).to(counts.dtype)
+    counts[:, 3, 0] += active
+
+    y = torch.where(j < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (B, g + 1)
+    take = torch.minimum(n + 1, limit - known)  # (B,)
+    stops = (y == stop) & (j < take[:, None])
+    take = torch.where(stops.any(1), stops.int().argmax(1) + 1, take) * active
+    place, real = known[:, None] + j, j < take[:, None]  # (B, g + 1)
+    for buffer, new in ((text, y), (logp, p.gather(-1, y[..., None])[..., 0].log())):
+        buffer.scatter_(1, place, torch.where(real, new.to(buffer.dtype), buffer.gather(1, place)))
+    known += take
+    active &= (known < limit) & ~stops.any(1)
+    return take
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -244,79 +280,64 @@ class Decoder:
     Weights may change between calls (in place, as optimizers do): graphs stay valid.
     """
 
-    SEGMENT = 8  # rounds between two looks of the host
+    SEGMENT = 4  # rounds between two looks of the host
+    PIECE = 64  # tokens of a prompt that are read at once
     LATE = 64  # states kept while no drafts are made, so that the module can catch up
 
     def __init__(self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, greedy=False, drafts=None):
         self.trunk, self.mtp, self.K = trunk, mtp, K if mtp is not None else 0
-        self.max_len, self.temperature, self.stop, self.greedy = max_len, temperature, stop, greedy
+        self.max_len, self.temperature, self.stop, self.greedy = max_len, temperature, -1 if stop is None else stop, greedy
         self.embed, self.head = trunk.embed.weight, trunk.head.weight  # (V, C)
         device, C = self.embed.device, self.embed.shape[1]
         kind = {"dtype": self.embed.dtype, "device": device}
         room, margin = max_len + self.K + 1, self.K + 1
         self.cache = trunk.new_cache(batch, room, margin, dtype=kind["dtype"])
         self.text = torch.zeros(batch, room + 1, dtype=torch.long, device=device)  # prompt, answer, room for a round's overhang
-        self.logp = torch.zeros(batch, room + 1, device=device)  # of every sampled token under p
+        self.logp = torch.zeros(batch, room + 1, device=device, dtype=torch.promote_types(kind["dtype"], torch.float32))
         self.known = torch.ones(batch, dtype=torch.long, device=device)  # tokens of a row; the last of them is pending: not in the cache
         self.limit = torch.ones(batch, dtype=torch.long, device=device)  # where a row ends
         self.active = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.counts = torch.zeros(4, max(1, self.K), device=device, dtype=torch.double)  # reached, accepted, expected | rounds of rows
+        self.counts = torch.zeros(batch, 4, max(1, self.K), device=device)  # see commit
         if self.K:
+            self.table = torch.zeros_like(self.embed)  # mtp.read of every token
             self.own = mtp.block.attn.new_cache(batch, room, margin, **kind)  # the module's cache
             self.own_seen = torch.zeros(batch, dtype=torch.long, device=device)
             self.state = torch.zeros(batch, 1, C, **kind)  # depth 1 at the last row: it makes the first draft
             self.late, self.lag = torch.zeros(batch, self.LATE, C, **kind), torch.zeros(1, dtype=torch.long, device=device)
+        self.fresh = torch.zeros_like(self.active)  # rows whose prompt is being read
         self.behind = 0  # rows in late
+        self.seen_counts = [[0.0] * max(1, self.K)] * 2  # at the last look
         self.pace, self.graphs = Pace(self.K, drafts), {}
 
     # -- one round
 
     def round(self, g):
-        """Draft g tokens, verify, commit. Static shapes, no look from the host. -> (drafts (B, g), accepted (B,))."""
-        before = self.known - 1  # (B,) tokens in the trunk's cache
+        """Draft g tokens, verify, commit. Static shapes, no look from the host. -> (drafts (B, g), taken (B,))."""
+        before, (B, V) = self.known - 1, (len(self.known), len(self.embed))  # before (B,): tokens in the trunk's cache
         pending = self.text.gather(1, before[:, None])  # (B, 1)
+        noise = torch.empty(g + 1, B, 1, V, device=pending.device, dtype=self.logp.dtype).exponential_()
+        u = torch.rand(B, g, device=pending.device, dtype=self.logp.dtype)
 
         # 1) draft
-        drafts, q, h = [pending[:, :0]], [], None
+        drafts, q = [], []
         for k in range(g):
             if k == 0:
                 h = self.state  # (B, 1, C)
             else:  # reads the module's cache, writes nothing
-                h, _ = self.mtp(h, F.embedding(drafts[-1], self.embed), before[:, None] - 1, self.own)
-            q.append(law(F.linear(h, self.head), 0 if self.greedy else self.temperature))  # (B, 1, V)
-            drafts.append(sample(q[-1]))  # (B, 1)
-        drafts = torch.cat(drafts, dim=1)  # (B, g)
+                h, _ = self.mtp(h, F.embedding(drafts[-1], self.table), before[:, None] - 1, self.own)
+            q_k, d_k = draw(F.linear(h, self.head), 0 if self.greedy else self.temperature, noise[k])  # (B, 1, V), (B, 1)
+            q.append(q_k)
+            drafts.append(d_k)
+        drafts = torch.cat(drafts, dim=1) if g else pending[:, :0]  # (B, g)
+        q = torch.cat(q, dim=1) if g else noise[:0, :, 0].transpose(0, 1)  # (B, g, V)
 
         # 2) verify
         h = self.trunk.hidden(torch.cat([pending, drafts], dim=1), self.cache, self.active * (g + 1))  # (B, g + 1, C)
-        p = law(F.linear(h, self.head), self.temperature)  # (B, g + 1, V)
+        p, _ = draw(F.linear(h, self.head), self.temperature)  # (B, g + 1, V)
 
-        # 3) accept
-        if g:
-            n, last, alpha = accept(p, torch.cat(q, dim=1), drafts)  # (B,), (B,), (B, g)
-            reached = (n[:, None] >= torch.arange(g, device=n.device)) & self.active[:, None]  # (B, g)
-            passed = (n[:, None] > torch.arange(g, device=n.device)) & self.active[:, None]
-            self.counts[:3, :g] += torch.stack([reached.double(), passed.double(), alpha.double().masked_fill(~reached, 0)]).sum(1)
-        else:
-            n, last = torch.zeros_like(before), sample(p[:, 0])
-        self.counts[3, 0] += self.active.sum()
-
-        # 4) commit tokens y_0 .. y_n, as far as the stop token and the limit allow
-        j = torch.arange(g + 1, device=n.device)  # (g + 1,)
-        y = torch.where(j < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (B, g + 1)
-        take = torch.minimum(n + 1, self.limit - self.known)  # (B,)
-        if self.stop is not None:
-            stops = (y == self.stop) & (j < take[:, None])
-            take = torch.where(stops.any(1), stops.int().argmax(1) + 1, take)
-        take = take * self.active
-        place, real = self.known[:, None] + j, j < take[:, None]  # (B, g + 1)
-        logp = p.gather(-1, y[..., None])[..., 0].log().to(self.logp.dtype)  # (B, g + 1)
-        for buffer, new in ((self.text, y), (self.logp, logp)):
-            buffer.scatter_(1, place, torch.where(real, new, buffer.gather(1, place)))
-        self.known += take
-        self.active &= self.known < self.limit
-        if self.stop is not None:
-            self.active &= ~(stops & real).any(1)
+        # 3) accept, 4) commit
+        state = (self.text, self.logp, self.known, self.limit, self.active, self.counts, self.stop)
+        take = (kernels.commit if kernels.fast(p) else commit)(p, q, drafts, u, noise[g, :, 0], *state)  # (B,)
 
         # 5) catch up
         if g:
@@ -325,12 +346,12 @@ class Decoder:
         elif self.K:
             self.late.index_copy_(1, self.lag, h)
             self.lag += 1
-        return drafts, n
+        return drafts, take
 
     def catch_up(self, h, count):
         """The module's entries of the next count[b] rows, from the trunk's states h (B, T, C)."""
         pos = self.own_seen[:, None] + torch.arange(h.shape[1], device=h.device)  # (B, T)
-        e = F.embedding(self.text.gather(1, (pos + 1).clamp(max=self.text.shape[1] - 1)), self.embed)  # (B, T, C)
+        e = F.embedding(self.text.gather(1, (pos + 1).clamp(max=self.text.shape[1] - 1)), self.table)  # (B, T, C)
         out, _ = self.mtp(h, e, pos, self.own, count)  # (B, T, C)
         last = out.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, h.shape[2]))  # (B, 1, C)
         self.state.copy_(torch.where(count[:, None, None] > 0, last, self.state))
@@ -343,25 +364,26 @@ class Decoder:
             self.lag.zero_()
             self.behind = 0
 
-    def step(self, g):
-        """One round; on a GPU the second one with g drafts is captured, and replayed from then on."""
-        if self.K and not g:
-            self.behind += 1
-        if self.text.device.type != "cuda" or g not in self.graphs:
-            self.graphs[g] = None  # the first round is the warm-up that a capture needs
-            return self.round(g)
-        if self.graphs[g] is None:
+    def run(self, work, *args):
+        """work(*args); on a GPU the second time it is captured, and replayed from then on."""
+        key = (work.__name__, *args)
+        if self.text.device.type != "cuda" or key not in self.graphs:
+            self.graphs[key] = None  # the first time is the warm-up that a capture needs
+            return work(*args)
+        if self.graphs[key] is None:
             torch.cuda.synchronize()
-            self.graphs[g] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[g]):
-                self.round(g)
-        self.graphs[g].replay()
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key]):
+                work(*args)
+        self.graphs[key].replay()
 
     # -- whole texts
 
     def fill(self, rows, prompts, limits):
         """Start texts in some rows: their old entries are forgotten, all but the last token of each prompt is read."""
         self.close_gap()
+        if self.K:
+            self.table.copy_(self.mtp.read(self.embed))  # the weights may have changed
         longest, device = max(len(p) for p in prompts), self.text.device
         text, length = torch.zeros(len(rows), longest, dtype=torch.long), torch.tensor([len(p) for p in prompts])
         for i, prompt in enumerate(prompts):
@@ -375,12 +397,17 @@ class Decoder:
             self.state[rows], self.own_seen[rows] = 0, 0
             for part in self.own.values():
                 part.rollback(torch.where(fresh, 0, self.max_len))
-        for start in range(0, longest - 1, 256):  # in pieces: the mask of a piece is (B, heads, 256, S)
-            stop = min(start + 256, longest - 1)
-            count = (self.known - 1 - start).clamp(0, stop - start) * fresh  # (B,)
-            h = self.trunk.hidden(self.text[:, start:stop], self.cache, count)  # (B, <= 256, C)
-            if self.K:
-                self.catch_up(h, count)
+        self.fresh.copy_(fresh)
+        end = min(-(-(longest - 1) // 16) * 16, self.text.shape[1])  # few different shapes, since each is captured
+        for start in range(0, end, self.PIECE):
+            self.run(self.read, start, min(start + self.PIECE, end))
+
+    def read(self, start, stop):
+        """A piece of the prompts of the fresh rows, for trunk and module."""
+        count = (self.known - 1 - start).clamp(0, stop - start) * self.fresh  # (B,)
+        h = self.trunk.hidden(self.text[:, start:stop], self.cache, count)  # (B, <= PIECE, C)
+        if self.K:
+            self.catch_up(h, count)
 
     @torch.no_grad()
     def generate(self, prompts, new):
@@ -394,43 +421,44 @@ class Decoder:
         self.active.zero_()
         while todo or owner:
             free = [row for row in range(batch) if row not in owner][: len(todo)]
-            if free:
+            if free and (len(free) > batch // 8 or len(free) == len(todo) or not owner):  # a pass for a prompt costs all rows: share it
                 owner.update((row, todo.pop()) for row in free)
-                chosen = [prompts[owner[row]].to(self.text.device) for row in free]
+                chosen = [prompts[owner[row]] for row in free]
                 self.fill(free, chosen, [min(len(p) + new, self.max_len) for p in chosen])
-            self.segment()
-            alive = self.active.tolist()
-            ended = [row for row in owner if not alive[row]]
-            if ended:
-                known = self.known.tolist()
-                for row in ended:
-                    i = owner.pop(row)
-                    part = slice(len(prompts[i]), known[row])
-                    answers[i] = (self.text[row, part].clone(), self.logp[row, part].clone())
+            alive, known = self.segment()
+            for row in [row for row in owner if not alive[row]]:
+                i = owner.pop(row)
+                part = slice(len(prompts[i]), int(known[row]))
+                answers[i] = (self.text[row, part].clone(), self.logp[row, part].clone())
         return answers
 
     def summary(self):
         """Tokens per read and acceptance so far, counted."""
-        reached, accepted, expected, rounds = self.counts.cpu()
+        reached, accepted, expected, rounds = self.counts.sum(0).cpu()
         rate = lambda x: " ".join(f"{r:.0%}" for r in (x / reached.clamp(min=1)).tolist())
         length = 1 + (accepted.sum() / rounds[0].clamp(min=1)).item()
         return f"{length:.2f} tokens per read; each depth accepted {rate(accepted)}, expected from sum min(p, q) {rate(expected)}"
 
     def segment(self):
-        """A few rounds with as many drafts as pay, timed."""
+        """A few rounds with as many drafts as pay, timed. -> per row: still active, tokens known."""
         g = self.pace.choose()
-        if g or self.behind + self.SEGMENT + 2 > self.LATE:
+        rounds = self.SEGMENT
+        if g or self.behind + rounds > self.LATE:
             self.close_gap()
-        while self.text.device.type == "cuda" and self.graphs.get(g) is None:  # warm-up and capture are not timed
-            self.step(g)
-        counts = self.counts.tolist()
+        ready = self.text.device.type != "cuda" or self.graphs.get(("round", g)) is not None
         start = time.perf_counter()
-        for _ in range(self.SEGMENT):
-            self.step(g)
-        new = self.counts.tolist()  # waits for the GPU
-        seconds = (time.perf_counter() - start) / self.SEGMENT
-        if self.K:
-            self.pace.update(g, seconds, *([a - b for a, b in zip(x, y)] for x, y in zip(new[:2], counts[:2])))
+        for _ in range(rounds):
+            self.behind += self.K > 0 and g == 0
+            self.run(self.round, g)
+        sums = self.counts.sum(0)[:2].flatten()
+        look = torch.cat([self.active, self.known, sums]).tolist()  # the one look of the host: waits for the GPU
+        seconds = (time.perf_counter() - start) / rounds
+        B, K = len(self.active), self.counts.shape[2]
+        new = [look[2 * B :][:K], look[2 * B :][K:]]  # drafts reached, accepted
+        if self.K and ready:  # warm-up and capture do not count
+            self.pace.update(g, seconds, *([a - b for a, b in zip(x, y)] for x, y in zip(new, self.seen_counts)))
+        self.seen_counts = new
+        return look[:B], look[B : 2 * B]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -500,8 +528,8 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     print(f"equipped in {time.time() - start:.0f} s: {1 + rate.sum():.2f} tokens per read expected; {folder / 'mtp.pt'} holds the module")
 
 
-def bench_run(folder, device, batches, new=512, prompt=64):
-    """The same generation with and without drafts, seconds and tokens/s; temperature 1, prompts from the run's validation text."""
+def bench_run(folder, device, batches, new=512, prompt=64, times=4):
+    """The same generation with and without drafts: `times` prompts per row, from the run's validation text, temperature 1."""
     import train_lm
 
     model, cfg, folder = train_lm.load_run(folder, device)
@@ -509,23 +537,21 @@ def bench_run(folder, device, batches, new=512, prompt=64):
         raise train_lm.UserError(f"{folder} has no module: python mtp.py --equip {folder}")
     data, model = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder), train_lm.half(model)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"bench    {folder}, {cfg.attn}, {next(model.parameters()).dtype}, on {name}; {prompt} given + {new} new tokens, temperature 1\n")
+    print(f"bench    {folder}, {cfg.attn}, {next(model.parameters()).dtype}, on {name}; {times} texts per row, "
+          f"{prompt} given + {new} new tokens, temperature 1\n")
     print(f"{'batch':>5} {'drafts':>7} {'seconds':>8} {'tokens/s':>9} {'saved':>6}  tokens per read, acceptance per depth")
     for batch in batches:
-        prompts, plain = crops(data.tokens["val"], batch, prompt, 1), None
+        prompts, plain = crops(data.tokens["val"], batch * times, prompt, 1), None
         for drafts in (0, None, *range(1, cfg.mtp + 1)):
             decoder = Decoder(model, batch, prompt + new, model.mtp if drafts != 0 else None, cfg.mtp, drafts=drafts)
-            decoder.generate(prompts, 64)  # warm-up: graphs, and which number of drafts pays
+            decoder.generate(prompts[: 2 * batch], 128)  # warm-up: graphs, and how many drafts pay
             decoder.counts.zero_()
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                decoder.generate(prompts, new)
-                times.append(time.perf_counter() - start)
-            seconds = sorted(times)[1]
+            start = time.perf_counter()
+            decoder.generate(prompts, new)
+            seconds = time.perf_counter() - start
             plain = plain or seconds
             label = "measured" if drafts is None else drafts or "none"
-            print(f"{batch:5} {label:>7} {seconds:8.3f} {batch * new / seconds:9.0f} {1 - seconds / plain:6.1%}  "
+            print(f"{batch:5} {label:>7} {seconds:8.3f} {len(prompts) * new / seconds:9.0f} {1 - seconds / plain:6.1%}  "
                   f"{decoder.summary() if drafts != 0 else ''}", flush=True)
 
 
@@ -554,9 +580,9 @@ def demo():
     with torch.no_grad():
         while decoder.active.item() and reads < 24:
             known, reads = decoder.known.item(), reads + 1
-            drafts, n = decoder.round(cfg.mtp)
+            drafts, _ = decoder.round(cfg.mtp)
             new = decoder.text[0, known : decoder.known.item()].tolist()
-            print(f"{reads:4}  {show(drafts[0].tolist()):10} {show(new[:n]):10} {show(new[n:])}")
+            print(f"{reads:4}  {show(drafts[0].tolist()):10} {show(new[:-1]):10} {show(new[-1:])}")
     print(f"\nwritten  {show(decoder.text[0, : decoder.known.item()].tolist())}\n\n{decoder.summary()}")
 
 
