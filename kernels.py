@@ -160,6 +160,7 @@ if triton is not None:
         top, total, best, at = -float("inf"), 0.0, -1.0, 0
         for start in range(0, V, BV):
             z = tl.load(logits + row * V + start + i, mask=start + i < V, other=-float("inf")).to(tl.float32) * scale
+            z = tl.where(z == z, z, 0.0)  # a module that has read nothing yet
             high = tl.maximum(top, tl.max(z, 0))
             if HOT:
                 if high > top:
@@ -171,6 +172,7 @@ if triton is not None:
                 x = tl.where(start + i == at, 1.0, 0.0)
             else:
                 z = tl.load(logits + row * V + start + i, mask=ok, other=-float("inf")).to(tl.float32) * scale
+                z = tl.where(z == z, z, 0.0)
                 x = tl.exp(z - top) / total
             tl.store(p + row * V + start + i, x, mask=ok)
             if NOISE and not HOT:
@@ -183,28 +185,31 @@ if triton is not None:
     # 5) commit
 
     @triton.jit
-    def commit_kernel(p, q, drafts, u, noise, text, logp, known, limit, active, counts, take_out, width, stop, g, V, K,
+    def commit_kernel(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, take_out, width, stop, g, V, K,
                       BV: tl.constexpr):  # fmt: skip
         """One program: one row of mtp.accept and of what follows it in mtp.Decoder.round."""
         b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
         live = tl.load(active + b).to(tl.int32)
         p, q, drafts = p + b * (g + 1) * V, q + b * g * V, drafts + b * g
+        have, prompt = tl.load(known + b), tl.load(given + b)
         n, alive = 0, live
         for k in range(g):
-            d = tl.load(drafts + k)
+            d, forced = tl.load(drafts + k), (have + k < prompt).to(tl.int32)
+            counted = alive * (1 - forced)
             chance = 0.0
             for start in range(0, V, BV):
                 ok = start + i < V
                 chance += tl.sum(tl.minimum(tl.load(p + k * V + start + i, mask=ok, other=0),
                                             tl.load(q + k * V + start + i, mask=ok, other=0)), 0)  # fmt: skip
             at = counts + b * 4 * K + k  # reached, expected and accepted, added up per row
-            tl.store(at, tl.load(at) + alive)
-            tl.store(at + 2 * K, tl.load(at + 2 * K) + alive * chance)
-            alive = alive * (tl.load(u + b * g + k) * tl.load(q + k * V + d) < tl.load(p + k * V + d)).to(tl.int32)
-            tl.store(at + K, tl.load(at + K) + alive)
+            tl.store(at, tl.load(at) + counted)
+            tl.store(at + 2 * K, tl.load(at + 2 * K) + counted * chance)
+            ok = (tl.load(u + b * g + k) * tl.load(q + k * V + d) < tl.load(p + k * V + d)).to(tl.int32)
+            tl.store(at + K, tl.load(at + K) + counted * ok)
+            alive = alive * tl.maximum(ok, forced)
             n += alive
         at = counts + b * 4 * K + 3 * K
-        tl.store(at, tl.load(at) + live)
+        tl.store(at, tl.load(at) + live * (have + g >= prompt).to(tl.int32))
 
         # the residual (p - q)+ at the refused draft; behind the last draft, p itself
         total, width_q = 0.0, tl.where(n < g, V, 0)
@@ -222,18 +227,19 @@ if triton is not None:
             if tl.max(race, 0) > best:
                 best, last = tl.max(race, 0), start + tl.argmax(race, 0)
 
-        have = tl.load(known + b)
         room = tl.load(limit + b) - have
         take, go = 0, live
         for j in range(n + 1):
             if (go > 0) & (j < room):
-                y = last.to(tl.int64)
+                y, forced = last.to(tl.int64), (have + j < prompt).to(tl.int32)
                 if j < n:
                     y = tl.load(drafts + j)
+                elif forced > 0:
+                    y = tl.load(text + b * width + have + j)
                 tl.store(text + b * width + have + j, y)
                 tl.store(logp + b * width + have + j, tl.log(tl.load(p + j * V + y)))
                 take += 1
-                go = (y != stop).to(tl.int32)
+                go = tl.maximum((y != stop).to(tl.int32), forced)
         tl.store(known + b, have + take)
         tl.store(active + b, (go > 0) & (take < room))
         tl.store(take_out + b, take)
@@ -319,9 +325,9 @@ def draw(logits, temperature, noise=None):
     return p, token
 
 
-def commit(p, q, drafts, u, noise, text, logp, known, limit, active, counts, stop):
+def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, stop):
     """Steps 3 and 4 of mtp.Decoder.round in one pass over p and q: -> tokens taken (B,). Writes text, logp, known, active, counts."""
     (B, n, V), take = p.shape, torch.empty_like(known)
-    commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, limit, active, counts, take, text.shape[1], stop, n - 1, V,
+    commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, take, text.shape[1], stop, n - 1, V,
                         counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
     return take

@@ -169,18 +169,18 @@ def draw(logits, temperature, noise=None):
     a CUDA graph -> (..., V), (...)."""
     if kernels.fast(logits):
         return kernels.draw(logits, temperature, noise)
-    p = law(logits, temperature)
+    p = law(logits.nan_to_num(), temperature)  # a module that has read nothing yet drafts anything: still exact
     return p, None if noise is None else (p / noise).argmax(-1)
 
 
-def accept(p, q, drafts, u, noise):
+def accept(p, q, drafts, forced, u, noise):
     """Rejection sampling: the accepted drafts and the token after them are distributed as p. Greedy drafts have a one-hot q.
 
-    p (B, g+1, V) target laws at the pending token and at each draft, q (B, g, V) draft laws, drafts (B, g) ~ q, u (B, g) uniform, noise
-    (B, V) ~ Exp(1) -> n (B,) accepted drafts, and the next token (B,).
+    p (B, g+1, V) target laws at the pending token and at each draft, q (B, g, V) draft laws, drafts (B, g) ~ q, forced (B, g) bool:
+    not a draft but a given token, u (B, g) uniform, noise (B, V) ~ Exp(1) -> n (B,) accepted drafts, and the next token (B,).
     """
     g, at = drafts.shape[1], drafts[..., None]
-    ok = u * q.gather(-1, at)[..., 0] < p[:, :g].gather(-1, at)[..., 0]  # (B, g): u < p / q
+    ok = forced | (u * q.gather(-1, at)[..., 0] < p[:, :g].gather(-1, at)[..., 0])  # (B, g): u < p / q
     n = ok.long().cumprod(1).sum(1)  # (B,)
     here = n[:, None, None].expand(-1, 1, p.shape[-1])  # (B, 1, V)
     # The residual (p - q)+ at the refused draft; behind the last draft q is 0 and the bonus is drawn from p_{g+1} itself.
@@ -190,27 +190,30 @@ def accept(p, q, drafts, u, noise):
     return n, (rest / noise).argmax(-1)
 
 
-def commit(p, q, drafts, u, noise, text, logp, known, limit, active, counts, stop):
+def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, stop):
     """Accept, then write what was accepted and the token after it behind the known text, up to a stop token (-1: none) and the limit.
 
-    text, logp (B, width) of tokens and their log-probabilities under p; known, limit, active (B,); counts (B, 4, K): drafts reached,
-    accepted, expected to be accepted (sum of min(p, q)), and rounds. All are changed in place -> tokens taken (B,).
+    text, logp (B, width) of tokens and their log-probabilities under p; known, given, limit, active (B,): tokens that are known (read or
+    about to be), of the prompt, at most; counts (B, 4, K): drafts reached, accepted, expected to be accepted (sum of min(p, q)), and
+    rounds. text, logp, known, active, counts are changed in place -> tokens taken (B,).
     """
     g = drafts.shape[1]
-    n, last = accept(p, q, drafts, u, noise)
-    j = torch.arange(g + 1, device=n.device)
-    reached, passed = ((n[:, None] >= i) & active[:, None] for i in (j[:g], j[1:]))  # (B, g)
+    j = torch.arange(g + 1, device=p.device)
+    place = known[:, None] + j  # (B, g + 1)
+    forced = place < given[:, None]
+    n, last = accept(p, q, drafts, forced[:, :g], u, noise)
+    reached, passed = ((n[:, None] >= i) & active[:, None] & ~forced[:, :g] for i in (j[:g], j[1:]))  # (B, g)
     chance = torch.minimum(p[:, :g], q).sum(-1).masked_fill(~reached, 0)  # (B, g)
     counts[:, :3, :g] += torch.stack([reached.to(p.dtype), passed.to(p.dtype), chance], dim=1).to(counts.dtype)
-    counts[:, 3, 0] += active
+    counts[:, 3, 0] += active & ~forced[:, g]
 
     y = torch.where(j < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (B, g + 1)
+    y = torch.where(forced, text.gather(1, place), y)
     take = torch.minimum(n + 1, limit - known)  # (B,)
-    stops = (y == stop) & (j < take[:, None])
+    stops = (y == stop) & (j < take[:, None]) & ~forced
     take = torch.where(stops.any(1), stops.int().argmax(1) + 1, take) * active
-    place, real = known[:, None] + j, j < take[:, None]  # (B, g + 1)
     for buffer, new in ((text, y), (logp, p.gather(-1, y[..., None])[..., 0].log())):
-        buffer.scatter_(1, place, torch.where(real, new.to(buffer.dtype), buffer.gather(1, place)))
+        buffer.scatter_(1, place, torch.where(j < take[:, None], new.to(buffer.dtype), buffer.gather(1, place)))
     known += take
     active &= (known < limit) & ~stops.any(1)
     return take
@@ -221,13 +224,13 @@ def commit(p, q, drafts, u, noise, text, logp, known, limit, active, counts, sto
 
 
 class Pace:
-    """How many drafts pay, by measurement: expected tokens of a round, from counted acceptance, over its seconds."""
+    """How many drafts pay, by measurement: expected tokens of a round, from counted acceptance, over its time."""
 
     def __init__(self, K, fixed=None):
         self.K, self.fixed = K, fixed
-        self.seconds = {}  # drafts -> seconds of a round
+        self.ms = {}  # drafts -> milliseconds of a round
         self.reached, self.accepted = [0.0] * K, [0.0] * K  # per depth, fading
-        self.last, self.quiet, self.wait = None, 0, 4  # the best so far; segments since all depths were tried; when to try them again
+        self.last, self.quiet, self.wait = K, 0, 4  # the best so far; segments since all depths were tried; when to try them again
 
     def tokens(self, g):
         """Expected tokens of a round with g drafts: 1 + sum of the cumulative acceptance rates."""
@@ -237,31 +240,34 @@ class Pace:
             total += alive
         return total
 
+    def speed(self, g):
+        """Expected tokens per millisecond; times not measured yet lie in between."""
+        low, high = self.ms[0], self.ms[self.K]
+        return self.tokens(g) / self.ms.get(g, low + (high - low) * (g + 1) / (self.K + 1))
+
     def best(self):
-        low, high = self.seconds[0], self.seconds[self.K]
-        guess = lambda g: self.seconds.get(g, low + (high - low) * (g + 1) / (self.K + 1))  # drafting and catching up cost in proportion
-        return max(range(self.K + 1), key=lambda g: self.tokens(g) / guess(g))
+        return max(range(self.K + 1), key=self.speed)
 
     def choose(self):
         """Drafts of the next segment. Both ends are measured first; a deeper draft than the best is tried again, ever more rarely."""
         if self.fixed is not None or not self.K:
             return self.fixed or 0
         for g in (self.K, 0):
-            if g not in self.seconds:
+            if g not in self.ms:
                 return g
         best = self.best()
-        if best != self.last:
+        if self.speed(best) > 1.03 * self.speed(self.last):  # not for a trifle: each number of drafts has a graph of its own
             self.last, self.wait = best, 4
+        best = self.last
         self.quiet += 1
         if best == self.K or self.quiet < self.wait:
             return best
         self.quiet, self.wait = 0, min(2 * self.wait, 64)
         return self.K
 
-    def update(self, g, seconds, reached, accepted):
-        """After a segment: its seconds per round, and counts per depth (K,)."""
-        old = self.seconds.get(g, seconds)
-        self.seconds[g] = min(seconds, 0.7 * old + 0.3 * seconds)  # disturbances only ever make it longer
+    def update(self, g, ms, reached, accepted):
+        """After a segment: its milliseconds per round, and counts per depth (K,)."""
+        self.ms[g] = min(ms, 0.7 * self.ms.get(g, ms) + 0.3 * ms)  # disturbances only ever make it longer
         for k in range(g):
             self.reached[k] = 0.9 * self.reached[k] + reached[k]
             self.accepted[k] = 0.9 * self.accepted[k] + accepted[k]
@@ -295,7 +301,7 @@ class Decoder:
         self.text = torch.zeros(batch, room + 1, dtype=torch.long, device=device)  # prompt, answer, room for a round's overhang
         self.logp = torch.zeros(batch, room + 1, device=device, dtype=torch.promote_types(kind["dtype"], torch.float32))
         self.known = torch.ones(batch, dtype=torch.long, device=device)  # tokens of a row; the last of them is pending: not in the cache
-        self.limit = torch.ones(batch, dtype=torch.long, device=device)  # where a row ends
+        self.given, self.limit = torch.ones_like(self.known), torch.ones_like(self.known)  # its prompt's length, where it ends at last
         self.active = torch.zeros(batch, dtype=torch.bool, device=device)
         self.counts = torch.zeros(batch, 4, max(1, self.K), device=device)  # see commit
         if self.K:
@@ -329,6 +335,8 @@ class Decoder:
             q.append(q_k)
             drafts.append(d_k)
         drafts = torch.cat(drafts, dim=1) if g else pending[:, :0]  # (B, g)
+        place = self.known[:, None] + torch.arange(g, device=pending.device)  # (B, g)
+        drafts = torch.where(place < self.given[:, None], self.text.gather(1, place), drafts)  # a prompt is a draft that is right
         q = torch.cat(q, dim=1) if g else noise[:0, :, 0].transpose(0, 1)  # (B, g, V)
 
         # 2) verify
@@ -336,7 +344,7 @@ class Decoder:
         p, _ = draw(F.linear(h, self.head), self.temperature)  # (B, g + 1, V)
 
         # 3) accept, 4) commit
-        state = (self.text, self.logp, self.known, self.limit, self.active, self.counts, self.stop)
+        state = (self.text, self.logp, self.known, self.given, self.limit, self.active, self.counts, self.stop)
         take = (kernels.commit if kernels.fast(p) else commit)(p, q, drafts, u, noise[g, :, 0], *state)  # (B,)
 
         # 5) catch up
@@ -354,7 +362,7 @@ class Decoder:
         e = F.embedding(self.text.gather(1, (pos + 1).clamp(max=self.text.shape[1] - 1)), self.table)  # (B, T, C)
         out, _ = self.mtp(h, e, pos, self.own, count)  # (B, T, C)
         last = out.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, h.shape[2]))  # (B, 1, C)
-        self.state.copy_(torch.where(count[:, None, None] > 0, last, self.state))
+        torch.where(count[:, None, None] > 0, last, self.state, out=self.state)
         self.own_seen += count
 
     def close_gap(self):
@@ -379,8 +387,8 @@ class Decoder:
 
     # -- whole texts
 
-    def fill(self, rows, prompts, limits):
-        """Start texts in some rows: their old entries are forgotten, all but the last token of each prompt is read."""
+    def fill(self, rows, prompts, limits, at_once=True):
+        """Start texts in some rows, whose old entries are forgotten: prompts are read here, at once, or ride along as forced drafts."""
         self.close_gap()
         if self.K:
             self.table.copy_(self.mtp.read(self.embed))  # the weights may have changed
@@ -388,18 +396,19 @@ class Decoder:
         text, length = torch.zeros(len(rows), longest, dtype=torch.long), torch.tensor([len(p) for p in prompts])
         for i, prompt in enumerate(prompts):
             text[i, : len(prompt)] = prompt
-        rows = torch.tensor(rows, device=device)
-        self.text[rows, :longest], self.known[rows], self.limit[rows] = text.to(device), length.to(device), torch.tensor(limits, device=device)
+        rows, length, limits = (torch.as_tensor(x, device=device) for x in (rows, length, limits))
+        self.text[rows, :longest], self.given[rows], self.limit[rows] = text.to(device), length, limits
+        self.known[rows] = length if at_once else 1
         self.active[rows] = True
         fresh = torch.zeros_like(self.active).index_fill_(0, rows, True)
         self.cache.rollback(torch.where(fresh, 0, self.cache.seen))
         if self.K:
-            self.state[rows], self.own_seen[rows] = 0, 0
+            self.own_seen[rows] = 0
             for part in self.own.values():
                 part.rollback(torch.where(fresh, 0, self.max_len))
         self.fresh.copy_(fresh)
         end = min(-(-(longest - 1) // 16) * 16, self.text.shape[1])  # few different shapes, since each is captured
-        for start in range(0, end, self.PIECE):
+        for start in range(0, end * at_once, self.PIECE):
             self.run(self.read, start, min(start + self.PIECE, end))
 
     def read(self, start, stop):
@@ -411,25 +420,35 @@ class Decoder:
 
     @torch.no_grad()
     def generate(self, prompts, new):
-        """prompts: 1-D tensors of tokens (with drafts, of two or more); new: most tokens to add to each -> [(tokens, log-probabilities)] of what was added."""
+        """prompts: 1-D tensors of tokens, one or more; new: most tokens to add to each -> [(tokens, log-probabilities)] of what was added.
+
+        The host looks at the rows one segment late, so that the GPU never waits for it.
+        """
         for p in prompts:
-            least = 2 if self.K else 1  # the module reads a state and the token after it
-            if not least <= len(p) < self.max_len:
-                raise ValueError(f"a prompt of {len(p)} tokens: {least} to {self.max_len - 1} are possible here")
-        todo, answers = list(range(len(prompts)))[::-1], [None] * len(prompts)
-        owner, batch = {}, len(self.active)  # row -> prompt
+            if not 1 <= len(p) < self.max_len:
+                raise ValueError(f"a prompt of {len(p)} tokens: 1 to {self.max_len - 1} are possible here")
+        todo, answers, batch = list(range(len(prompts)))[::-1], [None] * len(prompts), len(self.active)
+        owner, since, number, looks = {}, {}, 0, []  # row -> prompt, row -> first look that knows about it
         self.active.zero_()
+        prompts = [p.cpu() for p in prompts]
         while todo or owner:
             free = [row for row in range(batch) if row not in owner][: len(todo)]
-            if free and (len(free) > batch // 8 or len(free) == len(todo) or not owner):  # a pass for a prompt costs all rows: share it
+            if free:
                 owner.update((row, todo.pop()) for row in free)
+                since.update((row, number) for row in free)
                 chosen = [prompts[owner[row]] for row in free]
-                self.fill(free, chosen, [min(len(p) + new, self.max_len) for p in chosen])
-            alive, known = self.segment()
-            for row in [row for row in owner if not alive[row]]:
-                i = owner.pop(row)
-                part = slice(len(prompts[i]), int(known[row]))
-                answers[i] = (self.text[row, part].clone(), self.logp[row, part].clone())
+                limits = [min(len(p) + new, self.max_len) for p in chosen]
+                self.fill(free, chosen, limits, at_once=4 * len(free) >= batch)  # a reading pass costs all rows: only for many
+            looks.append(self.segment())
+            number += 1
+            if len(looks) > (self.text.device.type == "cuda"):
+                alive, known = self.look(looks.pop(0))
+                for row in [r for r in owner if not alive[r] and since[r] < number - len(looks)]:
+                    i = owner.pop(row)
+                    part = slice(len(prompts[i]), int(known[row]))
+                    answers[i] = (self.text[row, part].clone(), self.logp[row, part].clone())
+        for late in looks:
+            self.look(late)
         return answers
 
     def summary(self):
@@ -440,25 +459,46 @@ class Decoder:
         return f"{length:.2f} tokens per read; each depth accepted {rate(accepted)}, expected from sum min(p, q) {rate(expected)}"
 
     def segment(self):
-        """A few rounds with as many drafts as pay, timed. -> per row: still active, tokens known."""
-        g = self.pace.choose()
-        rounds = self.SEGMENT
+        """Start a few rounds with as many drafts as pay -> what `look` needs to see how they went."""
+        g, rounds, cuda = self.pace.choose(), self.SEGMENT, self.text.device.type == "cuda"
         if g or self.behind + rounds > self.LATE:
             self.close_gap()
-        ready = self.text.device.type != "cuda" or self.graphs.get(("round", g)) is not None
-        start = time.perf_counter()
+        timed = not cuda or self.graphs.get(("round", g)) is not None  # warm-up and capture do not count
+        clock = (lambda: torch.cuda.Event(enable_timing=True)) if cuda else Clock
+        start, end = clock(), clock()
+        start.record()
         for _ in range(rounds):
             self.behind += self.K > 0 and g == 0
             self.run(self.round, g)
-        sums = self.counts.sum(0)[:2].flatten()
-        look = torch.cat([self.active, self.known, sums]).tolist()  # the one look of the host: waits for the GPU
-        seconds = (time.perf_counter() - start) / rounds
-        B, K = len(self.active), self.counts.shape[2]
-        new = [look[2 * B :][:K], look[2 * B :][K:]]  # drafts reached, accepted
-        if self.K and ready:  # warm-up and capture do not count
-            self.pace.update(g, seconds, *([a - b for a, b in zip(x, y)] for x, y in zip(new, self.seen_counts)))
-        self.seen_counts = new
-        return look[:B], look[B : 2 * B]
+        result = torch.cat([self.active, self.known, self.counts.sum(0)[:2].flatten()])
+        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=cuda).copy_(result, non_blocking=True)
+        end.record()
+        return g, rounds, timed, start, end, host
+
+    def look(self, segment):
+        """Wait for a segment and measure it -> per row: still active, tokens known."""
+        g, rounds, timed, start, end, host = segment
+        end.synchronize()
+        B, K, host = len(self.active), self.counts.shape[2], host.tolist()
+        counts = host[2 * B : 2 * B + K], host[2 * B + K :]  # drafts reached, accepted
+        if self.K and timed:
+            change = ([a - b for a, b in zip(x, y)] for x, y in zip(counts, self.seen_counts))
+            self.pace.update(g, start.elapsed_time(end) / rounds, *change)
+        self.seen_counts = counts
+        return host[:B], host[B : 2 * B]
+
+
+class Clock:
+    """torch.cuda.Event's part for a CPU."""
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)  # ms
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -544,7 +584,7 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
         prompts, plain = crops(data.tokens["val"], batch * times, prompt, 1), None
         for drafts in (0, None, *range(1, cfg.mtp + 1)):
             decoder = Decoder(model, batch, prompt + new, model.mtp if drafts != 0 else None, cfg.mtp, drafts=drafts)
-            decoder.generate(prompts[: 2 * batch], 128)  # warm-up: graphs, and how many drafts pay
+            decoder.generate(prompts, 256 if drafts is None else 64)  # warm-up: graphs, and how many drafts pay
             decoder.counts.zero_()
             start = time.perf_counter()
             decoder.generate(prompts, new)

@@ -152,7 +152,7 @@ class Cache:
             drop = pos >= seen[:, None, None]  # (layers, B, heads, S)
             length -= drop[:, :, 0].sum(-1)
             pos.masked_fill_(drop, -1)
-        self.seen.copy_(seen)
+        self.seen.clamp_(max=seen)  # not copy_: in a CUDA graph a copy costs more than a kernel
 
     @property
     def nbytes(self):
