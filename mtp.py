@@ -26,7 +26,6 @@ the trunk's state h_s at token x_s, which predicts x_{s+1}; depth k of row s pre
 This file knows no model class. A trunk is anything with hidden(tokens, cache, count) -> (B, T, C) after the final norm, new_cache(batch,
 max_len, margin, dtype), embed.weight (V, C) and head.weight (V, C); a block is anything like train_lm.Block.
 """
-import argparse
 import sys
 import time
 
@@ -286,7 +285,7 @@ class Decoder:
     Weights may change between calls (in place, as optimizers do): graphs stay valid.
     """
 
-    SEGMENT = 4  # rounds between two looks of the host
+    SEGMENT = 4  # rounds without drafts between two looks of the host
     PIECE = 64  # tokens of a prompt that are read at once
     LATE = 64  # states kept while no drafts are made, so that the module can catch up
 
@@ -387,26 +386,28 @@ class Decoder:
 
     # -- whole texts
 
+    @torch.no_grad()
     def fill(self, rows, prompts, limits, at_once=True):
         """Start texts in some rows, whose old entries are forgotten: prompts are read here, at once, or ride along as forced drafts."""
         self.close_gap()
+        longest, cuda = max(len(p) for p in prompts), self.text.device.type == "cuda"
+        host = torch.zeros(len(self.known), 3 + longest, dtype=torch.long, pin_memory=cuda)  # of each row: is it new, its prompt's length,
+        host[rows, 0] = 1  # its limit, its prompt: one copy, which the host need not wait for
+        host[rows, 1:3] = torch.tensor([[len(p), limit] for p, limit in zip(prompts, limits)])
+        host[rows, 3:] = nn.utils.rnn.pad_sequence([p.cpu() for p in prompts], batch_first=True)
+        new = host.to(self.text.device, non_blocking=True)  # (B, 3 + longest)
+        self.fresh.copy_(new[:, 0])
+        values = {self.given: new[:, 1], self.limit: new[:, 2], self.known: new[:, 1] if at_once else torch.ones_like(self.known)}
+        for state, value in values.items():
+            state.copy_(torch.where(self.fresh, value, state))
+        self.text[:, :longest] = torch.where(self.fresh[:, None], new[:, 3:], self.text[:, :longest])
+        self.active |= self.fresh
+        self.cache.rollback(self.cache.seen.masked_fill(self.fresh, 0))
         if self.K:
             self.table.copy_(self.mtp.read(self.embed))  # the weights may have changed
-        longest, device = max(len(p) for p in prompts), self.text.device
-        text, length = torch.zeros(len(rows), longest, dtype=torch.long), torch.tensor([len(p) for p in prompts])
-        for i, prompt in enumerate(prompts):
-            text[i, : len(prompt)] = prompt
-        rows, length, limits = (torch.as_tensor(x, device=device) for x in (rows, length, limits))
-        self.text[rows, :longest], self.given[rows], self.limit[rows] = text.to(device), length, limits
-        self.known[rows] = length if at_once else 1
-        self.active[rows] = True
-        fresh = torch.zeros_like(self.active).index_fill_(0, rows, True)
-        self.cache.rollback(torch.where(fresh, 0, self.cache.seen))
-        if self.K:
-            self.own_seen[rows] = 0
+            self.own_seen.masked_fill_(self.fresh, 0)
             for part in self.own.values():
-                part.rollback(torch.where(fresh, 0, self.max_len))
-        self.fresh.copy_(fresh)
+                part.rollback(torch.where(self.fresh, 0, self.max_len))
         end = min(-(-(longest - 1) // 16) * 16, self.text.shape[1])  # few different shapes, since each is captured
         for start in range(0, end * at_once, self.PIECE):
             self.run(self.read, start, min(start + self.PIECE, end))
@@ -430,7 +431,6 @@ class Decoder:
         todo, answers, batch = list(range(len(prompts)))[::-1], [None] * len(prompts), len(self.active)
         owner, since, number, looks = {}, {}, 0, []  # row -> prompt, row -> first look that knows about it
         self.active.zero_()
-        prompts = [p.cpu() for p in prompts]
         while todo or owner:
             free = [row for row in range(batch) if row not in owner][: len(todo)]
             if free:
@@ -460,7 +460,8 @@ class Decoder:
 
     def segment(self):
         """Start a few rounds with as many drafts as pay -> what `look` needs to see how they went."""
-        g, rounds, cuda = self.pace.choose(), self.SEGMENT, self.text.device.type == "cuda"
+        g, cuda = self.pace.choose(), self.text.device.type == "cuda"
+        rounds = self.SEGMENT // 2 if g else self.SEGMENT  # a round with drafts takes longer, and its rows end sooner
         if g or self.behind + rounds > self.LATE:
             self.close_gap()
         timed = not cuda or self.graphs.get(("round", g)) is not None  # warm-up and capture do not count
@@ -508,35 +509,37 @@ class Clock:
 def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperature=1.0, say=print):
     """Train the module on a frozen trunk with the trunk's own samples and own distributions: soft CE first, then end-to-end TV.
 
-    samples (N, T) tokens that the trunk wrote behind `prompt` given ones, at `temperature`. -> expected acceptance (K,), see there.
+    samples (N, T) tokens that the trunk wrote behind `prompt` given ones, at `temperature`; the first `rows` of them are kept for testing.
+    -> expected acceptance (K,) on those, see expected_acceptance.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    device, rng = samples.device, torch.Generator().manual_seed(0)
-    mask = torch.ones(rows, samples.shape[1], device=device)
+    held, samples, device = samples[:rows], samples[rows:], samples.device
+    rng, start = torch.Generator().manual_seed(0), time.time()
+    mask = torch.ones_like(held)
     mask[:, :prompt] = 0
-    amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    start = time.time()
+
+    def unroll(text):
+        """text (rows, T) -> what the losses need of it: states, head, p, tokens, mask."""
+        with torch.no_grad():
+            h = trunk.hidden(text)  # (rows, T, C)
+            p = law(F.linear(h, trunk.head.weight), temperature)  # (rows, T, V)
+        return module.unroll(h, text, trunk.embed.weight, K), trunk.head.weight, p, text, mask[: len(text)]
+
     for step in range(steps):
         kind = "soft" if step < 0.4 * steps else "e2e"
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
-        text = samples[torch.randint(len(samples), (rows,), generator=rng).to(device)]  # (rows, T)
-        with torch.no_grad(), amp():
-            h = trunk.hidden(text)  # (rows, T, C)
-            p = law(F.linear(h, trunk.head.weight), temperature)  # (rows, T, V)
-        with amp():
-            states = module.unroll(h, text, trunk.embed.weight, K)
-            loss = draft_loss(kind, states, trunk.head.weight, p, text, mask, temperature)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % max(1, steps // 10) == 0:
-            with amp():
-                rate = expected_acceptance(states, trunk.head.weight, p, text, mask, temperature)
-            left = (time.time() - start) / (step + 1) * (steps - step - 1)
-            say(f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | length per read {1 + rate.sum():.2f} | depths "
-                f"{' '.join(f'{r:.0%}' for r in rate.tolist())} | eta {left / 60:.1f} min")
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = draft_loss(kind, *unroll(samples[torch.randint(len(samples), (rows,), generator=rng).to(device)]), temperature)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
+                rate = expected_acceptance(*unroll(held), temperature)
+                left = (time.time() - start) / (step + 1) * (steps - step - 1)
+                say(f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | length per read {1 + rate.sum():.2f} | depths "
+                    f"{' '.join(f'{r:.0%}' for r in rate.tolist())} | eta {left / 60:.1f} min")
     return rate
 
 
@@ -582,7 +585,7 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
     print(f"{'batch':>5} {'drafts':>7} {'seconds':>8} {'tokens/s':>9} {'saved':>6}  tokens per read, acceptance per depth")
     for batch in batches:
         prompts, plain = crops(data.tokens["val"], batch * times, prompt, 1), None
-        for drafts in (0, None, *range(1, cfg.mtp + 1)):
+        for drafts in (0, None, *sorted({1, (cfg.mtp + 1) // 2, cfg.mtp})):
             decoder = Decoder(model, batch, prompt + new, model.mtp if drafts != 0 else None, cfg.mtp, drafts=drafts)
             decoder.generate(prompts, 256 if drafts is None else 64)  # warm-up: graphs, and how many drafts pay
             decoder.counts.zero_()
@@ -627,20 +630,21 @@ def demo():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Multi-token prediction: without options, a demo.", allow_abbrev=False)
-    parser.add_argument("--equip", metavar="RUN", help="train a module for the run in this folder, e.g. out/base-gqa; writes RUN/mtp.pt")
-    parser.add_argument("--bench", metavar="RUN", help="time generation with and without drafts")
-    parser.add_argument("--depths", type=int, default=6, help="K of --equip [6]")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of --equip, 32 texts each [2000]")
-    parser.add_argument("--samples", type=int, default=8192, help="texts that the trunk writes for --equip [8192]")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="batch sizes of --bench [1 16 64 256]")
-    given = parser.parse_args(argv)
     import train_lm
 
+    parser = train_lm.Parser(prog="mtp.py", description="Multi-token prediction: without options, a demo.", allow_abbrev=False)
+    parser.add_argument("--equip", metavar="RUN", help="train a module for the run in this folder, e.g. out/base-gqa; writes RUN/mtp.pt")
+    parser.add_argument("--bench", metavar="RUN", help="time generation with and without drafts")
+    parser.add_argument("--depths", type=int, default=8, help="K of --equip [8]")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of --equip, 32 texts each [3000]")
+    samples = "texts that the trunk writes for --equip [16384]; on a CPU try 512, with 300 steps"
+    parser.add_argument("--samples", type=int, default=16384, help=samples)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="batch sizes of --bench [1 16 64 256]")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if min(given.depths, given.steps, given.samples, *given.batch) < 1:
-            raise train_lm.UserError("--depths, --steps, --samples and --batch must be at least 1")
+        given = parser.parse_args(argv)
+        if min(given.depths, given.steps, *given.batch) < 1 or given.samples < 64:
+            raise train_lm.UserError("--depths, --steps and --batch must be at least 1, --samples at least 64")
         if given.equip:
             equip_run(given.equip, given.depths, given.steps, device, given.samples)
         if given.bench:

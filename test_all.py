@@ -10,6 +10,7 @@ run on a deliberately wrong implementation (a mutant), which it has to catch.
 import ast
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import unittest
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import latent_attention as la
+import mtp
 import nsa
 import train_lm
 from latent_attention import GQA, LatentAttention, SlotCache, attend, rope, visible
@@ -42,7 +45,7 @@ KINDS = ("gqa", "nsa", "asa")
 
 def setup_function(fn=None):  # before each test, by pytest and by main
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def close(a, b, tol, what):
@@ -69,6 +72,15 @@ def swapped(module, name, wrong):
         yield
     finally:
         setattr(module, name, right)
+
+
+def mutant(owner, name, right, wrong):
+    """Replace a function of a module or class by itself with one expression changed."""
+    function = getattr(owner, name)
+    source, scope = textwrap.dedent(inspect.getsource(function)), dict(function.__globals__)
+    assert source.count(right) == 1, f"{name} has {source.count(right)} times {right!r}"
+    exec(source.replace(right, wrong), scope)
+    return swapped(owner, name, scope[name])
 
 
 def tiny(attn, **changes):
@@ -599,6 +611,353 @@ def test_rows_do_not_influence_each_other():
         both = decode(model, text, plan)
         for b in range(2):
             close(decode(model, text[b : b + 1], [[c[b]] for c in plan if c[b]]), both[b : b + 1], 1e-12, f"{attn}: row {b} alone")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# mtp.py: the module and its losses
+
+
+def test_losses_have_their_gradients():
+    """TV and end-to-end TV against finite differences and against their formulas; the other losses against what they reduce to."""
+    K, V, T = 3, 7, 8
+    p = torch.randn(2, T, V).double().softmax(-1)
+    tokens, mask = torch.randint(V, (2, T)), torch.ones(2, T).double()
+    head = torch.eye(V).double()  # the states are the logits
+    z = [torch.randn(2, T - k, V).double() for k in range(1, K + 1)]
+    losses = {kind: lambda z, kind=kind: mtp.draft_loss(kind, z, head, p, tokens, mask) for kind in ("tv", "e2e")}
+    for kind, loss in losses.items():
+        leaves = [x.clone().requires_grad_() for x in z]
+        grads = torch.autograd.grad(loss(leaves), leaves)
+        for k, t, v in [(k, t, v) for k in range(K) for t in (0, T - k - 3) for v in range(V)]:
+            step = [x.clone() for x in z]
+            step[k][1, t, v] += 1e-6
+            up = loss(step)
+            step[k][1, t, v] -= 2e-6
+            close(grads[k][1, t, v], (up - loss(step)) / 2e-6, 1e-8, f"{kind}, depth {k + 1}, row {t}, logit {v}")
+    z1, p1 = torch.randn(5, V).double().requires_grad_(), torch.randn(5, V).double().softmax(-1)
+    q = z1.softmax(-1)
+    below = (q <= p1).double()
+    formula = -q * (below - (below * q).sum(-1, keepdim=True))
+    close(torch.autograd.grad(mtp.tv(z1, p1).sum(), z1)[0], formula, 1e-12, "TV's gradient, -q (1[q <= p] - S)")
+    close(torch.autograd.grad(mtp.soft_ce(z1, p1).sum(), z1)[0], q - p1, 1e-12, "soft CE's gradient, q - p")
+    close(losses["e2e"](z[:1]), losses["tv"](z[:1]), 1e-12, "end-to-end TV at one depth is TV")
+    hot = F.one_hot(tokens, V).double().roll(-1, 1)  # row s of the trunk predicts x_{s+1}
+    close(mtp.draft_loss("soft", z, head, hot, tokens, mask), mtp.draft_loss("ce", z, head, hot, tokens, mask), 1e-12, "soft CE on one-hot")
+    even = mtp.draft_loss("tv", [torch.zeros_like(x) for x in z], head, torch.full_like(p, 1 / V), tokens, mask)
+    close(even + 1, torch.ones(()).double(), 1e-12, "q = p: no loss")
+    far = mtp.draft_loss("tv", [100 * F.one_hot(torch.zeros(2, T - k).long(), V).double() for k in range(1, 4)], head,
+                         F.one_hot(torch.ones(2, T).long(), V).double(), tokens, mask)
+    close(far, torch.ones(()).double(), 1e-12, "nothing in common: every depth costs 1, so the weights sum to 1")
+
+
+def test_depth_masks_equal_a_loop():
+    mask, K = (torch.rand(3, 20) < 0.8).double(), 4
+    for k, m in enumerate(mtp.depth_masks(mask, K), 1):
+        for b, s in [(b, s) for b in range(3) for s in range(20 - k - 1)]:
+            want = all(mask[b, s + j] for j in range(1, k + 2))  # every token between, and the target
+            assert bool(m[b, s]) == want, f"depth {k}, row {s} of text {b}"
+        assert m.shape == (3, 20 - k - 1), "the last row with a target"
+
+
+def drafter(attn, K, **changes):
+    """A tiny model in fp64 with a module, whose distributions are far from uniform."""
+    model = lm(attn, mtp=K, **changes)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model.eval()
+
+
+def test_the_trunk_gets_no_gradient_from_the_module():
+    for attn in KINDS:
+        model = drafter(attn, 3, layers=2)
+        x, y, w = text_of(model, 2, 70), text_of(model, 2, 70), torch.ones(2, 70)
+        trunk = [p for n, p in model.named_parameters() if not n.startswith("mtp.")]
+        with_module = torch.autograd.grad(train_lm.Objective(model)(x, y, w)[0], trunk)
+        module, model.mtp = model.mtp, None
+        without = torch.autograd.grad(train_lm.Objective(model)(x, y, w)[0], trunk)
+        assert all(torch.equal(a, b) for a, b in zip(with_module, without)), f"{attn}: the trunk's gradient changes with the module"
+        h = model.hidden(x)
+        p = model.head(h).softmax(-1)
+        for kind in ("ce", "soft", "tv", "e2e"):
+            loss = mtp.draft_loss(kind, module.unroll(h, x, model.embed.weight, 3), model.head.weight, p, x, torch.ones(2, 70))
+            found = torch.autograd.grad(loss, trunk, allow_unused=True, retain_graph=True)
+            assert all(g is None for g in found), f"{attn}, {kind}: the draft loss reaches the trunk"
+            own = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+            assert all(g is not None and g.abs().max() > 0 for g in own), f"{attn}, {kind}: the module learns"
+
+
+def test_one_module_for_all_depths():
+    count = lambda K: sum(p.numel() for p in LM(tiny("gqa", mtp=K)).mtp.parameters())
+    assert count(1) == count(5), "parameters do not depend on K"
+    model = drafter("gqa", 1)
+    x = text_of(model, 2, 20)
+    h, m = model.hidden(x), model.mtp
+    norm = lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)
+    W = torch.cat([m.join_h.weight, m.join_e.weight], dim=1)  # (C, 2C): DeepSeek-V3's one matrix
+    u = torch.cat([norm(h[:, :-1], m.norm_h), norm(model.embed(x[:, 1:]), m.norm_e)], -1) @ W.T
+    want = norm(m.block(u, torch.arange(19)[None]), m.norm_out)
+    close(m.unroll(h, x, model.embed.weight, 1)[0], want, 1e-12, "depth 1 is DeepSeek-V3's module")
+    two = m.unroll(h, x, model.embed.weight, 3)
+    assert [t.shape[1] for t in two] == [19, 18, 17] and torch.equal(two[0], m.unroll(h, x, model.embed.weight, 1)[0])
+
+
+@torch.no_grad()
+def drafts_see_what_training_saw(attn, K=4):
+    """Every draft's distribution, over rounds of ragged acceptance, equals the training pass's on the same tokens."""
+    model, seen = drafter(attn, K), []
+    decoder = mtp.Decoder(model, 3, 120, model.mtp, K, drafts=K)
+    prompts = [text_of(model, 1, n)[0] for n in (2, 17, 33)]
+    decoder.fill(range(3), prompts, [110] * 3)
+    original = mtp.draw
+    for number in range(30):
+        g = (K, 2, 0, 0, 0, 1)[number % 6]  # while there are no drafts the module falls behind, and catches up at once
+        known, drawn = decoder.known.clone(), []
+        decoder.behind += g == 0
+        if g:
+            decoder.close_gap()
+        with swapped(mtp, "draw", lambda z, *a: (drawn.append(original(z, *a)), drawn[-1])[1]):
+            drafts, _ = decoder.round(g)
+        for b in range(3):
+            text = torch.cat([decoder.text[b, : known[b]], drafts[b]])[None]  # what was known, then the drafts
+            states = model.mtp.unroll(model.hidden(text), text, model.embed.weight, g)
+            for k in range(g):
+                want = model.head(states[k][0, known[b] - 2]).softmax(-1)
+                close(drawn[k][0][b, 0], want, 1e-12, f"{attn}: row {b} at {int(known[b])}, draft {k + 1} of {g}")
+                seen.append(k)
+    assert seen.count(K - 1) == 15 and decoder.known.min() > 30, "a test of many rounds"
+
+
+def test_drafts_see_what_training_saw():
+    for attn in KINDS:
+        drafts_see_what_training_saw(attn)
+    catch_up = mtp.Decoder.catch_up
+    with swapped(mtp.Decoder, "catch_up", lambda self, h, count: catch_up(self, h.roll(1, 1), count)):  # states of the token before
+        fails(drafts_see_what_training_saw, "gqa")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# mtp.py: verification and decoding
+
+DRAWS = 200_000
+
+
+def within_errors(count, law, what, errors=4):
+    """Counted outcomes against exact probabilities: each within `errors` standard errors (one that is expected less than 10 times, of 10)."""
+    n = count.sum()
+    rate = law.clamp(10 / n, 1 - 10 / n)
+    miss = (count / n - law).abs() / (rate * (1 - rate) / n).sqrt()
+    assert miss.max() <= errors, f"{what}: outcome {miss.argmax()} is {miss.max():.1f} standard errors off over {int(n)} draws"
+
+
+def accept_is_lossless(g, greedy, temperature):
+    """Drafts from q, verified against p, where both depend on the whole path: the first g + 1 tokens are distributed as p."""
+    V = 3 if g < 4 else 2
+    rng = torch.Generator().manual_seed(10 * g + greedy)
+    table = lambda depth, t: mtp.law(2 * torch.randn(*[V] * (depth + 1), generator=rng).double(), t)  # (V, .., V): a law for each path
+    p, q = [table(k, temperature) for k in range(g + 1)], [table(k, 0 if greedy else temperature) for k in range(g)]
+    sample = lambda law: (law / torch.empty(DRAWS, V).double().exponential_()).argmax(-1)
+    at = lambda tables, path: tables[tuple(path.T)] if path.shape[1] else tables.expand(DRAWS, V)
+    drafts = torch.zeros(DRAWS, 0).long()
+    for k in range(g):
+        drafts = torch.cat([drafts, sample(at(q[k], drafts))[:, None]], 1)
+    p_rows, q_rows = (torch.stack([at(law, drafts[:, :k]) for k, law in enumerate(laws)], 1) for laws in (p, q))
+    n, last = mtp.accept(p_rows, q_rows, drafts, torch.zeros_like(drafts).bool(), torch.rand(DRAWS, g).double(),
+                         torch.empty(DRAWS, V).double().exponential_())  # fmt: skip
+    text = torch.where(torch.arange(g + 1) < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (DRAWS, g + 1)
+    exact = p[0]
+    for k in range(1, g + 1):  # what the round left open is drawn from p
+        text[:, k] = torch.where(n < k, sample(at(p[k], text[:, :k])), text[:, k])
+        exact = exact[..., None] * p[k]
+    code = (text * V ** torch.arange(g, -1, -1)).sum(-1)
+    kind = "greedy" if greedy else "sampled"
+    within_errors(torch.bincount(code, minlength=V ** (g + 1)), exact.flatten(), f"{g} {kind} drafts, temperature {temperature}")
+
+
+def test_verification_is_lossless():
+    for g, greedy, temperature in [(g, greedy, t) for g in range(1, 6) for greedy in (False, True) for t in (0.7, 1.0)]:
+        accept_is_lossless(g, greedy, temperature)
+    for greedy in (False, True):
+        accept_is_lossless(3, greedy, 0)
+    for wrong in (("(p_n - q_n).clamp(min=0)", "p_n"), ("(p_n - q_n)", "(q_n - p_n)"),  # what is drawn after a refusal
+                  ("here = n[:, None, None]", "here = n.clamp(max=g - 1)[:, None, None]"),  # the bonus from p_g instead of p_{g+1}
+                  ("cumprod(1).sum(1)", "sum(1)"), ("u * q.gather", "u + 0 * q.gather")):  # fmt: skip
+        with mutant(mtp, "accept", *wrong):
+            fails(accept_is_lossless, 3, False, 1.0)
+
+
+def test_verification_at_its_extremes():
+    B, g, V = 50_000, 3, 6
+    u, noise, free = torch.rand(B, g), torch.empty(B, V).exponential_(), torch.zeros(B, g).bool()
+    p = torch.randn(1, g + 1, V).softmax(-1).expand(B, -1, -1)
+    drafts = torch.multinomial(p[0, :g], B, replacement=True).T
+    assert (mtp.accept(p, p[:, :g], drafts, free, u, noise)[0] == g).all(), "q = p: every draft is accepted"
+    low, high = torch.tensor([0.5, 0.5, 0, 0, 0, 0]), torch.tensor([0, 0, 0.7, 0.2, 0.1, 0])
+    drafts = torch.multinomial(low, B * g, replacement=True).view(B, g)
+    n, last = mtp.accept(high.expand(B, g + 1, V), low.expand(B, g, V), drafts, free, u, noise)
+    assert (n == 0).all(), "nothing in common: no draft is accepted"
+    within_errors(torch.bincount(last, minlength=V)[2:5], high[2:5], "and the first token comes from p")
+    one = torch.ones(1, V)
+    for forced in (False, True):  # a given token counts as accepted whatever p says, and the token behind it is drawn from its own law
+        n, last = mtp.accept(torch.stack([high, low], 0)[None], low[None, None], torch.tensor([[1]]), torch.tensor([[forced]]), torch.zeros(1, 1) + 0.5, one)
+        assert n.item() == int(forced) and (last.item() in (0, 1)) == forced
+
+
+def speculator(V=3, dtype=torch.float32, attn="gqa", **changes):
+    """As `drafter`, so small that every continuation can be enumerated."""
+    return drafter(attn, 5, vocab=V, **{"layers": 1, "width": 8, "heads": 2, "groups": 1, "ffn": 8, **changes}).to(dtype)
+
+
+@torch.no_grad()
+def decoding_is_lossless(K, greedy, temperature, new=3, rows=12_000):
+    """The engine's texts, rows of three prompts side by side, against the exact law of all continuations."""
+    model, V = speculator(), 3
+    prompts = [text_of(model, 1, n)[0] for n in (1, 2, 4)]
+    decoder = mtp.Decoder(model, rows, 7, model.mtp, K, temperature, greedy=greedy, drafts=K)
+    given, count = [prompts[i % 3] for i in range(rows)], torch.zeros(3, V**new)
+    for _ in range(-(-DRAWS // rows)):
+        decoder.fill(range(rows), given, [len(p) + new for p in given], at_once=K == 2)  # else prompts ride along as forced drafts
+        while decoder.active.any():
+            decoder.round(K)
+        for i, p in enumerate(prompts):
+            code = (decoder.text[i::3, len(p) : len(p) + new] * V ** torch.arange(new - 1, -1, -1)).sum(-1)
+            count[i] += torch.bincount(code, minlength=V**new)
+    texts = torch.cartesian_prod(*[torch.arange(V)] * new)  # (V^new, new)
+    for i, p in enumerate(prompts):
+        whole = torch.cat([p.expand(len(texts), -1), texts], 1)
+        logp = mtp.law(model(whole[:, :-1]), temperature).log()[:, len(p) - 1 :]
+        exact = logp.gather(-1, texts[..., None])[..., 0].sum(-1).exp()
+        kind = "greedy" if greedy else "sampled"
+        within_errors(count[i], exact, f"{K} {kind} drafts, temperature {temperature}, prompt of {len(p)}")
+
+
+def test_decoding_is_lossless():
+    for K, greedy, temperature in ((1, False, 0.7), (2, True, 1.0), (3, False, 1.0), (4, True, 0.7), (5, False, 0.7)):
+        decoding_is_lossless(K, greedy, temperature)
+    with mutant(mtp.Decoder, "round", "rollback(self.known - 1)", "rollback(self.known)"):  # a refused draft stays in the cache
+        fails(decoding_is_lossless, 3, False, 1.0)
+
+
+@torch.no_grad()
+def test_greedy_text_is_the_same_with_drafts():
+    """Temperature 0: plain decoding, the full forward pass and every way of drafting agree, token for token; refills, stops, limits."""
+    for attn in KINDS:
+        model = drafter(attn, 5, vocab=11)
+        prompts = [text_of(model, 1, n)[0] for n in (1, 2, 30, 17, 5, 40, 33)]
+        plain = [t for t, _ in mtp.Decoder(model, 7, 80, temperature=0).generate(prompts, 14)]
+        for prompt, answer in zip(prompts, plain):
+            whole = torch.cat([prompt, answer])[None]
+            want = model(whole)[0, len(prompt) - 1 : -1].argmax(-1)
+            assert torch.equal(answer, want) and len(answer) == 14, f"{attn}: plain decoding against the full forward pass"
+        stop = plain[0][6].item()
+        cut = [t[: t.tolist().index(stop) + 1] if stop in t else t for t in plain]
+        assert any(len(t) < 14 for t in cut)
+        for K, batch, greedy in ((1, 1, False), (2, 7, True), (3, 2, False), (4, 16, True), (5, 3, False)):
+            decoder = mtp.Decoder(model, batch, 80, model.mtp, K, temperature=0, stop=stop, greedy=greedy, drafts=None if batch == 3 else K)
+            for (got, _), want in zip(decoder.generate(prompts, 14), cut):
+                assert torch.equal(got, want), f"{attn}, K {K}, batch {batch}, greedy {greedy}: {got.tolist()} instead of {want.tolist()}"
+
+
+@torch.no_grad()
+def recorded_equals_forward(attn, temperature):
+    model = drafter(attn, 3, vocab=11).float()
+    prompts = [text_of(model, 1, n)[0] for n in (1, 20, 9, 33)]
+    decoder = mtp.Decoder(model, 3, 80, model.mtp, 3, temperature=temperature, drafts=3)
+    for prompt, (answer, logp) in zip(prompts, decoder.generate(prompts, 30)):
+        logits = model(torch.cat([prompt, answer])[None])[0, len(prompt) - 1 : -1]
+        want = (logits / temperature).log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+        close(logp, want, 1e-5, f"{attn}, temperature {temperature}: recorded log-probabilities")
+
+
+def test_recorded_log_probabilities_are_the_targets():
+    for attn, temperature in [(attn, t) for attn in KINDS for t in (0.7, 1.0)]:
+        recorded_equals_forward(attn, temperature)
+    with mutant(mtp, "commit", "p.gather(-1, y[..., None])", "F.pad(q, (0, 0, 0, 1)).gather(-1, y[..., None])"):  # the drafter's instead
+        fails(recorded_equals_forward, "gqa", 1.0)
+
+
+@torch.no_grad()
+def test_acceptance_is_predicted():
+    """Counted over first rounds from one prompt: each depth, against sum min(p, q) there, and against the estimate without drafting."""
+    K, rows, model = 3, 40_000, speculator(V=5)
+    prompt = text_of(model, 1, 6)[0]
+    for greedy in (False, True):
+        decoder = mtp.Decoder(model, rows, 12, model.mtp, K, greedy=greedy, drafts=K)
+        decoder.fill(range(rows), [prompt] * rows, [12] * rows)
+        decoder.round(K)
+        reached, accepted, chance, rounds = decoder.counts.sum(0)
+        assert rounds[0] == rows == reached[0] and torch.equal(reached[1:], accepted[:-1])
+        assert ((accepted - chance).abs() <= 4 * (reached / 4).sqrt()).all(), f"greedy {greedy}: {accepted} counted, {chance} expected"
+        plain = mtp.Decoder(model, rows, 12)
+        text = torch.cat([prompt.expand(rows, -1), torch.stack([t for t, _ in plain.generate([prompt] * rows, 4)])], 1)
+        for k in range(1, K + 1):
+            x = text[:, : len(prompt) + k]  # so long that depth k has one row with a target: the one that the decoder drafts from
+            mask = (torch.arange(x.shape[1]) >= len(prompt) - 1).float().expand(rows, -1)
+            h = model.hidden(x)
+            rate = mtp.expected_acceptance(model.mtp.unroll(h, x, model.embed.weight, K)[:k], model.head.weight, mtp.law(model.head(h), 1.0), x,
+                                           mask, greedy=greedy)[k - 1]  # fmt: skip
+            error = (2 * 0.25 / rows) ** 0.5
+            assert (rate - accepted[k - 1] / rows).abs() < 4 * error, f"greedy {greedy}, depth {k}: {rate} estimated, {accepted[k - 1] / rows} counted"
+
+
+def test_the_number_of_drafts_follows_measurements():
+    """Speculation that does not pay is switched off, and on again when it does."""
+    pace, cost = mtp.Pace(4), {0: 1.0, 1: 1.3, 2: 1.5, 3: 1.7, 4: 2.0}
+
+    def play(rate, segments):
+        used = []
+        for _ in range(segments):
+            g = pace.choose()
+            alive = [100 * rate**k for k in range(5)]
+            pace.update(g, cost[g], alive[:4], alive[1:])
+            used.append(g)
+        return used
+
+    assert play(0.95, 40)[5:] == [4] * 35, "accepted drafts pay"
+    assert play(0.02, 200)[-100:].count(0) > 90, "refused drafts do not, and they are tried only now and then"
+    assert play(0.95, 200)[-50:] == [4] * 50, "they are used again when they pay again"
+    fixed = mtp.Pace(4, fixed=2)
+    assert [fixed.choose() for _ in range(9)] == [2] * 9
+
+
+def test_equip_trains_the_module_and_nothing_else():
+    model = drafter("gqa", 3, vocab=11, layers=2)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    given = [text_of(model, 1, 4)[0] for _ in range(64)]
+    with torch.no_grad():
+        texts = torch.stack([torch.cat([g, t]) for g, (t, _) in zip(given, mtp.Decoder(model, 64, 40).generate(given, 36))])
+    lines, rates = [], []
+    for steps in (1, 60):
+        rates.append(mtp.equip(model, model.mtp, texts, 4, 3, steps, rows=16, lr=1e-2, say=lines.append))
+    assert rates[1].sum() > rates[0].sum() + 0.1, f"acceptance grows: {rates}"
+    for n, p in model.named_parameters():
+        assert n.startswith("mtp.") or torch.equal(p, before[n]) and p.grad is None, f"{n} is not the module's"
+        assert not n.startswith("mtp.") or not torch.equal(p, before[n]), f"{n} was not trained"
+    assert "length per read" in lines[-1]
+
+
+def test_a_run_with_a_module():
+    """train_lm.py --mtp trains the trunk bit for bit as without; mtp.py --equip and --bench work on a run and refuse anything else."""
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = pathlib.Path(tmp)
+        common = [*QUICK, "--attn", "gqa", "--steps", 3, "--out", tmp]
+        assert in_process(*common, "--name", "plain")[0] == 0
+        code, out, _ = in_process(*common, "--name", "with", "--mtp", 2)
+        assert code == 0 and "tokens per read" in out, out
+        plain, both = (train_lm.load_checkpoint(tmp / n / "ckpt.pt")["model"] for n in ("plain", "with"))
+        assert all(torch.equal(plain[n], both[n]) for n in plain) and any(n.startswith("mtp.") for n in both)
+        assert losses(tmp / "plain") == losses(tmp / "with")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            mtp.equip_run(tmp / "plain", 3, 4, "cpu", samples=40, prompt=8, new=24)
+            mtp.bench_run(tmp / "plain", "cpu", [2], new=12, prompt=8, times=2)
+        assert (tmp / "plain" / "mtp.pt").exists() and "saved" in out.getvalue() and "tokens per read" in out.getvalue()
+        assert train_lm.load_run(tmp / "plain")[0].mtp is not None
+        for args, word in ((["--equip", tmp / "none"], "no checkpoint"), (["--equip", tmp / "plain", "--steps", "0"], "at least 1"),
+                           (["--bench", tmp / "with", "--batch", "0"], "at least 1"), (["--colour", "red"], "unrecognized")):  # fmt: skip
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                code = mtp.main([str(a) for a in args])
+            assert code == 2 and word in err.getvalue() and len(err.getvalue().splitlines()) == 1, f"{args}: {code}, {err.getvalue()}"
+        (tmp / "plain" / "mtp.pt").write_bytes((tmp / "plain" / "mtp.pt").read_bytes()[:1000])
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            assert mtp.main(["--bench", str(tmp / "plain")]) == 2 and "not a readable checkpoint" in err.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -515,16 +515,17 @@ def half(model):
     return copy.deepcopy(model).bfloat16() if next(model.parameters()).is_cuda else model
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python {self.prog} --help lists the options)")
+
+
 def parse(argv):
     """Command line -> (Config, names of the options that were given). Explicit options win over the preset."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (python train_lm.py --help lists the options)")
-
     about = "\n\n".join(__doc__.split("\n\n")[:2])  # the title and the commands
     presets = [f"  {name:6} {', '.join(f'{k} {v}' for k, v in values.items()) or 'the defaults'}" for name, values in PRESETS.items()]
-    parser = Parser(usage="python train_lm.py [options]", description=about, epilog="presets:\n" + "\n".join(presets),
+    parser = Parser(prog="train_lm.py", usage="python train_lm.py [options]", description=about, epilog="presets:\n" + "\n".join(presets),
                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", dest="preset", action="store_const", const="small", default=argparse.SUPPRESS, help="= --preset small")
     for f in dataclasses.fields(Config):
