@@ -193,7 +193,7 @@ def ratio(l):
 
 
 def none(l, mask):
-    """Naive: nothing is corrected. (With pi_s as PPO's anchor instead of pi_o: the two-policy bypass, see ANCHOR.)"""
+    """Naive: nothing is corrected. (With pi_s as PPO's anchor instead of pi_o: the two-policy bypass.)"""
     return mask, mask
 
 
@@ -255,7 +255,8 @@ def strict(l, mask, least=1e-2):
 
 CORRECTIONS = {f.__name__: f for f in (none, reject, reweight, both, released, tis, mis, icepop, sequence_tis, sequence_mask, strict)}
 CORRECTIONS |= {"bypass": none, "weighted": sequence_tis}
-ANCHOR = {"bypass": "sampler"}  # whom PPO's ratio is taken against, where not against the dense old policy
+SAMPLER_IS_ANCHOR = ("bypass",)  # two policies: PPO's ratio is taken against pi_s instead of pi_o
+WEIGHTED_ADVANTAGE = ("weighted",)  # ours: see group_advantage
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -627,7 +627,7 @@ class Run:
 
     def record(self, **entry):
         if self.rank == 0:
-            self.log.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
+            self.log.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
             self.log.flush()
 
 
