@@ -249,7 +249,7 @@ class GQA(nn.Module):
             k = rope(split_heads(self.k(source), self.groups), pos, self.base)  # (B, G, T, D)
             v = split_heads(self.v(source), self.groups)  # (B, G, T, D)
         if cache is None:
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.groups < self.heads)  # (B, H, T, D)
         else:
             k, v, k_pos = cache["tokens"].append(k, v, pos=pos, count=count)  # (B, G, S, D) twice, (B, G, S)
             if "queries" in cache:

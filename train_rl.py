@@ -88,7 +88,7 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(size=3, layers=2, width=64, heads=4, groups=4, warm_steps=700, warm_batch=64, warm_lr=4e-3, budget=18, buffer=4, recent=4,
+    "small": dict(size=4, largest=9, layers=2, width=64, heads=4, groups=4, warm_steps=2500, warm_batch=32, warm_lr=8e-3, budget=14, buffer=4, recent=4,
                   problems=16, steps=40, lr=3e-4, held_out=128, eval_every=20),
     "base": dict(),
 }
