@@ -760,12 +760,12 @@ def run(*args, code=0, env=None, script="train_lm.py"):
     return done.stdout, done.stderr
 
 
-def in_process(*args):
-    """train_lm.main without a new process: (exit code, stdout, stderr)."""
+def in_process(*args, main=train_lm.main):
+    """A script without a new process: (exit code, stdout, stderr)."""
     out, err, handlers = io.StringIO(), io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = train_lm.main([str(a) for a in args])
+            code = main([str(a) for a in args])
     finally:
         for s, h in handlers.items():
             signal.signal(s, h)
@@ -1302,6 +1302,117 @@ def test_group_advantages():
     close(sparse_rl.group_advantage(r, 4, torch.full((8,), 0.7)), a, 1e-5, "equal weights change nothing")
     only = sparse_rl.group_advantage(torch.tensor([1.0, 0, 0, 0]), 4, torch.tensor([1.0, 1, 0, 0]))
     close(only[:2], -only[:2].flip(0), 1e-6, "answers of weight 0 do not shift the mean")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# train_rl.py
+
+
+def test_tasks_have_exact_rewards():
+    for name, size, prompt, answer in (("sums", 2, "32-84+9=", "-52+9=-43."), ("ledger", 2, "a4b7c9:cab=", "c9a13b20."),
+                                       ("words", 2, "tom has 12 pens. he buys 3 bags of 4. he loses 5. how many=", "3*4=12;12+12=24;24-5=19.")):
+        task, rng = train_rl.TASKS[name](size), random.Random(0)
+        assert task.work(prompt) == answer and answer in type(task).__doc__ and prompt in type(task).__doc__, f"{name}: the docstring's example"
+        right = train_rl.result(answer)
+        for said, reward in ((answer, 1), (f"{right}.", 1), (f"={right}.", 1), (answer[:-1], 0), (f"1{right}.", 0), (answer + ".", 0), (".", 0), ("", 0),
+                             (f"{right}+1.", 0), (f"={right}..", 0)):  # fmt: skip
+            assert task.reward(prompt, said) == reward, f"{name}: {said!r} is worth {task.reward(prompt, said)}, not {reward}"
+        rewards = []
+        for size in (1, 4, 9):
+            task = train_rl.TASKS[name](size)
+            for _ in range(300):
+                asked = task.problem(rng)
+                assert task.reward(asked, task.work(asked)) == 1
+                shown = task.work(asked, rng)
+                assert task.decode(task.encode(asked + shown)) == asked + shown
+                assert len(asked) <= task.room[0] and len(shown) <= task.room[1], f"{name}: {asked}{shown} does not fit in {task.room}"
+                rewards.append(task.reward(asked, shown))
+        assert 0.3 < np.mean(rewards) < 0.9, f"{name}: {np.mean(rewards):.0%} of the demonstrations are right"
+    asked = train_rl.problems(train_rl.Sums(6), 300, 0, "train", 5)
+    assert asked == train_rl.problems(train_rl.Sums(6), 300, 0, "train", 5) and len(set(asked)) == 300
+    assert not set(asked) & set(train_rl.problems(train_rl.Sums(6), 300, "held out")), "held-out problems are others"
+
+
+RL_QUICK = "--size 2 --largest 9 --layers 1 --width 32 --heads 2 --groups 2 --warm-steps 30 --warm-batch 16 --problems 4 --group-size 4".split()
+RL_QUICK += "--budget 8 --buffer 2 --recent 2 --held-out 8 --eval-every 4 --device cpu".split()
+
+
+def in_rl(*args):
+    return in_process(*RL_QUICK, *args, main=train_rl.main)
+
+
+def test_rollouts_are_what_the_learner_scores():
+    """Tokens, masks, log-probabilities and rewards of a rollout; rho is 1 before the first update, and no signal means no update."""
+    cfg = train_rl.Config(size=2, largest=9, problems=4, group_size=4, rollout="dense", minibatches=1, correct="none")
+    task = train_rl.Sums(2, 9)
+    model = LM(Config(attn="gqa", layers=2, width=32, heads=2, groups=2, vocab=len(task.symbols)))
+    asked = [p for p in train_rl.problems(task, 4, 0) for _ in range(4)]
+    r = train_rl.rollout(train_rl.Engines(model, task, cfg)(16, False, 1.0), task, asked)
+    for prompt, row, mask, logp, answer in zip(asked, r.text, r.mask, r.sampler, r.answers):
+        whole = prompt + answer
+        assert task.decode(row[: len(whole)].tolist()) == whole
+        assert mask.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(whole) - 1)), "the mask covers the answer, its full stop included"
+        assert "." not in answer[:-1] and (answer.endswith(".") or len(answer) == task.room[1])
+        text = torch.tensor(task.encode(whole))[None]
+        own = sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:])[0, len(prompt) - 1 :]
+        close(own, logp[mask > 0], 1e-5, "recorded log-probabilities")
+    optimizer, before = torch.optim.AdamW(model.parameters(), lr=0.1), [p.clone() for p in model.parameters()]
+    r.reward[:] = 1.0
+    found = train_rl.learn(model, optimizer, r, cfg)
+    assert found["no_signal"] == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "no signal, no update"
+    r.reward[0] = 0.0
+    found = train_rl.learn(model, optimizer, r, cfg)
+    assert found["clipped"] == 0 and found["no_signal"] == 0.75 and abs(found["k3"]) < 1e-6, found
+    assert not torch.equal(before[0], next(model.parameters())), "a group with a signal moves the weights"
+
+
+def test_rl_resumed_equals_uninterrupted():
+    with tempfile.TemporaryDirectory() as tmp:
+        out = ["--out", tmp, "--save-every", 3]
+        assert in_rl(*out, "--steps", 6, "--name", "whole")[0] == 0
+        code, said, _ = in_rl(*out, "--steps", 3, "--name", "half", "--warm", pathlib.Path(tmp, "whole"))
+        assert code == 0, said
+        code, said, _ = in_rl(*out, "--steps", 6, "--name", "half", "--resume")
+        assert code == 0 and "expected" in said, said
+        a, b = (train_lm.load_checkpoint(pathlib.Path(tmp, n, "ckpt.pt")) for n in ("whole", "half"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]), "weights differ after resuming"
+        assert losses(pathlib.Path(tmp, "whole")) == losses(pathlib.Path(tmp, "half")), "logged losses, none missing, none twice"
+
+
+def test_rl_runs_every_task_and_attention():
+    with tempfile.TemporaryDirectory() as tmp:
+        for i, options in enumerate((["--task", "ledger", "--compressor", "h2o"], ["--task", "words", "--correct", "released"], ["--attn", "asa", "--rollout", "dense"],
+                                     ["--compressor", "streaming", "--sinks", 2, "--correct", "weighted"], ["--correct", "bypass", "--compressor", "random"])):
+            code, said, err = in_rl("--out", tmp, "--name", i, "--steps", 1, "--warm-steps", 2, *options)
+            assert code == 0, f"{options}: {said}{err}"
+            for word in ("solved when sampling", "MiB at the peak", "vetoed", "expected"):
+                assert word in said, f"{options}: the output lacks {word!r}"
+
+
+def test_rl_bad_input_is_one_line_and_exit_code_2():
+    with tempfile.TemporaryDirectory() as tmp:
+        torn = pathlib.Path(tmp, "torn.pt")
+        torn.write_bytes(b"no checkpoint")
+        for args in (["--wrong"], ["--task", "chess"], ["--budget", 2], ["--buffer", 0], ["--group-size", 1], ["--minibatches", 3], ["--attn", "asa"],
+                     ["--width", 30], ["--warm", "nowhere"], ["--warm", torn], ["--resume"], ["--clip", 2], ["--correct", "twice"], ["--size", 0],
+                     ["--device", "cuda"] if not torch.cuda.is_available() else ["--wrong"]):  # fmt: skip
+            code, _, err = in_rl("--out", tmp, "--name", "bad", *args)
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, f"{args}: exit code {code}, {err!r}"
+            for leftover in pathlib.Path(tmp, "bad").glob("*"):
+                leftover.unlink()
+
+
+def test_rl_learns_or_says_not():
+    with tempfile.TemporaryDirectory() as tmp:
+        code, said, _ = in_rl("--small", *RL_QUICK, "--out", tmp, "--name", "idle", "--steps", 1, "--check")
+        assert code == 1 and said.strip().endswith("NOT"), "a model that did not learn: NOT, and exit code 1 with --check"
+
+
+def test_arms_script_runs_and_makes_a_table():
+    with tempfile.TemporaryDirectory() as tmp:
+        words = ["--out", tmp, "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8", "--", *RL_QUICK[:-8], "--buffer", 2, "--recent", 2, "--steps", 2]
+        said, _ = run(*words, "--held-out", 8, "--device", "cpu", script="results/rl_arms.py")
+        assert re.search(r"dense +1 +2", said) and re.search(r"none-8 +1 +2", said), said
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -88,10 +88,12 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(size=4, largest=9, layers=2, width=64, heads=4, groups=4, warm_steps=2500, warm_batch=32, warm_lr=8e-3, budget=14, buffer=4, recent=4,
-                  problems=16, steps=40, lr=3e-4, held_out=128, eval_every=20),
+    "small": dict(size=4, largest=9, layers=2, width=64, heads=4, groups=4, warm_steps=2500, warm_batch=32, warm_lr=8e-3,
+                  budget=18, buffer=4, recent=4, problems=32, steps=60, lr=5e-4, held_out=256, eval_every=20),
     "base": dict(),
 }
+# What a run with a preset's own settings reaches with each correction: the share of held-out problems that the full cache solves, greedy.
+EXPECTED = {("small", "both"): (0.9, 1.0), ("small", "dense"): (0.9, 1.0)}
 FIXED = "task size largest attn layers width heads groups window rollout compressor budget buffer recent sinks correct problems group_size".split()
 
 
@@ -278,26 +280,26 @@ def imitate(model, task, cfg, device):
     return loss.item()
 
 
-def warm_start(cfg, folder, device, say):
-    """-> (model, task, cfg): imitated now and saved as folder/warm.pt, or loaded from the run cfg.warm, whose task and model come along."""
-    made = ("task", "size", "largest", "attn", "layers", "width", "heads", "groups", "window")
-    if cfg.warm:
-        path = pathlib.Path(cfg.warm, "warm.pt") if pathlib.Path(cfg.warm).is_dir() else pathlib.Path(cfg.warm)
-        saved = train_lm.load_checkpoint(path, device)
-        cfg = dataclasses.replace(cfg, **saved["made"])
-    task = TASKS[cfg.task](cfg.size, cfg.largest)
+def build(cfg, device):
+    """-> (model, task), the model with its first weights."""
     torch.manual_seed(cfg.seed)
-    model = LM(train_lm.Config(attn=cfg.attn, layers=cfg.layers, width=cfg.width, heads=cfg.heads, groups=cfg.groups, window=cfg.window,
-                               vocab=len(task.symbols), context=sum(task.room))).to(device)  # fmt: skip
-    if cfg.warm:
-        model.load_state_dict(saved["model"])
-        say(f"warm     start from {path}")
-    else:
-        start = time.time()
-        loss = imitate(model, task, cfg, device)
-        say(f"warm     {cfg.warm_steps} steps of {cfg.warm_batch} demonstrations in {time.time() - start:.0f} s, loss {loss:.3f}")
-        train_lm.save_checkpoint(folder / "warm.pt", {"model": model.state_dict(), "made": {name: getattr(cfg, name) for name in made}})
-    return model, task, cfg
+    task = TASKS[cfg.task](cfg.size, cfg.largest)
+    sizes = {name: getattr(cfg, name) for name in "attn layers width heads groups window".split()}
+    return LM(train_lm.Config(**sizes, vocab=len(task.symbols), context=sum(task.room))).to(device), task
+
+
+def read_warm(cfg, given):
+    """The warm start that --warm names -> (what was saved, or None; cfg with the task and the model that it was made for)."""
+    if not cfg.warm:
+        return None, cfg
+    path = pathlib.Path(cfg.warm)
+    saved = train_lm.load_checkpoint(path / "warm.pt" if path.is_dir() else path)
+    if "made" not in saved:
+        raise UserError(f"--warm {path}: not a warm start of train_rl.py")
+    for name, value in saved["made"].items():
+        if given.get(name, value) != value:
+            raise UserError(f"--warm {path}: it was made with --{name} {value}, not {given[name]}")
+    return saved, dataclasses.replace(cfg, **saved["made"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -348,7 +350,8 @@ def score(model, text, mask):
 
 def learn(model, optimizer, r, cfg):
     """The updates of one step -> what there is to log."""
-    reward, parts = r.reward.to(r.text.device), torch.arange(len(r.text)).chunk(cfg.minibatches)  # whole groups each
+    reward, size = r.reward.to(r.text.device), len(r.text) // cfg.minibatches  # a minibatch is some whole groups
+    parts = [slice(i, i + size) for i in range(0, len(r.text), size)]
     with torch.no_grad():  # the dense old pass: by the learner's own code, so that rho is 1 before the first update
         old = torch.cat([score(model, r.text[i], r.mask[i]) for i in parts])  # (N, T - 1)
     l = old - r.sampler  # (N, T - 1) log xi
@@ -420,27 +423,39 @@ def train(cfg, given):
     """One run, from its folder to its last line. Returns the exit code."""
     validate(cfg)
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # threads of so small a model mostly wait for each other: on a busy computer 10 times longer
+    warm, cfg = read_warm(cfg, given)
     folder, saved = train_lm.run_folder(cfg, f"rl-{cfg.task}-{cfg.correct if cfg.rollout == 'sparse' else 'dense'}"), None
     if cfg.resume:
-        saved = train_lm.load_checkpoint(folder / "ckpt.pt", device)
+        saved = train_lm.load_checkpoint(folder / "ckpt.pt")
         for name in FIXED:
             if name in given and given[name] != saved["config"][name]:
                 raise UserError(f"{folder}: the checkpoint has --{name.replace('_', '-')} {saved['config'][name]}, not {given[name]}")
-        cfg = Config(**{**saved["config"], **given, "warm": str(folder)})
+        cfg = Config(**{**saved["config"], **given})
         validate(cfg)
-    run, step, seconds = Run(folder, 0), 0, 0.0
+    step, seconds = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
+    run = Run(folder, 0)
+    changed = {k: v for k, v in dataclasses.asdict(cfg).items() if v != getattr(Config(), k)}
+    hardware = f"{torch.cuda.get_device_name()}, fp32" if device.type == "cuda" else "CPU, fp32"
+    run.say(f"run      {folder}{f', resumed at step {step}' if step else ''}",
+            f"options  {', '.join(f'{k} {v}' for k, v in changed.items()) or 'all defaults'}",
+            f"on       {hardware}, torch {torch.__version__}")  # fmt: skip
 
     # 1) task, 2) warm start
-    changed = {k: v for k, v in dataclasses.asdict(cfg).items() if v != getattr(Config(), k)}
-    hardware = f"{torch.cuda.get_device_name()}, fp32" if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads, fp32"
-    run.say(f"run      {folder}", f"options  {', '.join(f'{k} {v}' for k, v in changed.items()) or 'all defaults'}",
-            f"on       {hardware}, torch {torch.__version__}")  # fmt: skip
-    model, task, cfg = warm_start(cfg, folder, device, run.say)
+    model, task = build(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type == "cuda")
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, seconds = saved["step"], saved["seconds"]
+    elif warm:
+        model.load_state_dict(warm["model"])
+    else:
+        start = time.time()
+        loss = imitate(model, task, cfg, device)
+        run.say(f"warm     {cfg.warm_steps} steps of {cfg.warm_batch} demonstrations in {time.time() - start:.0f} s, loss {loss:.3f}")
+        made = {name: getattr(cfg, name) for name in "task size largest attn layers width heads groups window".split()}
+        train_lm.save_checkpoint(folder / "warm.pt", {"model": model.state_dict(), "made": made})
     engines, sparse = Engines(model, task, cfg), cfg.rollout == "sparse"
     sampler = engines(cfg.problems * cfg.group_size, sparse, 1.0)
     full = model.new_cache(1, sum(task.room) + 1).nbytes * cfg.problems * cfg.group_size  # bytes of the dense rollouts' cache
@@ -472,7 +487,7 @@ def train(cfg, given):
         signal.signal(number, lambda number, frame: stop.append(number))
     if step == 0:
         save()
-        first = test()
+        test()
     bar = tqdm(total=cfg.steps, initial=step, disable=None, unit="step", leave=False)
     timed, solved = [], []
     while step < cfg.steps:
@@ -508,8 +523,23 @@ def train(cfg, given):
         if step % cfg.eval_every == 0 and step < cfg.steps:
             test()
     bar.close()
-    last = test()
-    return 0
+    return report(cfg, run, test(), solved, sampler, full, seconds)
+
+
+def report(cfg, run, found, solved, sampler, full, seconds):
+    """The figures that the run claims, counted and measured; what was expected, OK or NOT. Returns the exit code."""
+    low, high = EXPECTED.get((cfg.preset, cfg.correct if cfg.rollout == "sparse" else "dense"), (0.0, 1.0))
+    ok, held = low <= found["dense_greedy"] <= high, sampler.cache.nbytes
+    run.say(
+        f"\nresult   {cfg.task}, {cfg.rollout} rollouts{f', corrected by {cfg.correct}' if cfg.rollout == 'sparse' else ''}: "
+        f"{cfg.steps} steps of RL in {seconds:.0f} s",
+        f"  solved when sampling   {np.mean(solved[-10:] or [0]):.0%} in the last 10 steps, {np.mean(solved[:10] or [0]):.0%} in the first",
+        f"  solved when greedy     {', '.join(f'{v:.1%} with the {k.split(chr(95))[0]} cache' for k, v in found.items())}",
+        f"  cache of the rollouts  {held / 2**20:.1f} MiB at the peak, counted; dense {full / 2**20:.1f} MiB: {1 - held / full:.0%} saved",
+        f"expected {low:.0%} to {high:.0%} with the dense cache, got {found['dense_greedy']:.1%}: {'OK' if ok else 'NOT'}",
+    )
+    run.record(step=cfg.steps, final=True, seconds=seconds, ok=ok, cache_bytes=held, dense_bytes=full, **found)
+    return 1 if cfg.check and not ok else 0
 
 
 def main(argv=None):
