@@ -250,6 +250,8 @@ class GQA(nn.Module):
             v = split_heads(self.v(source), self.groups)  # (B, G, T, D)
         if cache is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.groups < self.heads)  # (B, H, T, D)
+        elif "see" in cache:  # a whole text, each query reading what a mask (B, G, T, T) says (sparse_rl.Replay)
+            o = attend(q, k, v, cache["see"], self.head_width**-0.5)  # (B, H, T, D)
         else:
             k, v, k_pos = cache["tokens"].append(k, v, pos=pos, count=count)  # (B, G, S, D) twice, (B, G, S)
             if "queries" in cache:

@@ -183,6 +183,50 @@ class Compressor:
                     layer[name].keep(kept)
 
 
+class Recorder:
+    """A compressor that remembers which positions it kept: kept (E, layers, B, G, budget) of the last E evictions, -1 = none."""
+
+    def __init__(self, compress, evictions):
+        self.compress, self.kept = compress, [None] * evictions
+        self.slots, self.buffer, self.budget, self.needs = compress.slots, compress.buffer, compress.budget, compress.needs
+
+    def __call__(self, layers):
+        self.compress(layers)
+        kept = torch.stack([layer["tokens"].pos[:, :, : self.budget] for layer in layers])  # (layers, B, G, budget)
+        if isinstance(self.kept, list):
+            self.kept = kept.new_full((len(self.kept), *kept.shape), -1)
+            self.at = torch.zeros(1, dtype=torch.long, device=kept.device)  # on the device: a CUDA graph writes here
+        self.kept.index_copy_(0, self.at, kept[None])
+        self.at += 1
+
+    def restart(self):
+        if not isinstance(self.kept, list):
+            self.at.zero_()
+
+
+class Replay:
+    """Stands for a cache in a pass over whole texts: every query reads exactly what its sampler had, so that xi = 1 by construction.
+
+    kept (E, layers, B, G, n) of a Recorder, given (B,) tokens of the prompts: eviction i happened when given - 1 + i * buffer tokens had been
+    read; T tokens. Trained so ("sparse learner"), the policy is the compressed one.
+    """
+
+    def __init__(self, kept, given, buffer, T):
+        self.seen = self.used = torch.zeros_like(given)  # (B,)
+        self.max_len = T
+        t = torch.arange(T, device=given.device)
+        turn = (t - given[:, None] + 1).div(buffer, rounding_mode="floor")  # (B, T): the eviction before token t, < 0 in the prompt
+        since = (given[:, None] - 1 + turn * buffer)[:, None, :, None]  # (B, 1, T, 1): entries from here on are newer than it
+        new = (t <= t[:, None]) & ((t >= since) | (turn < 0)[:, None, :, None])  # (B, 1, T, T)
+        self.layers = []
+        for layer in kept.unbind(1):  # (E, B, G, n)
+            held = torch.zeros(*layer.shape[:3], T + 1, dtype=torch.bool, device=t.device)
+            held.scatter_(-1, torch.where(layer >= 0, layer, T).long().clamp(max=T), True)  # (E, B, G, T + 1), the last for "none"
+            which = turn.clamp(0, len(kept) - 1)[..., None, None].expand(-1, -1, *held.shape[2:])  # (B, T, G, T + 1)
+            held = held.permute(1, 0, 2, 3).gather(1, which)[..., :T].transpose(1, 2)  # (B, G, T, T)
+            self.layers.append({"see": new | (held & (t <= t[:, None]))})
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 3) correct: log xi and mask (N, T), 1 on the answer's tokens -> weight (N, T) of each token's term, count (N, T) of the average
 
@@ -254,9 +298,7 @@ def strict(l, mask, least=1e-2):
 
 
 CORRECTIONS = {f.__name__: f for f in (none, reject, reweight, both, released, tis, mis, icepop, sequence_tis, sequence_mask, strict)}
-CORRECTIONS |= {"bypass": none, "weighted": sequence_tis}
-SAMPLER_IS_ANCHOR = ("bypass",)  # two policies: PPO's ratio is taken against pi_s instead of pi_o
-WEIGHTED_ADVANTAGE = ("weighted",)  # ours: see group_advantage
+CORRECTIONS |= {"bypass": none, "weighted": sequence_tis, "replay": none, "twin": both}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -1210,9 +1210,32 @@ def batch_of(N=8, T=6):
     return logp, logp.detach() + 0.1 * torch.randn(N, T), logp.detach() + 0.3 * torch.randn(N, T), torch.randn(N).double(), mask
 
 
+def replay_is_the_samplers(name="rkv"):
+    """The learner's replay: xi = 1 for prompts of different lengths, whatever was evicted."""
+    model = lm("gqa")
+    cfg = train_rl.Config(compressor=name, budget=14, buffer=3, recent=3, correct="replay", size=3)
+    task = train_rl.Sums(3)
+    model = LM(tiny("gqa", vocab=len(task.symbols))).double()
+    asked = train_rl.problems(task, 12, 0)
+    sampler = train_rl.Engines(model, task, cfg)(12, True, 1.0)
+    for _ in range(2):  # the second time from a used recorder
+        r = train_rl.rollout(sampler, task, asked)
+    assert len(set(map(len, asked))) > 1 and len(set(map(len, r.answers))) > 4
+    close(train_rl.score(model, r, slice(None), sampler.compress), r.sampler, 1e-6, f"{name}: replayed and recorded")
+    assert (train_rl.score(model, r, slice(None)) - r.sampler).abs().max() > 1e-3, "the dense policy is another"
+
+
+def test_replay_is_what_the_sampler_read():
+    for name in ("rkv", "streaming", "random"):
+        replay_is_the_samplers(name)
+    for right, wrong in (("t - given[:, None] + 1", "t - given[:, None]"), ("(t >= since)", "(t > since)")):
+        with swapped(sparse_rl.Replay, "__init__", mutant(sparse_rl.Replay.__init__, right, wrong)):
+            fails(replay_is_the_samplers)
+
+
 def loss_of(correct, logp, old, sampler, advantage, mask, clip=0.2):
     weight, count = sparse_rl.CORRECTIONS[correct](old - sampler, mask)
-    return sparse_rl.objective(logp, sampler if correct in sparse_rl.SAMPLER_IS_ANCHOR else old, advantage, weight, count, clip)[0]
+    return sparse_rl.objective(logp, sampler if correct == "bypass" else old, advantage, weight, count, clip)[0]
 
 
 def objective_is_the_papers():

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import sparse_rl
 import train_lm
 from mtp import Decoder
-from sparse_rl import CORRECTIONS, SCORES, Compressor
+from sparse_rl import CORRECTIONS, SCORES, Compressor, Recorder
 from train_lm import LM, Run, UserError, option
 
 
@@ -314,6 +314,7 @@ class Rollout:
     sampler: torch.Tensor  # (N, T - 1) log pi_s
     mask: torch.Tensor  # (N, T - 1) 1 on the answer's tokens
     answers: list  # of N strings
+    given: torch.Tensor  # (N,) tokens of the prompts
     reward: torch.Tensor  # (N,)
     seconds: float
 
@@ -323,6 +324,8 @@ def rollout(decoder, task, prompts):
     """Answer all prompts at once, one row each; the host looks at the rows one segment late, so that a GPU never waits for it."""
     start = time.perf_counter()
     decoder.active.zero_()
+    if isinstance(decoder.compress, Recorder):
+        decoder.compress.restart()
     decoder.fill(list(range(len(prompts))), [torch.tensor(task.encode(p)) for p in prompts], [len(p) + task.room[1] for p in prompts])
     looks, alive = [decoder.segment()], [1]
     while any(alive):
@@ -336,35 +339,43 @@ def rollout(decoder, task, prompts):
     mask = ((at >= decoder.given[:, None]) & (at < decoder.known[:, None])).float()  # (N, T - 1)
     answers = [task.decode(row[len(p) : n]) for p, row, n in zip(prompts, text.tolist(), known)]
     reward = torch.tensor([task.reward(p, a) for p, a in zip(prompts, answers)])  # (N,)
-    return Rollout(text, sampler.where(mask > 0, 0), mask, answers, reward, seconds)
+    return Rollout(text, sampler.where(mask > 0, 0), mask, answers, decoder.given.clone(), reward, seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 4) learner
 
 
-def score(model, text, mask):
-    """Teacher-forced log-probabilities of the answers' tokens from the full history: text (N, T), mask (N, T - 1) -> (N, T - 1)."""
-    return sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:]) * mask
+def score(model, r, rows, recorder=None):
+    """Teacher-forced log-probabilities of some answers' tokens -> (n, T - 1): from the full history, or from what their sampler had."""
+    text, cache = r.text[rows], None  # (n, T)
+    if recorder:
+        cache = sparse_rl.Replay(recorder.kept[:, :, rows], r.given[rows], recorder.buffer, text.shape[1] - 1)
+    return sparse_rl.token_logp(model(text[:, :-1], cache), text[:, 1:]) * r.mask[rows]
 
 
-def learn(model, optimizer, r, cfg):
-    """The updates of one step -> what there is to log."""
+def learn(model, optimizer, r, cfg, recorder=None):
+    """The updates of one step -> what there is to log. recorder: of what the sampler kept, for the corrections that replay it."""
     reward, size = r.reward.to(r.text.device), len(r.text) // cfg.minibatches  # a minibatch is some whole groups
     parts = [slice(i, i + size) for i in range(0, len(r.text), size)]
-    with torch.no_grad():  # the dense old pass: by the learner's own code, so that rho is 1 before the first update
-        old = torch.cat([score(model, r.text[i], r.mask[i]) for i in parts])  # (N, T - 1)
-    l = old - r.sampler  # (N, T - 1) log xi
-    weight, count = CORRECTIONS[cfg.correct](l, r.mask)  # once per rollout, for all its updates
-    anchor = r.sampler if cfg.correct in sparse_rl.SAMPLER_IS_ANCHOR else old
-    own = weight.amax(-1) if cfg.correct in sparse_rl.WEIGHTED_ADVANTAGE else None
+    views = []
+    for source in {"replay": [recorder], "twin": [None, recorder]}.get(cfg.correct, [None]):
+        with torch.no_grad():  # the old pass, dense or replayed: by the learner's own code, so that rho is 1 before the first update
+            old = torch.cat([score(model, r, i, source) for i in parts])  # (N, T - 1)
+        l = old - r.sampler  # (N, T - 1) log xi
+        weight, count = CORRECTIONS["none" if source else cfg.correct](l, r.mask)  # once per rollout, for all its updates
+        views.append((source, old if cfg.correct != "bypass" else r.sampler, l, weight, count))
+    _, _, l, weight, _ = views[0]
+    own = weight.amax(-1) if cfg.correct == "weighted" else None
     advantage = sparse_rl.group_advantage(reward, cfg.group_size, own)  # (N,)
     signal = r.reward.view(-1, cfg.group_size).std(-1) > 0  # groups with right and wrong answers
     found = {**sparse_rl.mismatch(l, r.mask, weight), "solved": reward.mean(), "length": r.mask.sum(-1).mean(),
              "entropy": -r.sampler.sum() / r.mask.sum(), "no_signal": 1 - signal.float().mean()}  # fmt: skip
     for i in parts:
-        loss, clipped = sparse_rl.objective(score(model, r.text[i], r.mask[i]), anchor[i], advantage[i], weight[i], count[i], cfg.clip)
-        loss.backward()
+        for source, anchor, _, weight, count in views:
+            logp = score(model, r, i, source)  # (n, T - 1)
+            loss, clipped = sparse_rl.objective(logp, anchor[i], advantage[i], weight[i], count[i], cfg.clip)
+            (loss / len(views)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if signal.any():  # else the gradient is 0, and Adam would still move
             optimizer.step()
@@ -387,8 +398,10 @@ class Engines:
     def __call__(self, rows, compressed, temperature):
         key = (rows, compressed, temperature)
         if key not in self.made:
-            self.made[key] = Decoder(self.model, rows, sum(self.task.room), temperature=temperature, stop=self.task.stop,
-                                     compress=self.cfg.compress if compressed else None)  # fmt: skip
+            compress = self.cfg.compress if compressed else None
+            if compressed and temperature and self.cfg.correct in ("replay", "twin"):
+                compress = Recorder(compress, self.task.room[1] // compress.buffer + 4)
+            self.made[key] = Decoder(self.model, rows, sum(self.task.room), temperature=temperature, stop=self.task.stop, compress=compress)
         return self.made[key]
 
 
@@ -411,6 +424,8 @@ def validate(cfg):
         raise UserError(f"--minibatches {cfg.minibatches} must divide --problems {cfg.problems}")
     if cfg.attn == "asa" and cfg.rollout == "sparse":
         raise UserError("--attn asa: only keys and values of gqa can be compressed; its own cache is small: --rollout dense")
+    if cfg.correct in ("replay", "twin") and (cfg.rollout == "dense" or TASKS[cfg.task](cfg.size, cfg.largest).room[0] > cfg.budget):
+        raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse and prompts no longer than the --budget")
     try:
         cfg.compress
     except ValueError as e:
@@ -497,7 +512,7 @@ def train(cfg, given):
             group["lr"] = cfg.lr * min(1, (step + 1) / 10)
         asked = [p for p in problems(task, cfg.problems, cfg.seed, "train", step) for _ in range(cfg.group_size)]
         r = rollout(sampler, task, asked)
-        found = learn(model, optimizer, r, cfg)
+        found = learn(model, optimizer, r, cfg, sampler.compress)
         if not math.isfinite(found["loss"]):
             run.say(f"stopped  the loss is {found['loss']} at step {step}: nothing saved since the last checkpoint in {folder}; try a lower --lr")
             return 1
