@@ -418,7 +418,7 @@ class Decoder:
         self.fresh.copy_(fresh)
         end = min(-(-(longest - 1) // 16) * 16, self.text.shape[1])  # few different shapes, since each is captured
         for start in range(0, end * at_once, self.PIECE):
-            if self.compress and start > self.compress.budget:
+            if self.compress and self.compress.budget < start < longest - 1:
                 self.run(self.evict)
             self.run(self.read, start, min(start + self.PIECE, end))
 
