@@ -1433,7 +1433,7 @@ def test_rl_learns_or_says_not():
 
 def test_arms_script_runs_and_makes_a_table():
     with tempfile.TemporaryDirectory() as tmp:
-        words = ["--out", tmp, "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8", "--", *RL_QUICK[:-8], "--buffer", 2, "--recent", 2, "--steps", 2]
+        words = ["--out", f"{tmp}/arms.jsonl", "--runs", f"{tmp}/runs", "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8", "--", *RL_QUICK[:-8], "--buffer", 2, "--recent", 2, "--steps", 2]
         said, _ = run(*words, "--held-out", 8, "--device", "cpu", script="results/rl_arms.py")
         assert re.search(r"dense +1 +2", said) and re.search(r"none-8 +1 +2", said), said
 

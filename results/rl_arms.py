@@ -1,11 +1,10 @@
 """Runs all arms of train_rl.py from one warm start, several at a time on one GPU, and makes a table of them.
 
-    python results/rl_arms.py --out FOLDER --limit 540              all arms, 3 seeds, within 540 seconds
-    python results/rl_arms.py --out FOLDER --arms dense both-32 --seeds 0 -- --steps 50     what follows -- goes to every run
-    python results/rl_arms.py --table FOLDER/arms.jsonl             the table of a finished set
+    python results/rl_arms.py --out FILE --limit 540            all arms, 3 seeds, within 540 seconds
+    python results/rl_arms.py --out FILE --arms dense both-32 --seeds 0 -- --steps 50     what follows -- goes to every run
+    python results/rl_arms.py --table FILE                      the table of a finished set
 
-FOLDER/arms.jsonl: the log.jsonl of every run, its lines with arm and seed; rewritten every 20 seconds, so that a run that is cut off leaves
-what it had. Folders of the runs themselves, warm start included: FOLDER/runs.
+FILE: the log.jsonl of every run, its lines with arm and seed; rewritten every 20 seconds, so that a set that is cut off leaves what it had.
 """
 import argparse
 import contextlib
@@ -19,9 +18,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
 
 # arm -> options; an arm's name is CORRECTION-BUDGET[-COMPRESSOR]
-CORRECTIONS = ["none", "bypass", "reject", "reweight", "both", "released", "tis", "mis", "icepop", "sequence_mask", "sequence_tis", "strict", "weighted"]
-NAMES = ["dense", *(f"{c}-32" for c in CORRECTIONS), "none-36", "both-36", "both-28", "strict-28", "none-32-streaming", "both-32-streaming",
-         "none-32-snapkv", "both-32-snapkv", "both-32-value", "both-32-h2o"]  # fmt: skip
+CORRECTIONS = ["none", "bypass", "reject", "reweight", "both", "released", "tis", "mis", "icepop", "sequence_mask",
+               "strict", "weighted", "replay", "twin"]  # fmt: skip
+FIRST = ["dense", *(f"{c}-32" for c in CORRECTIONS), "none-36", "both-36", "none-32-snapkv", "both-32-snapkv"]
+THEN = ["replay-28", "twin-28", "both-28", "twin-36", "both-32-streaming", "both-32-value", "both-32-h2o", "twin-24"]
 
 
 def options(arm):
@@ -40,7 +40,7 @@ def work(jobs, folder):
             train_rl.main([str(w) for w in ["--name", name, "--out", folder, *words]])
 
 
-def gather(folder, jobs):
+def gather(folder, jobs, out):
     lines = []
     for name, _ in jobs:
         log = folder / name / "log.jsonl"
@@ -48,7 +48,8 @@ def gather(folder, jobs):
         for line in log.read_text().splitlines() if log.exists() else []:
             with contextlib.suppress(ValueError):  # the last line of a running one may be torn
                 lines.append(json.dumps({"arm": arm, "seed": int(seed), **json.loads(line)}) + "\n")
-    (folder.parent / "arms.jsonl").write_text("".join(lines))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines))
 
 
 def read(path):
@@ -84,24 +85,26 @@ def table(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/arms"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/arms.jsonl"), help="the file")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("out/arms"), help="folder of the runs, warm start included")
     parser.add_argument("--limit", type=float, default=540, help="seconds, warm start included")
     parser.add_argument("--processes", type=int, default=5, help="runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=NAMES)
+    parser.add_argument("--arms", nargs="+", default=[])
     parser.add_argument("--warm", help="a run whose warm start is taken instead of making one")
     parser.add_argument("--table", help="only the table of this file")
     own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
     given = parser.parse_args(own)
     if given.table:
         return table(given.table)
-    began, context, folder = time.time(), multiprocessing.get_context("spawn"), given.out / "runs"
+    began, context, folder = time.time(), multiprocessing.get_context("spawn"), given.runs
     folder.mkdir(parents=True, exist_ok=True)
     if not given.warm:
         train_rl.main([*extra, "--name", "warm_0", "--out", str(folder), "--steps", "0"])
         print(f"warm start after {time.time() - began:.0f} s", flush=True)
     warm = ["--warm", given.warm or folder / "warm_0"]
-    jobs = [(f"{arm}_{seed}", [*extra, *warm, "--seed", seed, *options(arm)]) for seed in given.seeds for arm in given.arms]
+    arms = [(arm, seed) for some in ([given.arms] if given.arms else [FIRST, THEN]) for seed in given.seeds for arm in some]
+    jobs = [(f"{arm}_{seed}", [*extra, *warm, "--seed", seed, *options(arm)]) for arm, seed in arms]
     queue = context.SimpleQueue()
     processes = [context.Process(target=work, args=(queue, folder), daemon=True) for _ in range(given.processes)]
     for p in processes:
@@ -113,14 +116,14 @@ def main():
         time.sleep(1)
         if time.time() - said > 20:
             said = time.time()
-            gather(folder, jobs)
+            gather(folder, jobs, given.out)
             started = [name for name, _ in jobs if (folder / name).exists()]
             print(f"{time.time() - began:.0f} s: {len(started)} of {len(jobs)} runs begun, the last {started[-1] if started else ''}", flush=True)
     for p in processes:
         p.kill()
-    gather(folder, jobs)
+    gather(folder, jobs, given.out)
     print(f"{time.time() - began:.0f} s in all")
-    table(given.out / "arms.jsonl")
+    table(given.out)
 
 
 if __name__ == "__main__":
