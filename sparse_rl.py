@@ -12,9 +12,10 @@ Sparse-RL keeps three policies apart and weighs each token by what separates the
 
     1) score      what an entry is worth: R-KV, SnapKV, H2O, StreamingLLM, ..., per layer and KV head
     2) keep       the best `budget` of a row, window and sinks among them, in their order and with their old positions
-    3) correct    from log xi: a weight per token, and which tokens the average counts
-    4) objective  clipped policy gradient, each token's term times its weight
-    5) watch      statistics of log xi that show a collapse before the reward does
+    3) replay     or the learner reads exactly what the sampler had: xi = 1, and the compressed policy itself is trained
+    4) correct    from log xi: a weight per token, and which tokens the average counts
+    5) objective  clipped policy gradient, each token's term times its weight
+    6) watch      statistics of log xi that show a collapse before the reward does
 
 Differs from the papers: no KL term (Sparse-RL: 1e-4 to a reference); an R-KV row without duplicates zeroes nothing (the released code
 zeroes index 0 there: an accidental sink; ours has sinks by name). Does NOT include: kernels, paging, compression of latents.
@@ -29,7 +30,6 @@ This file knows no model class. A layer's cache is a dict of latent_attention.Sl
 compressor asks for them "queries" (a ring of the last A) and "mass" (the attention that each entry has received).
 """
 import math
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -183,6 +183,10 @@ class Compressor:
                     layer[name].keep(kept)
 
 
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3) replay
+
+
 class Recorder:
     """A compressor that remembers which positions it kept: kept (E, layers, B, G, budget) of the last E evictions, -1 = none."""
 
@@ -228,7 +232,7 @@ class Replay:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 3) correct: log xi and mask (N, T), 1 on the answer's tokens -> weight (N, T) of each token's term, count (N, T) of the average
+# 4) correct: log xi and mask (N, T), 1 on the answer's tokens -> weight (N, T) of each token's term, count (N, T) of the average
 
 
 def ratio(l):
@@ -237,7 +241,7 @@ def ratio(l):
 
 
 def none(l, mask):
-    """Naive: nothing is corrected. (With pi_s as PPO's anchor instead of pi_o: the two-policy bypass.)"""
+    """Naive: nothing is corrected."""
     return mask, mask
 
 
@@ -298,11 +302,13 @@ def strict(l, mask, least=1e-2):
 
 
 CORRECTIONS = {f.__name__: f for f in (none, reject, reweight, both, released, tis, mis, icepop, sequence_tis, sequence_mask, strict)}
+# Four more differ elsewhere, see train_rl.learn: bypass takes PPO's ratio against pi_s (two policies); weighted (ours) also weights the
+# advantages; replay has the learner read what the sampler had; twin (ours) adds the losses of replay and of the paper's form.
 CORRECTIONS |= {"bypass": none, "weighted": sequence_tis, "replay": none, "twin": both}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 4) objective
+# 5) objective
 
 
 def group_advantage(reward, size, weight=None):
@@ -339,7 +345,7 @@ def token_logp(logits, tokens):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 5) watch
+# 6) watch
 
 
 def mismatch(l, mask, weight):
@@ -360,3 +366,58 @@ def mismatch(l, mask, weight):
         "dropped": mean((weight == 0).to(xi.dtype)),
         "ess": (weight * mask).sum() ** 2 / (n * (weight**2 * mask).sum()).clamp(min=1e-9),
     }  # fmt: skip
+
+
+def trace(model, text, compress):
+    """Read a text token by token through a cache that is compressed as in a rollout.
+
+    -> log-probability of each next token (T - 1,), and the share of layers and heads in which each token is still held at the end (T - 1,).
+    """
+    cache, logp = model.new_cache(1, compress.slots, **compress.needs), []
+    for t in range(len(text) - 1):
+        if t % compress.buffer == 0:
+            compress(cache.layers)
+        logp.append(token_logp(model(text[None, t : t + 1], cache), text[None, t + 1 : t + 2])[0, 0])
+    compress(cache.layers)
+    pos = torch.stack([layer["tokens"].pos for layer in cache.layers]).flatten(0, 2)  # (layers * G, S)
+    held = (pos[..., None] == torch.arange(len(text) - 1)).any(1).float().mean(0)  # (T - 1,)
+    return torch.stack(logp), held
+
+
+@torch.no_grad()
+def picture(model, text, show, budget=24, buffer=8):
+    """Which tokens of a text each compressor still holds at its end, and xi along the text, from the second token on."""
+    dense = token_logp(model(text[None, :-1]), text[None, 1:])[0]  # (T - 1,)
+    print(f"Of {len(text) - 1} tokens {budget} are held per head: # by all heads of all layers, then + - . and a space by none")
+    print("xi = p(full cache) / p(compressed) of each token: = from 0.8 to 1.25, < below, > above, ! below 0.01 (below 0.0001: a veto)\n")
+    print(f"{'text':12} {show(text[1:].tolist())}")
+    for name, sinks in (("rkv", 0), ("snapkv", 0), ("streaming", 4)):
+        logp, held = trace(model, text, Compressor(name, budget, buffer, 8, sinks))
+        xi = ratio(dense - logp)
+        print(f"{name:12} " + "".join(" .-+#"[math.ceil(4 * h)] for h in held[1:].tolist()))
+        print(f"{'xi':12} " + "".join("!" if x < 0.01 else "<" if x < 0.8 else ">" if x > 1.25 else "=" for x in xi.tolist()))
+    print("\nThe text was sampled with the full cache: what only that expects has a large xi. Where a sampler with the compressed cache writes\n"
+          "itself, E xi = 1, and the errors of compression have a small one.")  # fmt: skip
+
+
+def main():
+    """A tiny model learns this file's header; then it continues it, and its own text is read again through compressed caches."""
+    import train_lm
+
+    torch.manual_seed(0)
+    text = torch.tensor([ord(c) for c in __doc__[:1200]])
+    model = train_lm.LM(train_lm.Config(attn="gqa", layers=2, width=96, heads=4, groups=4, vocab=128, context=128))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(250):
+        at = torch.randint(len(text) - 129, (8,))[:, None] + torch.arange(129)
+        rows = text[at]  # (8, 129)
+        loss = -token_logp(model(rows[:, :-1]), rows[:, 1:]).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sample = train_lm.generate(model, text[None, :20], 108, temperature=0.8)[0]
+    picture(model, sample, lambda tokens: "".join(map(chr, tokens)).replace("\n", "~"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1438,6 +1438,19 @@ def test_arms_script_runs_and_makes_a_table():
         assert re.search(r"dense +1 +2", said) and re.search(r"none-8 +1 +2", said), said
 
 
+def test_rl_options_are_read_and_the_demo_runs():
+    tree = ast.parse((HERE / "train_rl.py").read_text())
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in ("cfg", "self")}
+    helpers = {"attn", "layers", "width", "heads", "groups", "window", "out", "name", "resume", "preset"}  # read by build and train_lm.run_folder
+    for f in dataclasses.fields(train_rl.Config):
+        assert f.name in read | helpers, f"--{f.name} is never read"
+        assert f.metadata["help"], f"--{f.name} has no help"
+    began = time.time()
+    out, _ = run(script="sparse_rl.py")
+    assert all(w in out for w in ("rkv", "snapkv", "streaming", "xi", "#")), out
+    assert time.time() - began < 40, f"the demo took {time.time() - began:.0f} s"
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # documents
 

@@ -16,6 +16,7 @@ Does NOT include: a KL term, several GPUs, drafts, rollouts that go on while the
 Read first: sparse_rl.py; mtp.py for the decoding engine. Letters as there: N answers in a step, T tokens of the longest.
 """
 import dataclasses
+import functools
 import math
 import pathlib
 import random
@@ -125,7 +126,11 @@ class Task:
         return rng.choice((-1, 1)) * rng.choice((1, 2, 3, 10)) if rng and rng.random() < chance else 0
 
     def reward(self, prompt, answer):
-        return float(bool(found := result(answer)) and found == result(self.work(prompt)))
+        return float(result(answer) == self.right(prompt))
+
+    @functools.lru_cache(1024)  # a whole group answers the same prompt
+    def right(self, prompt):
+        return result(self.work(prompt))
 
 
 def result(answer):
@@ -358,7 +363,7 @@ def learn(model, optimizer, r, cfg, recorder=None):
     """The updates of one step -> what there is to log. recorder: of what the sampler kept, for the corrections that replay it."""
     reward, size = r.reward.to(r.text.device), len(r.text) // cfg.minibatches  # a minibatch is some whole groups
     parts = [slice(i, i + size) for i in range(0, len(r.text), size)]
-    views = []
+    views = []  # twin: the same answers are scored as the full and as the compressed policy
     for source in {"replay": [recorder], "twin": [None, recorder]}.get(cfg.correct, [None]):
         with torch.no_grad():  # the old pass, dense or replayed: by the learner's own code, so that rho is 1 before the first update
             old = torch.cat([score(model, r, i, source) for i in parts])  # (N, T - 1)
