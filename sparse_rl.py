@@ -154,7 +154,7 @@ class Compressor:
 
     def __post_init__(self):
         if self.budget <= self.window + self.sinks or self.buffer < 1:
-            raise ValueError(f"a budget of {self.budget} must be more than window {self.window} + sinks {self.sinks}, the buffer at least 1")
+            raise ValueError(f"the budget {self.budget} must be more than window {self.window} + sinks {self.sinks}, the buffer at least 1")
 
     @property
     def slots(self):
@@ -211,8 +211,8 @@ class Recorder:
 class Replay:
     """Stands for a cache in a pass over whole texts: every query reads exactly what its sampler had, so that xi = 1 by construction.
 
-    kept (E, layers, B, G, n) of a Recorder, given (B,) tokens of the prompts: eviction i happened when given - 1 + i * buffer tokens had been
-    read; T tokens. Trained so ("sparse learner"), the policy is the compressed one.
+    kept (E, layers, B, G, n) of a Recorder, given (B,) tokens of the prompts: eviction i happened when given - 1 + i * buffer tokens had
+    been read; T tokens. Trained so ("sparse learner"), the policy is the compressed one.
     """
 
     def __init__(self, kept, given, buffer, T):
@@ -396,8 +396,8 @@ def picture(model, text, show, budget=24, buffer=8):
         xi = ratio(dense - logp)
         print(f"{name:12} " + "".join(" .-+#"[math.ceil(4 * h)] for h in held[1:].tolist()))
         print(f"{'xi':12} " + "".join("!" if x < 0.01 else "<" if x < 0.8 else ">" if x > 1.25 else "=" for x in xi.tolist()))
-    print("\nThe text was sampled with the full cache: what only that expects has a large xi. Where a sampler with the compressed cache writes\n"
-          "itself, E xi = 1, and the errors of compression have a small one.")  # fmt: skip
+    print("\nThe text was sampled with the full cache: what only that expects has a large xi. Where a compressed sampler writes itself,\n"
+          "E xi = 1, and its errors have a small one.")  # fmt: skip
 
 
 def main():

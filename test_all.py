@@ -959,7 +959,8 @@ def best_is_sound():
 
 def test_kept_slots_are_forced_best_and_in_order():
     best_is_sound()
-    for right, wrong in (("slot >= length - window", "slot > length - window"), ("slot < sinks", "slot < 0"), (".sort(dim=-1).values", ""), (".masked_fill(slot >= length, -math.inf)", ""), ("descending=True", "descending=False")):
+    for right, wrong in (("slot >= length - window", "slot > length - window"), ("slot < sinks", "slot < 0"), (".sort(dim=-1).values", ""),
+                         (".masked_fill(slot >= length, -math.inf)", ""), ("descending=True", "descending=False")):
         with swapped(sparse_rl, "best", mutant(sparse_rl.best, right, wrong)):
             fails(best_is_sound)
 
@@ -999,8 +1000,8 @@ def rkv_equals_loops():
 
 def test_rkv_equals_a_loop():
     rkv_equals_loops()
-    for right, wrong in ((".amax(2)", ".mean(2)"), (".amax(-1, keepdim=True)", ".amin(-1, keepdim=True)"), ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"),
-                         (".masked_fill(~real, -math.inf).softmax", ".softmax"), ("/ e.length[:, None, None]", "/ len(e.slot)")):
+    for right, wrong in ((".amax(2)", ".mean(2)"), (".amax(-1, keepdim=True)", ".amin(-1, keepdim=True)"),
+                         ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"), (".masked_fill(~real, -math.inf).softmax", ".softmax"), ("/ e.length[:, None, None]", "/ len(e.slot)")):
         with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, right, wrong)):
             fails(rkv_equals_loops)
 
@@ -1040,13 +1041,15 @@ def other_scores():
 
 def test_other_scores_equal_loops():
     other_scores()
-    with swapped(sparse_rl.Entries, "attention", mutant(sparse_rl.Entries.attention, "(self.pos[:, :, None] <= self.q_pos[:, None, :, None])", "True")):
+    acausal = mutant(sparse_rl.Entries.attention, "(self.pos[:, :, None] <= self.q_pos[:, None, :, None])", "True")
+    with swapped(sparse_rl.Entries, "attention", acausal):
         fails(other_scores)
 
 
 def sampled(model, prompts, new, compress=None, batch=None, temperature=1.0, watch=None, seed=0):
     """Answers of a Decoder; watch(decoder) after every round."""
     torch.manual_seed(seed)
+    torch.set_num_threads(1)  # threads of so small a model mostly wait for each other
     decoder = mtp.Decoder(model, batch or len(prompts), max(map(len, prompts)) + new + 1, temperature=temperature, compress=compress)
     if watch:
         one = decoder.round
@@ -1064,7 +1067,7 @@ def test_nothing_evicted_nothing_changed():
     model = LM(tiny("gqa"))
     prompts = prompts_of(model, 5, 9, 13)
     plain, _ = sampled(model, prompts, 40)
-    for name in set(sparse_rl.SCORES) - {"random"}:  # that one draws numbers of its own
+    for name in ("rkv", "h2o", "snapkv", "streaming"):  # random draws numbers of its own
         answers, _ = sampled(model, prompts, 40, Compressor(name, 60, 6, 4))
         for prompt, (a, logp), (b, _) in zip(prompts, answers, plain):
             assert torch.equal(a, b), f"{name}: another text"
@@ -1074,36 +1077,37 @@ def test_nothing_evicted_nothing_changed():
 
 
 def test_ragged_rows_equal_single_rows():
-    """A row's kept sets do not depend on the other rows, nor on when they start or end; prompts longer than the cache are read in pieces."""
+    """A row's kept sets do not depend on the other rows, nor on when they begin or end, even with prompts longer than the cache."""
     model = lm("gqa")
     prompts = prompts_of(model, 3, 40, 17, 8, 29)
-    for name in set(sparse_rl.SCORES) - {"random"}:
+    for name in ("rkv", "h2o", "snapkv"):
         compress = Compressor(name, 12, 4, 4, sinks=1)
-        together, _ = sampled(model, prompts, 30, compress, batch=2, temperature=0)
+        together, _ = sampled(model, prompts, 20, compress, batch=2, temperature=0)
         for prompt, (text, _) in zip(prompts, together):
-            alone, decoder = sampled(model, [prompt], 30, compress, temperature=0)
+            alone, _ = sampled(model, [prompt], 20, compress, temperature=0)
             assert torch.equal(alone[0][0], text), f"{name}: a row of {len(prompt)} tokens depends on the others"
-    one, two = (sampled(model, prompts, 30, Compressor("random", 12, 4, 4), seed=s)[0][1][0] for s in (1, 1))
+    one, two = (sampled(model, prompts, 20, Compressor("random", 12, 4, 4), seed=s)[0][1][0] for s in (1, 1))
     assert torch.equal(one, two), "random: by its seed"
 
 
 def no_slot_beyond_the_cap(name="rkv"):
     model, most = lm("gqa"), []
     compress = Compressor(name, 12, 5, 4)
-    _, decoder = sampled(model, prompts_of(model, 3, 44), 40, compress, watch=lambda d: most.append(d.cache.layers[0]["tokens"].length.clone()))
+    count = lambda decoder: most.append(decoder.cache.layers[0]["tokens"].length.clone())
+    _, decoder = sampled(model, prompts_of(model, 3, 44), 40, compress, watch=count)
     most = torch.stack(most)  # (rounds, rows)
     assert most.max() == 17 and most[-1].min() > 12, f"slots in use: {most.max()}"
     layers = decoder.cache.layers
     assert {t.shape[2] for layer in layers for t in (*layer["tokens"].data, layer["tokens"].pos)} == {17}, "allocated"
     per_slot = 2 * 8 * 8  # 2 groups of width 8, fp64
     extra = {"rkv": 4 * 4 * 8 * 8, "h2o": 17 * 2 * 4}.get(name, 0)  # the ring of 4 queries of 4 heads; masses in fp32
-    assert decoder.cache.nbytes == 4 * 2 * (17 * 2 * per_slot + extra), "bytes: layers x rows x slots x (keys and values), and what scores need"
+    assert decoder.cache.nbytes == 4 * 2 * (17 * 2 * per_slot + extra), "layers x rows x slots x (keys, values), and what scores need"
     for layer in layers:
         pos = layer["tokens"].pos
         for row in pos.flatten(0, 1):
             filled = row[row >= 0].tolist()
             assert filled == sorted(set(filled)) and row[: len(filled)].min() >= 0, "positions ascend, holes at the end"
-        assert (pos.amax((1, 2)) == decoder.known - 2).all(), "the newest entry is the token before the pending one: its position is its own"
+        assert (pos.amax((1, 2)) == decoder.known - 2).all(), "the newest entry is the token before the pending one"
 
 
 def test_no_slot_beyond_the_cap():
@@ -1121,7 +1125,7 @@ def test_no_slot_beyond_the_cap():
 
 
 def replay_equals_record(name="rkv"):
-    """Teacher-forced attention, in which each token reads exactly the entries that its sampler had, gives the recorded log-probabilities."""
+    """Teacher-forced attention to exactly the entries that the sampler had gives the recorded log-probabilities."""
     model, held = lm("gqa"), []
     prompts = prompts_of(model, 7, 7)
 
@@ -1162,7 +1166,8 @@ def test_h2o_mass_and_its_grace():
     layer, T = model.blocks[0].attn, 14
     x, pos = torch.randn(2, T, 32).double(), torch.arange(T)[None]
     q, k = rope(la.split_heads(layer.q(x), 4), pos), rope(la.split_heads(layer.k(x), 2), pos)
-    p = (q.unflatten(1, (2, 2)) @ k[:, :, None].transpose(-1, -2) * 8**-0.5).masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1)
+    s = q.unflatten(1, (2, 2)) @ k[:, :, None].transpose(-1, -2) * 8**-0.5
+    p = s.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1)
     cache = layer.new_cache(2, 20, mass=True, dtype=torch.float64)
     for a, b in ((0, 5), (5, 6), (6, 12)):
         layer(x[:, a:b], pos[:, a:b].expand(2, -1), cache, torch.tensor([b - a, b - a]))
@@ -1199,7 +1204,8 @@ def test_mismatch_by_enumeration():
     l, mask = (p_o.log() - p_s.log())[None], (p_s * N)[None]
     found = sparse_rl.mismatch(l, mask, torch.ones_like(mask))
     kl = (p_s * (p_s / p_o).log()).sum()
-    for name, want in (("xi_mean", torch.tensor(1.0)), ("kl", kl), ("k3", kl), ("chi2", (p_o**2 / p_s).sum() - 1), ("ess", torch.tensor(1.0))):
+    one, chi2 = torch.tensor(1.0), (p_o**2 / p_s).sum() - 1
+    for name, want in (("xi_mean", one), ("kl", kl), ("k3", kl), ("chi2", chi2), ("ess", one)):
         close(found[name], want, 1e-9, name)
 
 
@@ -1263,7 +1269,7 @@ def test_objective_is_the_papers():
     inside = mutant(sparse_rl.objective, "torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)",
                     "torch.minimum(rho * weight * A, (rho * weight).clamp(1 - clip, 1 + clip) * A) / weight.clamp(min=1e-9)")
     survivors = mutant(sparse_rl.objective, "loss.mean()", "loss.sum() / (weight.sum(-1) > 0).sum()")
-    tokens = mutant(sparse_rl.objective, "(weight.detach() * term).sum(-1) / count.sum(-1).clamp(min=1)", "(weight * term).sum(-1) / count.sum() * len(count)")
+    tokens = mutant(sparse_rl.objective, "count.sum(-1).clamp(min=1)", "(count.sum() / len(count))")
     for wrong in (inside, survivors, tokens):
         with swapped(sparse_rl, "objective", wrong):
             fails(objective_is_the_papers)
@@ -1311,7 +1317,8 @@ def test_corrections_at_their_bounds():
     close(weights("icepop")[0], torch.tensor([[0.5, 1.5, 2, 3, 0, 1]]).double(), 1e-6, "IcePop")
     assert weights("mis")[1].sum() == 4 and weights("icepop")[1].sum() == 6, "MIS shortens the average, IcePop does not"
     close(weights("sequence_tis")[0][:, 0], l.sum().exp()[None], 1e-6, "product of 1.8")
-    assert weights("sequence_tis", 2 * l)[0].max() == 2 and weights("sequence_mask", 2 * l)[0].max() == 0, "product of 3.24: truncated, rejected"
+    assert weights("sequence_tis", 2 * l)[0].max() == 2, "product of 3.24: truncated"
+    assert weights("sequence_mask", 2 * l)[0].max() == 0, "product of 3.24: rejected"
     raw = torch.tensor([[0.0, -9.3], [0.0, -9.1]]).double()  # log 1e-4 = -9.21
     assert weights("reject", raw)[0].sum(-1).tolist() == [0, 2], "veto below 1e-4"
     assert (sparse_rl.ratio(torch.tensor([1e4, -1e4])).isfinite()).all(), "xi of a collapsed run stays finite"
@@ -1332,13 +1339,14 @@ def test_group_advantages():
 
 
 def test_tasks_have_exact_rewards():
-    for name, size, prompt, answer in (("sums", 2, "32-84+9=", "-52+9=-43."), ("ledger", 2, "a4b7c9:cab=", "c9a13b20."),
-                                       ("words", 2, "tom has 12 pens. he buys 3 bags of 4. he loses 5. how many=", "3*4=12;12+12=24;24-5=19.")):
-        task, rng = train_rl.TASKS[name](size), random.Random(0)
-        assert task.work(prompt) == answer and answer in type(task).__doc__ and prompt in type(task).__doc__, f"{name}: the docstring's example"
+    story = "tom has 12 pens. he buys 3 bags of 4. he loses 5. how many="
+    for name, prompt, answer in (("sums", "32-84+9=", "-52+9=-43."), ("ledger", "a4b7c9:cab=", "c9a13b20."),
+                                 ("words", story, "3*4=12;12+12=24;24-5=19.")):  # fmt: skip
+        task, rng = train_rl.TASKS[name](2), random.Random(0)
+        assert task.work(prompt) == answer and answer in task.__doc__ and prompt in task.__doc__, f"{name}: the docstring's example"
         right = train_rl.result(answer)
-        for said, reward in ((answer, 1), (f"{right}.", 1), (f"={right}.", 1), (answer[:-1], 0), (f"1{right}.", 0), (answer + ".", 0), (".", 0), ("", 0),
-                             (f"{right}+1.", 0), (f"={right}..", 0)):  # fmt: skip
+        for said, reward in ((answer, 1), (f"{right}.", 1), (f"={right}.", 1), (answer[:-1], 0), (f"1{right}.", 0), (answer + ".", 0),
+                             (".", 0), ("", 0), (f"{right}+1.", 0), (f"={right}..", 0)):  # fmt: skip
             assert task.reward(prompt, said) == reward, f"{name}: {said!r} is worth {task.reward(prompt, said)}, not {reward}"
         rewards = []
         for size in (1, 4, 9):
@@ -1356,8 +1364,8 @@ def test_tasks_have_exact_rewards():
     assert not set(asked) & set(train_rl.problems(train_rl.Sums(6), 300, "held out")), "held-out problems are others"
 
 
-RL_QUICK = "--size 2 --largest 9 --layers 1 --width 32 --heads 2 --groups 2 --warm-steps 30 --warm-batch 16 --problems 4 --group-size 4".split()
-RL_QUICK += "--budget 8 --buffer 2 --recent 2 --held-out 8 --eval-every 4 --device cpu".split()
+RL_QUICK = "--size 2 --largest 9 --layers 1 --width 32 --heads 2 --groups 2 --warm-steps 30 --warm-batch 16 --problems 4".split()
+RL_QUICK += "--group-size 4 --held-out 8 --eval-every 4 --device cpu --budget 8 --buffer 2 --recent 2".split()
 
 
 def in_rl(*args):
@@ -1374,7 +1382,7 @@ def test_rollouts_are_what_the_learner_scores():
     for prompt, row, mask, logp, answer in zip(asked, r.text, r.mask, r.sampler, r.answers):
         whole = prompt + answer
         assert task.decode(row[: len(whole)].tolist()) == whole
-        assert mask.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(whole) - 1)), "the mask covers the answer, its full stop included"
+        assert mask.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(whole) - 1)), "the mask is the answer, its full stop included"
         assert "." not in answer[:-1] and (answer.endswith(".") or len(answer) == task.room[1])
         text = torch.tensor(task.encode(whole))[None]
         own = sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:])[0, len(prompt) - 1 :]
@@ -1404,9 +1412,10 @@ def test_rl_resumed_equals_uninterrupted():
 
 def test_rl_runs_every_task_and_attention():
     with tempfile.TemporaryDirectory() as tmp:
-        for i, options in enumerate((["--task", "ledger", "--compressor", "h2o"], ["--task", "words", "--correct", "released"], ["--attn", "asa", "--rollout", "dense"],
-                                     ["--compressor", "streaming", "--sinks", 2, "--correct", "weighted"], ["--correct", "bypass", "--compressor", "random"])):
-            code, said, err = in_rl("--out", tmp, "--name", i, "--steps", 1, "--warm-steps", 2, *options)
+        for i, options in enumerate(("--task ledger --compressor h2o", "--task words --correct released", "--attn asa --rollout dense",
+                                     "--compressor streaming --sinks 2 --correct weighted", "--correct bypass --compressor random",
+                                     "--correct twin --compressor snapkv")):  # fmt: skip
+            code, said, err = in_rl("--out", tmp, "--name", i, "--steps", 1, "--warm-steps", 2, *options.split())
             assert code == 0, f"{options}: {said}{err}"
             for word in ("solved when sampling", "MiB at the peak", "vetoed", "expected"):
                 assert word in said, f"{options}: the output lacks {word!r}"
@@ -1416,13 +1425,12 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
     with tempfile.TemporaryDirectory() as tmp:
         torn = pathlib.Path(tmp, "torn.pt")
         torn.write_bytes(b"no checkpoint")
-        for args in (["--wrong"], ["--task", "chess"], ["--budget", 2], ["--buffer", 0], ["--group-size", 1], ["--minibatches", 3], ["--attn", "asa"],
-                     ["--width", 30], ["--warm", "nowhere"], ["--warm", torn], ["--resume"], ["--clip", 2], ["--correct", "twice"], ["--size", 0],
-                     ["--device", "cuda"] if not torch.cuda.is_available() else ["--wrong"]):  # fmt: skip
-            code, _, err = in_rl("--out", tmp, "--name", "bad", *args)
+        for args in ("--wrong", "--task chess", "--budget 2", "--buffer 0", "--group-size 1", "--minibatches 3", "--attn asa", "--width 30",
+                     "--warm nowhere", f"--warm {torn}", "--resume", "--clip 2", "--correct twice", "--size 0", "--sinks 7", "--task words "
+                     "--correct replay", *["--device cuda"] * (not torch.cuda.is_available())):  # fmt: skip
+            code, _, err = in_rl("--out", tmp, "--name", "bad", *args.split())
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, f"{args}: exit code {code}, {err!r}"
-            for leftover in pathlib.Path(tmp, "bad").glob("*"):
-                leftover.unlink()
+            assert not pathlib.Path(tmp, "bad", "ckpt.pt").exists(), f"{args}: something was written"
 
 
 def test_rl_learns_or_says_not():
@@ -1433,15 +1441,16 @@ def test_rl_learns_or_says_not():
 
 def test_arms_script_runs_and_makes_a_table():
     with tempfile.TemporaryDirectory() as tmp:
-        words = ["--out", f"{tmp}/arms.jsonl", "--runs", f"{tmp}/runs", "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8", "--", *RL_QUICK[:-8], "--buffer", 2, "--recent", 2, "--steps", 2]
-        said, _ = run(*words, "--held-out", 8, "--device", "cpu", script="results/rl_arms.py")
-        assert re.search(r"dense +1 +2", said) and re.search(r"none-8 +1 +2", said), said
+        own = ["--out", f"{tmp}/arms.jsonl", "--runs", f"{tmp}/runs", "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8-rkv-2"]
+        said, _ = run(*own, "--", *RL_QUICK[:-6], "--steps", 2, script="results/rl_arms.py")
+        assert re.search(r"dense +1 +2", said) and re.search(r"none-8-rkv-2 +1 +2", said), said
 
 
 def test_rl_options_are_read_and_the_demo_runs():
     tree = ast.parse((HERE / "train_rl.py").read_text())
-    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in ("cfg", "self")}
-    helpers = {"attn", "layers", "width", "heads", "groups", "window", "out", "name", "resume", "preset"}  # read by build and train_lm.run_folder
+    owner = lambda n: n.value.id if isinstance(n.value, ast.Name) else None
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and owner(n) in ("cfg", "self")}
+    helpers = {"attn", "layers", "width", "heads", "groups", "window", "out", "name"}  # read by build and by train_lm.run_folder
     for f in dataclasses.fields(train_rl.Config):
         assert f.name in read | helpers, f"--{f.name} is never read"
         assert f.metadata["help"], f"--{f.name} has no help"

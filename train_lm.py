@@ -541,7 +541,8 @@ def parse(argv, config=Config, presets=PRESETS, choices=CHOICES, script="train_l
         elif f.name == "data":
             parser.add_argument(flag, nargs="+", metavar="FILE", default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(flag, type=type(f.default), choices=choices.get(f.name), default=argparse.SUPPRESS, help=f"{text} [{f.default}]")
+            kind = {"type": type(f.default), "choices": choices.get(f.name)}
+            parser.add_argument(flag, **kind, default=argparse.SUPPRESS, help=f"{text} [{f.default}]")
     given = vars(parser.parse_args(argv))
     return config(**{**presets[given.get("preset", "base")], **given}), given
 

@@ -95,7 +95,8 @@ PRESETS = {
 }
 # What a run with a preset's own settings reaches with each correction: the share of held-out problems that the full cache solves, greedy.
 EXPECTED = {("small", "both"): (0.9, 1.0), ("small", "dense"): (0.9, 1.0)}
-FIXED = "task size largest attn layers width heads groups window rollout compressor budget buffer recent sinks correct problems group_size".split()
+# what a resumed run cannot change
+FIXED = "task size largest attn layers width heads groups window rollout compressor budget buffer recent sinks correct".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -211,7 +212,8 @@ class Words(Task):
         story = [f"{rng.choice(self.names)} has {have} {rng.choice(self.things)}."]
         for _ in range(self.size):
             a, b = rng.randint(2, 9), rng.randint(2, 9)
-            event, more = rng.choice(((f"he buys {a} bags of {b}.", a * b), (f"he finds {10 + a}.", 10 + a), (f"he loses {b}.", -b))[: 2 + (have > 9)])
+            events = [(f"he buys {a} bags of {b}.", a * b), (f"he finds {10 + a}.", 10 + a)]
+            event, more = rng.choice(events + [(f"he loses {b}.", -b)] * (have > 9))
             story.append(event)
             have += more
         return " ".join(story) + " how many="
@@ -424,7 +426,8 @@ def validate(cfg):
     if cfg.group_size < 2 or cfg.steps < 0 or cfg.warm_steps < 0 or not 0 < cfg.clip < 1:
         raise UserError("--group-size must be at least 2, --steps and --warm-steps at least 0, --clip between 0 and 1")
     if cfg.width % cfg.heads or cfg.heads % cfg.groups or cfg.width // cfg.heads % 4:
-        raise UserError(f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4, and --groups {cfg.groups} the heads")
+        raise UserError(f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4, and "
+                        f"--groups {cfg.groups} the heads")
     if cfg.problems % cfg.minibatches:
         raise UserError(f"--minibatches {cfg.minibatches} must divide --problems {cfg.problems}")
     if cfg.attn == "asa" and cfg.rollout == "sparse":
@@ -479,12 +482,12 @@ def train(cfg, given):
     engines, sparse = Engines(model, task, cfg), cfg.rollout == "sparse"
     sampler = engines(cfg.problems * cfg.group_size, sparse, 1.0)
     full = model.new_cache(1, sum(task.room) + 1).nbytes * cfg.problems * cfg.group_size  # bytes of the dense rollouts' cache
-    run.say(f"model    {cfg.attn}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {cfg.task} of {cfg.size} operations, "
-            f"texts of at most {sum(task.room)} tokens",
-            f"cache    {cfg.rollout} rollouts: {sampler.cache.nbytes / 2**20:.1f} MiB allocated for {cfg.problems * cfg.group_size} answers, "
-            f"{1 - sampler.cache.nbytes / full:.0%} less than dense")  # fmt: skip
+    held, parameters = sampler.cache.nbytes, sum(p.numel() for p in model.parameters())
+    run.say(f"model    {cfg.attn}, {parameters / 1e6:.2f} M parameters; {cfg.task} of {cfg.size} operations, {sum(task.room)} tokens at most",
+            f"cache    {cfg.rollout} rollouts: {held / 2**20:.1f} MiB allocated for {cfg.problems * cfg.group_size} answers, "
+            f"{1 - held / full:.0%} less than dense")  # fmt: skip
     run.open_log(step)
-    run.record(step=step, options=changed, hardware=hardware, torch=torch.__version__, cache_bytes=sampler.cache.nbytes, dense_bytes=full)
+    run.record(step=step, options=changed, hardware=hardware, torch=torch.__version__, cache_bytes=held, dense_bytes=full)
 
     def save():
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
@@ -519,22 +522,23 @@ def train(cfg, given):
         r = rollout(sampler, task, asked)
         found = learn(model, optimizer, r, cfg, sampler.compress)
         if not math.isfinite(found["loss"]):
-            run.say(f"stopped  the loss is {found['loss']} at step {step}: nothing saved since the last checkpoint in {folder}; try a lower --lr")
+            run.say(f"stopped  the loss is {found['loss']} at step {step}: nothing saved since the last checkpoint in {folder}; "
+                    "try a lower --lr")
             return 1
         step += 1
         timed.append(time.perf_counter() - start)
         seconds += timed[-1]
         solved.append(found["solved"])
-        finished = sum(a.endswith(".") for a in r.answers) / len(r.answers)
-        speed = sum(map(len, r.answers)) / r.seconds
-        run.record(step=step, **found, finished=finished, rollout_s=r.seconds, seconds=timed[-1], tokens_per_second=speed)
+        found.update(finished=sum(a.endswith(".") for a in r.answers) / len(r.answers), rollout_s=r.seconds, seconds=timed[-1],
+                     tokens_per_second=sum(map(len, r.answers)) / r.seconds)  # fmt: skip
+        run.record(step=step, **found)
         bar.update()
         if step % 5 == 0 or step == cfg.steps:
             # The loss says nothing: before the first update rho is 1, and the advantages of a group add up to 0. Watch solved.
-            run.say(f"step {step:4d}/{cfg.steps} | solved {found['solved']:.2f} | no-signal groups {found['no_signal']:.2f} | len {found['length']:.0f} | "
-                    f"done {finished:.2f} | ent {found['entropy']:.2f} | xi {found['xi_mean']:.3f} min {found['xi_min']:.0e} | k3 {found['k3']:.1e} | "
-                    f"vetoed {found['vetoed']:.2f} | clip {found['clipped']:.3f} | loss {found['loss']:+.3f} | norm {found['norm']:.2f} | "
-                    f"rollout {r.seconds:.2f} of {timed[-1]:.2f} s | eta {np.mean(timed[-20:]) * (cfg.steps - step) / 60:.1f} min")  # fmt: skip
+            line = ("solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} | done {finished:.2f} | ent {entropy:.2f} | "
+                    "xi {xi_mean:.3f} min {xi_min:.0e} | k3 {k3:.1e} | vetoed {vetoed:.2f} | clip {clipped:.3f} | loss {loss:+.3f} | "
+                    "norm {norm:.2f} | rollout {rollout_s:.2f} of {seconds:.2f} s").format(**found)  # fmt: skip
+            run.say(f"step {step:4d}/{cfg.steps} | {line} | eta {np.mean(timed[-20:]) * (cfg.steps - step) / 60:.1f} min")
         if stop or step % cfg.save_every == 0 or step == cfg.steps:
             save()
         if stop:

@@ -17,19 +17,20 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
 
-# arm -> options; an arm's name is CORRECTION-BUDGET[-COMPRESSOR]
-CORRECTIONS = ["none", "bypass", "reject", "reweight", "both", "released", "tis", "mis", "icepop", "sequence_mask",
-               "strict", "weighted", "replay", "twin"]  # fmt: skip
-FIRST = ["dense", *(f"{c}-32" for c in CORRECTIONS), "none-36", "both-36", "none-32-snapkv", "both-32-snapkv"]
-THEN = ["replay-28", "twin-28", "both-28", "twin-36", "both-32-streaming", "both-32-value", "both-32-h2o", "twin-24"]
+# An arm's name is CORRECTION-BUDGET[-COMPRESSOR[-BUFFER]]; with a buffer of 4 the window is 4 as well.
+FIRST = ["dense", *(f"{c}-32" for c in "none bypass reject reweight both released tis mis replay twin".split()), "none-36", "both-36",
+         "none-32-snapkv", "both-32-snapkv", "none-32-rkv-4", "both-32-rkv-4", "twin-32-rkv-4"]  # fmt: skip
+THEN = ["icepop-32", "sequence_mask-32", "strict-32", "weighted-32", "both-26", "twin-26", "twin-32-snapkv", "both-32-streaming",
+        "both-32-value", "both-32-h2o", "twin-24"]  # fmt: skip
 
 
 def options(arm):
     if arm == "dense":
         return ["--rollout", "dense"]
-    correct, budget, compressor, *_ = [*arm.split("-"), "rkv"]
+    correct, budget, *rest = arm.split("-")
+    compressor, buffer = (*rest, *("rkv", "8")[len(rest) :])
     sinks = 4 if compressor == "streaming" else 0
-    return ["--correct", correct, "--budget", budget, "--compressor", compressor, "--sinks", sinks]
+    return ["--correct", correct, "--budget", budget, "--compressor", compressor, "--sinks", sinks, "--buffer", buffer, "--recent", buffer]
 
 
 def work(jobs, folder):
@@ -63,8 +64,8 @@ def read(path):
 
 def table(path):
     """Mean and spread (standard deviation) over seeds; of steps and evaluations the mean of the last 10 and 3."""
-    print(f"{'arm':22} {'seeds':5} {'steps':5} {'solved T=1':>12} {'dense greedy':>13} {'sparse greedy':>13} {'lowest dense':>12} {'vetoed':>8} "
-          f"{'k3':>9} {'KV saved':>8} {'tokens/s':>9}")  # fmt: skip
+    print(f"{'arm':18} {'seeds':5} {'steps':5} {'solved T=1':>12} {'dense greedy':>13} {'sparse greedy':>13} {'lowest dense':>12} "
+          f"{'vetoed':>7} {'k3':>8} {'KV saved':>8} {'tokens/s':>8}")  # fmt: skip
     for arm, seeds in read(path).items():
         rows = []
         for entries in seeds.values():
@@ -79,8 +80,8 @@ def table(path):
             mean = [sum(c) / len(c) for c in zip(*rows)]
             sd = [(sum((x - m) ** 2 for x in c) / max(1, len(c) - 1)) ** 0.5 for c, m in zip(zip(*rows), mean)]
             pair = lambda i: f"{mean[i]:.3f} ±{sd[i]:.3f}"
-            print(f"{arm:22} {len(rows):5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} {mean[5]:8.3f} {mean[6]:9.1e} "
-                  f"{mean[7]:8.1%} {mean[8]:9.0f}", flush=True)  # fmt: skip
+            print(f"{arm:18} {len(rows):5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} "
+                  f"{mean[5]:7.3f} {mean[6]:8.1e} {mean[7]:8.1%} {mean[8]:8.0f}", flush=True)  # fmt: skip
 
 
 def main():
@@ -118,7 +119,7 @@ def main():
             said = time.time()
             gather(folder, jobs, given.out)
             started = [name for name, _ in jobs if (folder / name).exists()]
-            print(f"{time.time() - began:.0f} s: {len(started)} of {len(jobs)} runs begun, the last {started[-1] if started else ''}", flush=True)
+            print(f"{time.time() - began:.0f} s: {len(started)} of {len(jobs)} runs begun", flush=True)
     for p in processes:
         p.kill()
     gather(folder, jobs, given.out)

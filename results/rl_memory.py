@@ -68,7 +68,8 @@ def main():
             print(f"{mib:9} {name:>14} {rows:5} {cache / 2**20:9.1f} {peak / 2**20:9.1f} {speed:9.0f} {speed / dense:8.2f}", flush=True)
             if given.out:
                 with open(given.out, "a") as f:
-                    f.write(json.dumps(dict(limit_mib=mib, cache=name, rows=rows, cache_bytes=cache, peak_bytes=peak, tokens_per_second=speed)) + "\n")
+                    entry = dict(limit_mib=mib, cache=name, rows=rows, cache_bytes=cache, peak_bytes=peak, tokens_per_second=speed)
+                    f.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":
