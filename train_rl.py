@@ -510,7 +510,7 @@ def train(cfg, given):
         signal.signal(number, lambda number, frame: stop.append(number))
     if step == 0:
         save()
-        test()
+        found = test()
     bar = tqdm(total=cfg.steps, initial=step, disable=None, unit="step", leave=False)
     timed, solved = [], []
     while step < cfg.steps:
@@ -520,24 +520,24 @@ def train(cfg, given):
             group["lr"] = cfg.lr * min(1, (step + 1) / 10)
         asked = [p for p in problems(task, cfg.problems, cfg.seed, "train", step) for _ in range(cfg.group_size)]
         r = rollout(sampler, task, asked)
-        found = learn(model, optimizer, r, cfg, sampler.compress)
-        if not math.isfinite(found["loss"]):
-            run.say(f"stopped  the loss is {found['loss']} at step {step}: nothing saved since the last checkpoint in {folder}; "
+        log = learn(model, optimizer, r, cfg, sampler.compress)
+        if not math.isfinite(log["loss"]):
+            run.say(f"stopped  the loss is {log['loss']} at step {step}: nothing saved since the last checkpoint in {folder}; "
                     "try a lower --lr")
             return 1
         step += 1
         timed.append(time.perf_counter() - start)
         seconds += timed[-1]
-        solved.append(found["solved"])
-        found.update(finished=sum(a.endswith(".") for a in r.answers) / len(r.answers), rollout_s=r.seconds, seconds=timed[-1],
-                     tokens_per_second=sum(map(len, r.answers)) / r.seconds)  # fmt: skip
-        run.record(step=step, **found)
+        solved.append(log["solved"])
+        log.update(finished=sum(a.endswith(".") for a in r.answers) / len(r.answers), rollout_s=r.seconds, seconds=timed[-1],
+                   tokens_per_second=sum(map(len, r.answers)) / r.seconds)  # fmt: skip
+        run.record(step=step, **log)
         bar.update()
         if step % 5 == 0 or step == cfg.steps:
             # The loss says nothing: before the first update rho is 1, and the advantages of a group add up to 0. Watch solved.
             line = ("solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} | done {finished:.2f} | ent {entropy:.2f} | "
                     "xi {xi_mean:.3f} min {xi_min:.0e} | k3 {k3:.1e} | vetoed {vetoed:.2f} | clip {clipped:.3f} | loss {loss:+.3f} | "
-                    "norm {norm:.2f} | rollout {rollout_s:.2f} of {seconds:.2f} s").format(**found)  # fmt: skip
+                    "norm {norm:.2f} | rollout {rollout_s:.2f} of {seconds:.2f} s").format(**log)  # fmt: skip
             run.say(f"step {step:4d}/{cfg.steps} | {line} | eta {np.mean(timed[-20:]) * (cfg.steps - step) / 60:.1f} min")
         if stop or step % cfg.save_every == 0 or step == cfg.steps:
             save()
@@ -547,7 +547,7 @@ def train(cfg, given):
         if step % cfg.eval_every == 0 and step < cfg.steps:
             test()
     bar.close()
-    return report(cfg, run, test(), solved, sampler, full, seconds)
+    return report(cfg, run, test() if cfg.steps else found, solved, sampler, full, seconds)
 
 
 def report(cfg, run, found, solved, sampler, full, seconds):
