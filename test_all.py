@@ -1001,7 +1001,8 @@ def rkv_equals_loops():
 def test_rkv_equals_a_loop():
     rkv_equals_loops()
     for right, wrong in ((".amax(2)", ".mean(2)"), (".amax(-1, keepdim=True)", ".amin(-1, keepdim=True)"),
-                         ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"), (".masked_fill(~real, -math.inf).softmax", ".softmax"), ("/ e.length[:, None, None]", "/ len(e.slot)")):
+                         ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"), (".masked_fill(~real, -math.inf).softmax", ".softmax"),
+                         ("/ e.length[:, None, None]", "/ len(e.slot)")):  # fmt: skip
         with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, right, wrong)):
             fails(rkv_equals_loops)
 
@@ -1382,7 +1383,7 @@ def test_rollouts_are_what_the_learner_scores():
     for prompt, row, mask, logp, answer in zip(asked, r.text, r.mask, r.sampler, r.answers):
         whole = prompt + answer
         assert task.decode(row[: len(whole)].tolist()) == whole
-        assert mask.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(whole) - 1)), "the mask is the answer, its full stop included"
+        assert mask.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(whole) - 1)), "the mask is the whole answer"
         assert "." not in answer[:-1] and (answer.endswith(".") or len(answer) == task.room[1])
         text = torch.tensor(task.encode(whole))[None]
         own = sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:])[0, len(prompt) - 1 :]
