@@ -179,6 +179,16 @@ def read_slots(q, k, v, q_pos, k_pos, slots, scale, window=None, k2=None):
     return attend(q, k, v, visible(q_pos, k_pos, window), scale)
 
 
+def add_mass(mass, q, k, q_pos, k_pos, count, scale):
+    """Add to every slot's mass (B, G, S, 1) the attention it gets from the first count[b] of T queries, all heads of its group together."""
+    B, H, T, _ = q.shape
+    total, _ = mass.append(q.new_zeros(B, k.shape[1], T, 1), pos=q_pos, count=count)  # (B, G, S, 1): a new entry starts at 0
+    s = scale * q.unflatten(1, (k.shape[1], -1)).float() @ k[:, :, None].float().transpose(-1, -2)  # (B, G, h, T, S)
+    p = s.masked_fill(~visible(q_pos, k_pos)[:, :, None], -math.inf).softmax(-1)
+    real = torch.arange(T, device=q.device) < count[:, None]  # (B, T): the rest is padding
+    total += p.where(real[:, None, None, :, None], 0).sum(dim=(2, 3))[..., None]
+
+
 def window_attention(q, k, v, window, scale):
     """Causal attention to the last `window` positions of one text, itself included, in time and memory linear in T.
 
@@ -223,8 +233,14 @@ class GQA(nn.Module):
         self.v = nn.Linear(width, groups * head_width, bias=False)
         self.out = nn.Linear(heads * head_width, width, bias=False)
 
-    def new_cache(self, batch, max_len, margin=8, **kind):
-        return {"tokens": SlotCache(batch, max_len, ((self.groups, self.head_width),) * 2, margin=margin, **kind)}
+    def new_cache(self, batch, max_len, margin=8, recent=0, mass=False, **kind):
+        """recent, mass: for sparse_rl.py: the last `recent` queries, a ring; the attention that each slot has received."""
+        cache = {"tokens": SlotCache(batch, max_len, ((self.groups, self.head_width),) * 2, margin=margin, **kind)}
+        if recent:
+            cache["queries"] = SlotCache(batch, max_len, ((self.heads, self.head_width),), window=recent, margin=margin, **kind)
+        if mass:
+            cache["mass"] = SlotCache(batch, max_len, ((self.groups, 1),), margin=margin, **{**kind, "dtype": torch.float32})
+        return cache
 
     def forward(self, x, pos, cache=None, count=None, source=None):
         q, k, v = rope(split_heads(self.q(x), self.heads), pos, self.base), None, None  # (B, H, T, D)
@@ -233,9 +249,15 @@ class GQA(nn.Module):
             k = rope(split_heads(self.k(source), self.groups), pos, self.base)  # (B, G, T, D)
             v = split_heads(self.v(source), self.groups)  # (B, G, T, D)
         if cache is None:
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.groups < self.heads)  # (B, H, T, D)
+        elif "see" in cache:  # a whole text, each query reading what a mask (B, G, T, T) says (sparse_rl.Replay)
+            o = attend(q, k, v, cache["see"], self.head_width**-0.5)  # (B, H, T, D)
         else:
             k, v, k_pos = cache["tokens"].append(k, v, pos=pos, count=count)  # (B, G, S, D) twice, (B, G, S)
+            if "queries" in cache:
+                cache["queries"].append(q, pos=pos, count=count)
+            if "mass" in cache:
+                add_mass(cache["mass"], q, k, pos, k_pos, count, self.head_width**-0.5)
             o = read_slots(q.to(k.dtype), k, v, pos, k_pos, cache["tokens"], self.head_width**-0.5)  # (B, H, T, D)
         return self.out(merge_heads(o).to(x.dtype))
 

@@ -282,6 +282,8 @@ class Decoder:
     temperature  of the target; greedy: drafts are the module's best tokens instead of samples
     stop         a token that ends a row, or None
     drafts       None: as many as pay; else always so many
+    compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache then has compress.slots
+                 slots a row, and no text is too long for it; without drafts only
     Weights may change between calls (in place, as optimizers do): graphs stay valid.
     """
 
@@ -289,14 +291,21 @@ class Decoder:
     PIECE = 64  # tokens of a prompt that are read at once
     LATE = 64  # states kept while no drafts are made, so that the module can catch up
 
-    def __init__(self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, greedy=False, drafts=None):
+    def __init__(self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, greedy=False, drafts=None, compress=None):
         self.trunk, self.mtp, self.K = trunk, mtp, K if mtp is not None else 0
         self.max_len, self.temperature, self.stop, self.greedy = max_len, temperature, -1 if stop is None else stop, greedy
         self.embed, self.head = trunk.embed.weight, trunk.head.weight  # (V, C)
         device, C = self.embed.device, self.embed.shape[1]
         kind = {"dtype": self.embed.dtype, "device": device}
         room, margin = max_len + self.K + 1, self.K + 1
-        self.cache = trunk.new_cache(batch, room, margin, dtype=kind["dtype"])
+        self.compress = compress
+        if compress:
+            if self.K:
+                raise ValueError("drafts from a compressed cache are not supported")
+            self.cache = trunk.new_cache(batch, compress.slots, margin, dtype=kind["dtype"], **compress.needs)
+            self.SEGMENT = self.PIECE = compress.buffer  # a row is compressed at the same tokens, whatever the other rows do
+        else:
+            self.cache = trunk.new_cache(batch, room, margin, dtype=kind["dtype"])
         self.text = torch.zeros(batch, room + 1, dtype=torch.long, device=device)  # prompt, answer, room for a round's overhang
         self.logp = torch.zeros(batch, room + 1, device=device, dtype=torch.promote_types(kind["dtype"], torch.float32))
         self.known = torch.ones(batch, dtype=torch.long, device=device)  # tokens of a row; the last of them is pending: not in the cache
@@ -410,7 +419,12 @@ class Decoder:
                 part.rollback(torch.where(self.fresh, 0, self.max_len))
         end = min(-(-(longest - 1) // 16) * 16, self.text.shape[1])  # few different shapes, since each is captured
         for start in range(0, end * at_once, self.PIECE):
+            if self.compress and self.compress.budget < start < longest - 1:
+                self.run(self.evict)
             self.run(self.read, start, min(start + self.PIECE, end))
+
+    def evict(self):
+        self.compress(self.cache.layers)
 
     def read(self, start, stop):
         """A piece of the prompts of the fresh rows, for trunk and module."""
@@ -438,7 +452,8 @@ class Decoder:
                 since.update((row, number) for row in free)
                 chosen = [prompts[owner[row]] for row in free]
                 limits = [min(len(p) + new, self.max_len) for p in chosen]
-                self.fill(free, chosen, limits, at_once=4 * len(free) >= batch)  # a reading pass costs all rows: only for many
+                many = 4 * len(free) >= batch or self.compress is not None
+                self.fill(free, chosen, limits, at_once=many)  # a reading pass costs all rows: only for many
             looks.append(self.segment())
             number += 1
             if len(looks) > (self.text.device.type == "cuda"):
@@ -468,6 +483,8 @@ class Decoder:
         clock = (lambda: torch.cuda.Event(enable_timing=True)) if cuda else Clock
         start, end = clock(), clock()
         start.record()
+        if self.compress:
+            self.run(self.evict)
         for _ in range(rounds):
             self.behind += self.K > 0 and g == 0
             self.run(self.round, g)

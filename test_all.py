@@ -34,9 +34,12 @@ import torch.nn.functional as F
 import latent_attention as la
 import mtp
 import nsa
+import sparse_rl
 import train_lm
+import train_rl
 from latent_attention import GQA, LatentAttention, SlotCache, attend, rope, visible
 from nsa import ASA_BLOCK, NSA, SHARE, ASAGlobal
+from sparse_rl import Compressor
 from train_lm import LM, Config
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -1113,12 +1116,12 @@ def run(*args, code=0, env=None, script="train_lm.py"):
     return done.stdout, done.stderr
 
 
-def in_process(*args):
-    """train_lm.main without a new process: (exit code, stdout, stderr)."""
+def in_process(*args, main=train_lm.main):
+    """A script without a new process: (exit code, stdout, stderr)."""
     out, err, handlers = io.StringIO(), io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = train_lm.main([str(a) for a in args])
+            code = main([str(a) for a in args])
     finally:
         for s, h in handlers.items():
             signal.signal(s, h)
@@ -1271,6 +1274,547 @@ def test_no_network_and_no_triton_needed():
             done = subprocess.run([sys.executable, "-c", code, *QUICK, "--attn", attn, "--steps", "2", "--out", tmp], cwd=HERE,
                                   capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=120)
             assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# sparse_rl.py
+
+
+def mutant(f, right, wrong):
+    """The function f with one piece of its source replaced."""
+    source, made = textwrap.dedent(inspect.getsource(f)), {}
+    assert source.count(right) == 1, f"{right!r} is {source.count(right)} times in {f.__name__}"
+    exec(source.replace(right, wrong), f.__globals__, made)
+    return made[f.__name__]
+
+
+def entries(B=3, H=4, G=2, S=20, D=8, A=4, window=4, lengths=(20, 13, 5)):
+    """Random caches of three different lengths, some keys much alike."""
+    length = torch.tensor(lengths)
+    pos = torch.arange(S).expand(B, G, S).masked_fill(torch.arange(S) >= length[:, None, None], -1)
+    k = torch.randn(B, G, S, D)
+    k[:, :, 3:S:3] = k[:, :, :1] + 0.3 * torch.randn(B, G, len(range(3, S, 3)), D)
+    q_pos = length[:, None] - 1 - torch.arange(A)
+    return sparse_rl.Entries(k, torch.randn(B, G, S, D), pos, length, window, torch.randn(B, H, A, D), q_pos, torch.rand(B, G, S))
+
+
+def best_is_sound():
+    for budget, sinks, window in ((8, 0, 3), (8, 2, 4), (19, 1, 2)):
+        e = entries()
+        score = torch.rand(3, 2, 20).masked_fill(torch.arange(20) == 17, math.nan).masked_fill(torch.arange(20) == 6, 2.0)
+        kept = sparse_rl.best(score.nan_to_num(0), e.length, budget, window, sinks)
+        for b in range(3):
+            for g in range(2):
+                L, want = int(e.length[b]), set()
+                forced = [j for j in range(L) if j < sinks or j >= L - window]
+                rest = sorted((j for j in range(L) if j not in forced), key=lambda j: (-float(score.nan_to_num(0)[b, g, j]), j))
+                want = sorted(forced + rest[: budget - len(forced)])
+                got = kept[b, g].tolist()
+                assert got == want + [-1] * (budget - len(want)), f"budget {budget}, row of {L}: kept {got}, expected {want}"
+
+
+def test_kept_slots_are_forced_best_and_in_order():
+    best_is_sound()
+    for right, wrong in (("slot >= length - window", "slot > length - window"), ("slot < sinks", "slot < 0"), (".sort(dim=-1).values", ""),
+                         (".masked_fill(slot >= length, -math.inf)", ""), ("descending=True", "descending=False")):
+        with swapped(sparse_rl, "best", mutant(sparse_rl.best, right, wrong)):
+            fails(best_is_sound)
+
+
+def rkv_by_loops(e, b, g, mix=0.1, same=0.5, pool=7):
+    """R-KV's score of one row and head, from its definition, for the slots before the window."""
+    L, h = int(e.length[b]), e.q.shape[1] // e.k.shape[1]
+    old, k = L - e.window, e.k[b, g].double()
+    mean = [0.0] * old
+    for q in e.q[b, g * h : (g + 1) * h].double().transpose(0, 1):  # (h, D), one recent position at a time
+        logit = [max(float(q[i] @ k[j]) / math.sqrt(k.shape[1]) for i in range(h)) for j in range(old)]
+        total = sum(math.exp(x) for x in logit)
+        mean = [m + math.exp(x) / total / e.q.shape[2] for m, x in zip(mean, logit)]
+    attention = [max(mean[max(0, j - pool // 2) : j + pool // 2 + 1]) for j in range(old)]
+    received = [0.0] * L
+    for i in range(L):
+        cos = [0.0 if i == j else float(F.cosine_similarity(k[i], k[j], dim=0)) for j in range(L)]
+        alike = [j for j in range(L) if cos[j] > same]
+        if alike:
+            cos[alike[-1]] = 0.0
+        received = [r + c / L for r, c in zip(received, cos)]
+    total = sum(math.exp(r) for r in received)
+    return torch.tensor([mix * a - (1 - mix) * math.exp(r) / total for a, r in zip(attention, received)])
+
+
+def rkv_equals_loops():
+    e = entries()
+    score = sparse_rl.rkv(e)
+    for b in range(3):
+        for g in range(2):
+            close(score[b, g, : e.length[b] - 4], rkv_by_loops(e, b, g), 1e-6, f"row {b} head {g}")
+            L = int(e.length[b])
+            kept = sparse_rl.best(score, e.length, 9, 4)[b, g]
+            want = sorted(rkv_by_loops(e, b, g).argsort(descending=True)[:5].tolist() + list(range(L - 4, L)))
+            assert L <= 9 or kept.tolist() == want, f"row {b} head {g}: kept {kept.tolist()}, by loops {want}"
+
+
+def test_rkv_equals_a_loop():
+    rkv_equals_loops()
+    for right, wrong in ((".amax(2)", ".mean(2)"), (".amax(-1, keepdim=True)", ".amin(-1, keepdim=True)"),
+                         ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"), (".masked_fill(~real, -math.inf).softmax", ".softmax"),
+                         ("/ e.length[:, None, None]", "/ len(e.slot)")):  # fmt: skip
+        with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, right, wrong)):
+            fails(rkv_equals_loops)
+
+
+def test_rkv_spares_the_newest_of_three():
+    k = torch.eye(8)[None, None, :6].clone()  # (1, 1, S, D): unlike each other, except
+    k[0, 0, [1, 3, 4]] = k[0, 0, 1].clone()  # three equal keys
+    k[0, 0, 5] = k[0, 0, 0]  # and a pair
+    e = sparse_rl.Entries(k, k, torch.arange(6).expand(1, 1, 6), torch.tensor([6]), 2, torch.randn(1, 1, 2, 8), torch.tensor([[4, 5]]))
+    R = (-sparse_rl.rkv(e, mix=0.0)[0, 0]).log()  # of a softmax: differences are those of the mean similarity
+    close((R - R[2]) * 6, torch.tensor([0.0, 2, 0, 1, 0, 0]), 1e-4, "how often a key is called redundant")
+
+
+def plain_attention_of(e, b, g):
+    """Attention of each recent query and head of a group to each slot it may see: (queries x heads, L)."""
+    L, h, rows = int(e.length[b]), e.q.shape[1] // e.k.shape[1], []
+    for a in range(e.q.shape[2]):
+        for i in range(g * h, (g + 1) * h):
+            s = torch.stack([e.q[b, i, a] @ e.k[b, g, j] / math.sqrt(8) for j in range(L) if j <= e.q_pos[b, a]])
+            rows.append(F.pad(s.softmax(0), (0, L - len(s))))
+    return torch.stack(rows)
+
+
+def other_scores():
+    e = entries()
+    for b in range(3):
+        for g in range(2):
+            old, k, v = int(e.length[b]) - 4, e.k[b, g, : e.length[b]], e.v[b, g, : e.length[b]]
+            received = plain_attention_of(e, b, g).mean(0)[:old]
+            pooled = lambda x: torch.stack([F.pad(x, (2, 2))[j : j + 5].mean() for j in range(old)])
+            close(sparse_rl.snapkv(e)[b, g, :old], pooled(received), 1e-6, "SnapKV")
+            close(sparse_rl.value(e)[b, g, :old], pooled(received * v[:old].norm(dim=-1)), 1e-6, "value")
+            mean = F.normalize(k, dim=-1).mean(0)
+            close(sparse_rl.keydiff(e)[b, g, :old], torch.stack([-F.cosine_similarity(x, mean, dim=0) for x in k[:old]]), 1e-6, "KeyDiff")
+            assert sparse_rl.streaming(e)[b, g, : old + 4].tolist() == list(range(old + 4)), "StreamingLLM"
+
+
+def test_other_scores_equal_loops():
+    other_scores()
+    acausal = mutant(sparse_rl.Entries.attention, "(self.pos[:, :, None] <= self.q_pos[:, None, :, None])", "True")
+    with swapped(sparse_rl.Entries, "attention", acausal):
+        fails(other_scores)
+
+
+def sampled(model, prompts, new, compress=None, batch=None, temperature=1.0, watch=None, seed=0):
+    """Answers of a Decoder; watch(decoder) after every round."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # threads of so small a model mostly wait for each other
+    decoder = mtp.Decoder(model, batch or len(prompts), max(map(len, prompts)) + new + 1, temperature=temperature, compress=compress)
+    if watch:
+        one = decoder.round
+        decoder.round = lambda g: (one(g), watch(decoder))[0]
+        decoder.round.__name__ = "round"
+    return decoder.generate(prompts, new), decoder
+
+
+def prompts_of(model, *lengths):
+    return [torch.randint(model.cfg.vocab, (n,)) for n in lengths]
+
+
+def test_nothing_evicted_nothing_changed():
+    """A budget that is never reached: the same text bit for bit, and xi = 1 to 1e-5."""
+    model = LM(tiny("gqa"))
+    prompts = prompts_of(model, 5, 9, 13)
+    plain, _ = sampled(model, prompts, 40)
+    for name in ("rkv", "h2o", "snapkv", "streaming"):  # random draws numbers of its own
+        answers, _ = sampled(model, prompts, 40, Compressor(name, 60, 6, 4))
+        for prompt, (a, logp), (b, _) in zip(prompts, answers, plain):
+            assert torch.equal(a, b), f"{name}: another text"
+            text = torch.cat([prompt, a])[None]
+            old = sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:])[0, len(prompt) - 1 :]
+            close(old, logp, 1e-5, f"{name}: log xi")
+
+
+def test_ragged_rows_equal_single_rows():
+    """A row's kept sets do not depend on the other rows, nor on when they begin or end, even with prompts longer than the cache."""
+    model = lm("gqa")
+    prompts = prompts_of(model, 3, 40, 17, 8, 29)
+    for name in ("rkv", "h2o", "snapkv"):
+        compress = Compressor(name, 12, 4, 4, sinks=1)
+        together, _ = sampled(model, prompts, 20, compress, batch=2, temperature=0)
+        for prompt, (text, _) in zip(prompts, together):
+            alone, _ = sampled(model, [prompt], 20, compress, temperature=0)
+            assert torch.equal(alone[0][0], text), f"{name}: a row of {len(prompt)} tokens depends on the others"
+    one, two = (sampled(model, prompts, 20, Compressor("random", 12, 4, 4), seed=s)[0][1][0] for s in (1, 1))
+    assert torch.equal(one, two), "random: by its seed"
+
+
+def no_slot_beyond_the_cap(name="rkv"):
+    model, most = lm("gqa"), []
+    compress = Compressor(name, 12, 5, 4)
+    count = lambda decoder: most.append(decoder.cache.layers[0]["tokens"].length.clone())
+    _, decoder = sampled(model, prompts_of(model, 3, 44), 40, compress, watch=count)
+    most = torch.stack(most)  # (rounds, rows)
+    assert most.max() == 17 and most[-1].min() > 12, f"slots in use: {most.max()}"
+    layers = decoder.cache.layers
+    assert {t.shape[2] for layer in layers for t in (*layer["tokens"].data, layer["tokens"].pos)} == {17}, "allocated"
+    per_slot = 2 * 8 * 8  # 2 groups of width 8, fp64
+    extra = {"rkv": 4 * 4 * 8 * 8, "h2o": 17 * 2 * 4}.get(name, 0)  # the ring of 4 queries of 4 heads; masses in fp32
+    assert decoder.cache.nbytes == 4 * 2 * (17 * 2 * per_slot + extra), "layers x rows x slots x (keys, values), and what scores need"
+    for layer in layers:
+        pos = layer["tokens"].pos
+        for row in pos.flatten(0, 1):
+            filled = row[row >= 0].tolist()
+            assert filled == sorted(set(filled)) and row[: len(filled)].min() >= 0, "positions ascend, holes at the end"
+        assert (pos.amax((1, 2)) == decoder.known - 2).all(), "the newest entry is the token before the pending one"
+
+
+def test_no_slot_beyond_the_cap():
+    for name in ("rkv", "h2o", "streaming"):
+        no_slot_beyond_the_cap(name)
+    model = lm("gqa")
+    cache = model.new_cache(1, 6, **Compressor("streaming", 5, 1, 2).needs)
+    with torch.no_grad():
+        model(text_of(model, 1, 6), cache)
+        try:
+            model(text_of(model, 1, 1), cache)
+        except RuntimeError:
+            return
+    raise AssertionError("a token was written beyond the cap")
+
+
+def replay_equals_record(name="rkv"):
+    """Teacher-forced attention to exactly the entries that the sampler had gives the recorded log-probabilities."""
+    model, held = lm("gqa"), []
+    prompts = prompts_of(model, 7, 7)
+
+    def watch(decoder):
+        held.append(torch.stack([layer["tokens"].pos.clone() for layer in decoder.cache.layers]))  # (layers, B, G, S)
+
+    answers, decoder = sampled(model, prompts, 33, Compressor(name, 12, 4, 4, sinks=1), watch=watch)
+    text = torch.stack([torch.cat([p, a]) for p, (a, _) in zip(prompts, answers)])  # (B, T)
+    T = text.shape[1] - 1
+    see = torch.ones(T, T, dtype=torch.bool).tril().repeat(4, 2, 2, 1, 1)  # (layers, B, G, T, T)
+    for i in range(33):  # round i wrote entry 6 + i, and then all that was held was read
+        see[:, :, :, 6 + i] = (held[i][..., None] == torch.arange(T)).any(-2)
+    layers = iter(see)
+
+    def forward(self, x, pos, cache=None, count=None, source=None):
+        q, k = (rope(la.split_heads(f(x), n), pos) for f, n in ((self.q, 4), (self.k, 2)))
+        v = la.split_heads(self.v(x), 2)
+        return self.out(la.merge_heads(attend(q, k, v, next(layers), 8**-0.5)))
+
+    with swapped(GQA, "forward", forward):
+        logp = sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:])[:, 6:]
+    close(logp, torch.stack([l for _, l in answers]), 1e-9, f"{name}: replayed and recorded log-probabilities")
+
+
+def test_replayed_eviction_gives_the_recorded_probabilities():
+    for name in ("rkv", "h2o", "random"):
+        replay_equals_record(name)
+    with swapped(SlotCache, "keep", mutant(SlotCache.keep, "buffer.gather(2, i)", "buffer[:, :, :n]")):
+        fails(replay_equals_record)  # positions move, keys and values stay behind
+    anew = "torch.arange(n).expand(len(index), 2, -1)"
+    with swapped(SlotCache, "keep", mutant(SlotCache.keep, "self.pos.gather(2, index.expand(-1, self.pos.shape[1], -1))", anew)):
+        fails(replay_equals_record)  # positions counted anew
+
+
+def test_h2o_mass_and_its_grace():
+    """The mass is the attention received, and without a window each new entry is evicted, since it has received little."""
+    model = lm("gqa")
+    layer, T = model.blocks[0].attn, 14
+    x, pos = torch.randn(2, T, 32).double(), torch.arange(T)[None]
+    q, k = rope(la.split_heads(layer.q(x), 4), pos), rope(la.split_heads(layer.k(x), 2), pos)
+    s = q.unflatten(1, (2, 2)) @ k[:, :, None].transpose(-1, -2) * 8**-0.5
+    p = s.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1)
+    cache = layer.new_cache(2, 20, mass=True, dtype=torch.float64)
+    for a, b in ((0, 5), (5, 6), (6, 12)):
+        layer(x[:, a:b], pos[:, a:b].expand(2, -1), cache, torch.tensor([b - a, b - a]))
+    close(cache["mass"].data[0][..., :12, 0], p[:, :, :, :12, :12].sum((2, 3)), 1e-5, "mass")
+    kept = sampled(model, prompts_of(model, 8), 40, Compressor("h2o", 12, 1, 1))[1].cache.layers[0]["tokens"].pos
+    assert (kept < 24).sum() >= 2 * 10, f"without grace the cache freezes on old entries: {kept.tolist()}"
+    kept = sampled(model, prompts_of(model, 8), 40, Compressor("h2o", 12, 1, 8))[1].cache.layers[0]["tokens"].pos
+    assert (kept >= 24).sum() >= 2 * 8, f"with a window of 8 new entries stay: {kept.tolist()}"
+
+
+def test_xi_has_mean_one():
+    """E xi = 1 under the sampler, within 4 standard errors; with log-probabilities of another temperature it is not."""
+    model = LM(tiny("gqa", vocab=11))
+    with torch.no_grad():
+        model.head.weight *= 6
+    prompts = prompts_of(model, *[6] * 400)
+    answers, _ = sampled(model, prompts, 30, Compressor("rkv", 9, 3, 3))
+    text = torch.stack([torch.cat([p, a]) for p, (a, _) in zip(prompts, answers)])
+    sampler = torch.stack([l for _, l in answers])  # (N, T)
+    with torch.no_grad():
+        logits = model(text[:, :-1])[:, 5:]  # (N, T, V)
+    ones = torch.ones_like(sampler)
+    found = sparse_rl.mismatch(sparse_rl.token_logp(logits, text[:, 6:]) - sampler, ones, ones)
+    assert found["k3"] > 1e-3, f"compression changes something: {found}"
+    assert abs(found["xi_mean"] - 1) < 4 * found["xi_error"], f"E xi = {found['xi_mean']} +- {found['xi_error']}"
+    found = sparse_rl.mismatch(sampler - sparse_rl.token_logp(logits / 0.8, text[:, 6:]), ones, ones)
+    assert abs(found["xi_mean"] - 1) > 4 * found["xi_error"], "another temperature went unnoticed"
+
+
+def test_mismatch_by_enumeration():
+    """On a small vocabulary all tokens can be listed, each as often as the sampler draws it: the identities are exact."""
+    p_o, p_s = torch.randn(2, 7).double().softmax(-1)
+    N = 10**6  # tokens; shares of them instead of draws
+    l, mask = (p_o.log() - p_s.log())[None], (p_s * N)[None]
+    found = sparse_rl.mismatch(l, mask, torch.ones_like(mask))
+    kl = (p_s * (p_s / p_o).log()).sum()
+    one, chi2 = torch.tensor(1.0), (p_o**2 / p_s).sum() - 1
+    for name, want in (("xi_mean", one), ("kl", kl), ("k3", kl), ("chi2", chi2), ("ess", one)):
+        close(found[name], want, 1e-9, name)
+
+
+def batch_of(N=8, T=6):
+    """Log-probabilities of three policies, advantages, ragged answers."""
+    logp = (-torch.rand(N, T).double() * 3).requires_grad_()
+    mask = (torch.arange(T) < torch.randint(2, T + 1, (N, 1))).double()
+    return logp, logp.detach() + 0.1 * torch.randn(N, T), logp.detach() + 0.3 * torch.randn(N, T), torch.randn(N).double(), mask
+
+
+def replay_is_the_samplers(name="rkv"):
+    """The learner's replay: xi = 1 for prompts of different lengths, whatever was evicted."""
+    model = lm("gqa")
+    cfg = train_rl.Config(compressor=name, budget=14, buffer=3, recent=3, correct="replay", size=3)
+    task = train_rl.Sums(3)
+    model = LM(tiny("gqa", vocab=len(task.symbols))).double()
+    asked = train_rl.problems(task, 12, 0)
+    sampler = train_rl.Engines(model, task, cfg)(12, True, 1.0)
+    for _ in range(2):  # the second time from a used recorder
+        r = train_rl.rollout(sampler, task, asked)
+    assert len(set(map(len, asked))) > 1 and len(set(map(len, r.answers))) > 4
+    close(train_rl.score(model, r, slice(None), sampler.compress), r.sampler, 1e-6, f"{name}: replayed and recorded")
+    assert (train_rl.score(model, r, slice(None)) - r.sampler).abs().max() > 1e-3, "the dense policy is another"
+
+
+def test_replay_is_what_the_sampler_read():
+    for name in ("rkv", "streaming", "random"):
+        replay_is_the_samplers(name)
+    for right, wrong in (("t - given[:, None] + 1", "t - given[:, None]"), ("(t >= since)", "(t > since)")):
+        with swapped(sparse_rl.Replay, "__init__", mutant(sparse_rl.Replay.__init__, right, wrong)):
+            fails(replay_is_the_samplers)
+
+
+def loss_of(correct, logp, old, sampler, advantage, mask, clip=0.2):
+    weight, count = sparse_rl.CORRECTIONS[correct](old - sampler, mask)
+    return sparse_rl.objective(logp, sampler if correct == "bypass" else old, advantage, weight, count, clip)[0]
+
+
+def objective_is_the_papers():
+    """The paper's form, token by token, and its gradient."""
+    logp, old, sampler, advantage, mask = batch_of()
+    sampler[2, 0] = old[2, 0] + 10  # log xi = -10 < log 1e-4: vetoed
+    sampler[3, 1] = old[3, 1] - 10  # a large xi is no reason
+    want = 0.0
+    for i in range(8):
+        T, total = int(mask[i].sum()), 0.0
+        alive = all(math.exp(old[i, t] - sampler[i, t]) >= 1e-4 for t in range(T))
+        for t in range(T):
+            rho, xi = (logp[i, t] - old[i, t]).exp(), math.exp(old[i, t] - sampler[i, t])
+            total = total + alive * xi * torch.minimum(rho * advantage[i], rho.clamp(0.8, 1.2) * advantage[i])
+        want = want - total / T / 8
+    loss = loss_of("both", logp, old, sampler, advantage, mask)
+    close(loss, want, 1e-9, "the paper's objective")
+    a, b = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (loss, want))
+    close(a, b, 1e-9, "its gradient")
+    assert (a[2] == 0).all() and (a[3] != 0).any(), "a vetoed answer has exactly no gradient"
+
+
+def test_objective_is_the_papers():
+    objective_is_the_papers()
+    inside = mutant(sparse_rl.objective, "torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)",
+                    "torch.minimum(rho * weight * A, (rho * weight).clamp(1 - clip, 1 + clip) * A) / weight.clamp(min=1e-9)")
+    survivors = mutant(sparse_rl.objective, "loss.mean()", "loss.sum() / (weight.sum(-1) > 0).sum()")
+    tokens = mutant(sparse_rl.objective, "count.sum(-1).clamp(min=1)", "(count.sum() / len(count))")
+    for wrong in (inside, survivors, tokens):
+        with swapped(sparse_rl, "objective", wrong):
+            fails(objective_is_the_papers)
+    for right, wrong in (("l >= math.log(least)", "l <= -math.log(least)"), (".all(-1, keepdim=True)", ""), ("math.log(least)", "least")):
+        with swapped(sparse_rl, "reject", mutant(sparse_rl.reject, right, wrong)):
+            fails(objective_is_the_papers)
+
+
+def test_objective_identities():
+    logp, old, sampler, advantage, mask = batch_of()
+    gradient = lambda correct, l, o, s: torch.autograd.grad(loss_of(correct, l, o, s, advantage, mask), l)[0]
+    # ratio 1: the gradient of REINFORCE, whatever is corrected when nothing was evicted
+    same = logp.detach()
+    reinforce = torch.autograd.grad(-(advantage * (logp * mask).sum(-1) / mask.sum(-1)).mean(), logp)[0]
+    for name in sparse_rl.CORRECTIONS:
+        close(gradient(name, logp, same, same), reinforce, 1e-12, f"{name}: xi = rho = 1")
+    # a constant xi: the normalised form does not see it, the paper's is scaled by it
+    plain = gradient("none", logp, old, old)
+    close(gradient("released", logp, old, old - math.log(1.3)), plain, 1e-12, "normalised, xi = 1.3")
+    close(gradient("both", logp, old, old - math.log(1.3)), 1.3 * plain, 1e-12, "paper, xi = 1.3")
+    # two tokens with equal rho and A: gradients in the ratio of their xi; none where the ratio is clipped
+    logp = torch.zeros(1, 3).double().requires_grad_()
+    rho = torch.tensor([[0.1, 0.1, 0.5]]).double()  # log; the last is above the clip
+    weight, count = sparse_rl.reweight(torch.tensor([[0.2, -0.7, 0.0]]).double(), torch.ones(1, 3).double())
+    loss, clipped = sparse_rl.objective(logp, -rho, torch.ones(1).double(), weight, count)
+    g = torch.autograd.grad(loss, logp)[0][0]
+    close(g[0] / g[1], torch.tensor(0.9).exp(), 1e-6, "gradients in the ratio of xi")
+    assert g[2] == 0 and abs(float(clipped) - 1 / 3) < 1e-6, "clipped"
+    # all vetoed: loss 0, gradient 0, no NaN
+    logp, old, sampler, advantage, mask = batch_of()
+    for name in ("reject", "both", "released", "strict"):
+        loss = loss_of(name, logp, old, old + 30, advantage, mask)
+        assert loss == 0 and (torch.autograd.grad(loss, logp)[0] == 0).all(), f"{name}: all vetoed"
+
+
+def test_corrections_at_their_bounds():
+    l = torch.tensor([[0.5, 1.5, 2.0, 3.0, 0.4, 1.0]]).double().log()
+    ones = torch.ones_like(l)
+    weights = lambda name, l=l: sparse_rl.CORRECTIONS[name](l, torch.ones_like(l))
+    mean = (0.5 + 1.5 + 1.5 + 1.5 + 0.4 + 1) / 6  # truncated at 1.5, rejected ones included
+    close(weights("released")[0] * mean, torch.tensor([[0.5, 1.5, 0, 0, 0, 1.0]]).double(), 1e-6, "released: both bounds are inside")
+    assert weights("released")[1].tolist() == [[1, 1, 0, 0, 0, 1]], "rejected tokens leave the average"
+    close(weights("tis")[0], torch.tensor([[0.5, 1.5, 2, 2, 0.4, 1]]).double(), 1e-6, "TIS")
+    close(weights("mis")[0], torch.tensor([[0.5, 1.5, 2, 0, 0, 1]]).double(), 1e-6, "MIS")
+    close(weights("icepop")[0], torch.tensor([[0.5, 1.5, 2, 3, 0, 1]]).double(), 1e-6, "IcePop")
+    assert weights("mis")[1].sum() == 4 and weights("icepop")[1].sum() == 6, "MIS shortens the average, IcePop does not"
+    close(weights("sequence_tis")[0][:, 0], l.sum().exp()[None], 1e-6, "product of 1.8")
+    assert weights("sequence_tis", 2 * l)[0].max() == 2, "product of 3.24: truncated"
+    assert weights("sequence_mask", 2 * l)[0].max() == 0, "product of 3.24: rejected"
+    raw = torch.tensor([[0.0, -9.3], [0.0, -9.1]]).double()  # log 1e-4 = -9.21
+    assert weights("reject", raw)[0].sum(-1).tolist() == [0, 2], "veto below 1e-4"
+    assert (sparse_rl.ratio(torch.tensor([1e4, -1e4])).isfinite()).all(), "xi of a collapsed run stays finite"
+
+
+def test_group_advantages():
+    r = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
+    a = sparse_rl.group_advantage(r, 4)
+    close(a[:4], (r[:4] - 0.25) / (r[:4].std() + 1e-6), 1e-6, "mean and unbiased standard deviation of a group")
+    assert (a[4:] == 0).all(), "equal rewards: no signal"
+    close(sparse_rl.group_advantage(r, 4, torch.full((8,), 0.7)), a, 1e-5, "equal weights change nothing")
+    only = sparse_rl.group_advantage(torch.tensor([1.0, 0, 0, 0]), 4, torch.tensor([1.0, 1, 0, 0]))
+    close(only[:2], -only[:2].flip(0), 1e-6, "answers of weight 0 do not shift the mean")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# train_rl.py
+
+
+def test_tasks_have_exact_rewards():
+    story = "tom has 12 pens. he buys 3 bags of 4. he loses 5. how many="
+    for name, prompt, answer in (("sums", "32-84+9=", "-52+9=-43."), ("ledger", "a4b7c9:cab=", "c9a13b20."),
+                                 ("words", story, "3*4=12;12+12=24;24-5=19.")):  # fmt: skip
+        task, rng = train_rl.TASKS[name](2), random.Random(0)
+        assert task.work(prompt) == answer and answer in task.__doc__ and prompt in task.__doc__, f"{name}: the docstring's example"
+        right = train_rl.result(answer)
+        for said, reward in ((answer, 1), (f"{right}.", 1), (f"={right}.", 1), (answer[:-1], 0), (f"1{right}.", 0), (answer + ".", 0),
+                             (".", 0), ("", 0), (f"{right}+1.", 0), (f"={right}..", 0)):  # fmt: skip
+            assert task.reward(prompt, said) == reward, f"{name}: {said!r} is worth {task.reward(prompt, said)}, not {reward}"
+        rewards = []
+        for size in (1, 4, 9):
+            task = train_rl.TASKS[name](size)
+            for _ in range(300):
+                asked = task.problem(rng)
+                assert task.reward(asked, task.work(asked)) == 1
+                shown = task.work(asked, rng)
+                assert task.decode(task.encode(asked + shown)) == asked + shown
+                assert len(asked) <= task.room[0] and len(shown) <= task.room[1], f"{name}: {asked}{shown} does not fit in {task.room}"
+                rewards.append(task.reward(asked, shown))
+        assert 0.3 < np.mean(rewards) < 0.9, f"{name}: {np.mean(rewards):.0%} of the demonstrations are right"
+    asked = train_rl.problems(train_rl.Sums(6), 300, 0, "train", 5)
+    assert asked == train_rl.problems(train_rl.Sums(6), 300, 0, "train", 5) and len(set(asked)) == 300
+    assert not set(asked) & set(train_rl.problems(train_rl.Sums(6), 300, "held out")), "held-out problems are others"
+
+
+RL_QUICK = "--size 2 --largest 9 --layers 1 --width 32 --heads 2 --groups 2 --warm-steps 30 --warm-batch 16 --problems 4".split()
+RL_QUICK += "--group-size 4 --held-out 8 --eval-every 4 --device cpu --budget 8 --buffer 2 --recent 2".split()
+
+
+def in_rl(*args):
+    return in_process(*RL_QUICK, *args, main=train_rl.main)
+
+
+def test_rollouts_are_what_the_learner_scores():
+    """Tokens, masks, log-probabilities and rewards of a rollout; rho is 1 before the first update, and no signal means no update."""
+    cfg = train_rl.Config(size=2, largest=9, problems=4, group_size=4, rollout="dense", minibatches=1, correct="none")
+    task = train_rl.Sums(2, 9)
+    model = LM(Config(attn="gqa", layers=2, width=32, heads=2, groups=2, vocab=len(task.symbols)))
+    asked = [p for p in train_rl.problems(task, 4, 0) for _ in range(4)]
+    r = train_rl.rollout(train_rl.Engines(model, task, cfg)(16, False, 1.0), task, asked)
+    for prompt, row, mask, logp, answer in zip(asked, r.text, r.mask, r.sampler, r.answers):
+        whole = prompt + answer
+        assert task.decode(row[: len(whole)].tolist()) == whole
+        assert mask.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(whole) - 1)), "the mask is the whole answer"
+        assert "." not in answer[:-1] and (answer.endswith(".") or len(answer) == task.room[1])
+        text = torch.tensor(task.encode(whole))[None]
+        own = sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:])[0, len(prompt) - 1 :]
+        close(own, logp[mask > 0], 1e-5, "recorded log-probabilities")
+    optimizer, before = torch.optim.AdamW(model.parameters(), lr=0.1), [p.clone() for p in model.parameters()]
+    r.reward[:] = 1.0
+    found = train_rl.learn(model, optimizer, r, cfg)
+    assert found["no_signal"] == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "no signal, no update"
+    r.reward[0] = 0.0
+    found = train_rl.learn(model, optimizer, r, cfg)
+    assert found["clipped"] == 0 and found["no_signal"] == 0.75 and abs(found["k3"]) < 1e-6, found
+    assert not torch.equal(before[0], next(model.parameters())), "a group with a signal moves the weights"
+
+
+def test_rl_resumed_equals_uninterrupted():
+    with tempfile.TemporaryDirectory() as tmp:
+        out = ["--out", tmp, "--save-every", 3]
+        assert in_rl(*out, "--steps", 6, "--name", "whole")[0] == 0
+        code, said, _ = in_rl(*out, "--steps", 3, "--name", "half", "--warm", pathlib.Path(tmp, "whole"))
+        assert code == 0, said
+        code, said, _ = in_rl(*out, "--steps", 6, "--name", "half", "--resume")
+        assert code == 0 and "expected" in said, said
+        a, b = (train_lm.load_checkpoint(pathlib.Path(tmp, n, "ckpt.pt")) for n in ("whole", "half"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]), "weights differ after resuming"
+        assert losses(pathlib.Path(tmp, "whole")) == losses(pathlib.Path(tmp, "half")), "logged losses, none missing, none twice"
+
+
+def test_rl_runs_every_task_and_attention():
+    with tempfile.TemporaryDirectory() as tmp:
+        for i, options in enumerate(("--task ledger --compressor h2o", "--task words --correct released", "--attn asa --rollout dense",
+                                     "--compressor streaming --sinks 2 --correct weighted", "--correct bypass --compressor random",
+                                     "--correct twin --compressor snapkv")):  # fmt: skip
+            code, said, err = in_rl("--out", tmp, "--name", i, "--steps", 1, "--warm-steps", 2, *options.split())
+            assert code == 0, f"{options}: {said}{err}"
+            for word in ("solved when sampling", "MiB at the peak", "vetoed", "expected"):
+                assert word in said, f"{options}: the output lacks {word!r}"
+
+
+def test_rl_bad_input_is_one_line_and_exit_code_2():
+    with tempfile.TemporaryDirectory() as tmp:
+        torn = pathlib.Path(tmp, "torn.pt")
+        torn.write_bytes(b"no checkpoint")
+        for args in ("--wrong", "--task chess", "--budget 2", "--buffer 0", "--group-size 1", "--minibatches 3", "--attn asa", "--width 30",
+                     "--warm nowhere", f"--warm {torn}", "--resume", "--clip 2", "--correct twice", "--size 0", "--sinks 7", "--task words "
+                     "--correct replay", *["--device cuda"] * (not torch.cuda.is_available())):  # fmt: skip
+            code, _, err = in_rl("--out", tmp, "--name", "bad", *args.split())
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, f"{args}: exit code {code}, {err!r}"
+            assert not pathlib.Path(tmp, "bad", "ckpt.pt").exists(), f"{args}: something was written"
+
+
+def test_rl_learns_or_says_not():
+    with tempfile.TemporaryDirectory() as tmp:
+        code, said, _ = in_rl("--small", *RL_QUICK, "--out", tmp, "--name", "idle", "--steps", 1, "--check")
+        assert code == 1 and said.strip().endswith("NOT"), "a model that did not learn: NOT, and exit code 1 with --check"
+
+
+def test_arms_script_runs_and_makes_a_table():
+    with tempfile.TemporaryDirectory() as tmp:
+        own = ["--out", f"{tmp}/arms.jsonl", "--runs", f"{tmp}/runs", "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8-rkv-2"]
+        said, _ = run(*own, "--", *RL_QUICK[:-6], "--steps", 2, script="results/rl_arms.py")
+        assert re.search(r"dense +1 +2", said) and re.search(r"none-8-rkv-2 +1 +2", said), said
+
+
+def test_rl_options_are_read_and_the_demo_runs():
+    tree = ast.parse((HERE / "train_rl.py").read_text())
+    owner = lambda n: n.value.id if isinstance(n.value, ast.Name) else None
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and owner(n) in ("cfg", "self")}
+    helpers = {"attn", "layers", "width", "heads", "groups", "window", "out", "name"}  # read by build and by train_lm.run_folder
+    for f in dataclasses.fields(train_rl.Config):
+        assert f.name in read | helpers, f"--{f.name} is never read"
+        assert f.metadata["help"], f"--{f.name} has no help"
+    began = time.time()
+    out, _ = run(script="sparse_rl.py")
+    assert all(w in out for w in ("rkv", "snapkv", "streaming", "xi", "#")), out
+    assert time.time() - began < 40, f"the demo took {time.time() - began:.0f} s"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

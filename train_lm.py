@@ -133,7 +133,7 @@ FIXED = "data attn layers width heads groups ffn window blocks nsa_blocks nsa_bl
 class Cache:
     """The caches of all layers, and how many tokens each row has seen (B,): the position of its next token."""
 
-    def __init__(self, layers, batch, max_len, device):
+    def __init__(self, layers, batch, max_len, device, evicts=False):
         self.layers, self.max_len, self.seen = layers, max_len, torch.zeros(batch, dtype=torch.long, device=device)
         # Positions of equally shaped parts lie in one tensor, so that taking back drafts is one operation for all layers.
         shapes = {}
@@ -145,6 +145,7 @@ class Cache:
             for i, part in enumerate(parts):
                 part.pos, part.length = pos[i], length[i]
             self.stacks.append((pos, length))
+        self.used = layers[0]["tokens"].length if evicts else self.seen  # (B,) of max_len: slots where tokens are evicted, else tokens
 
     def rollback(self, seen):
         """SlotCache.rollback of every layer: set every row back to its first seen[b] tokens, (B,)."""
@@ -209,10 +210,13 @@ class LM(nn.Module):
             self.embed.weight = self.head.weight
         self.mtp = mtp.MTP(Block(cfg, 0), cfg.width, cfg.norm_eps) if cfg.mtp else None  # last: the trunk's start is the same without
 
-    def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device=None):
-        """A cache for `batch` rows of up to max_len tokens; at most `margin` tokens can be taken back at once."""
+    def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device=None, **needs):
+        """A cache for `batch` rows of up to max_len tokens; at most `margin` tokens can be taken back at once.
+
+        needs: of a compressor (sparse_rl.py); then tokens get evicted, and max_len is what a row can hold at a time."""
         device = device or self.embed.weight.device
-        return Cache([b.attn.new_cache(batch, max_len, margin, dtype=dtype, device=device) for b in self.blocks], batch, max_len, device)
+        layers = [b.attn.new_cache(batch, max_len, margin, dtype=dtype, device=device, **needs) for b in self.blocks]
+        return Cache(layers, batch, max_len, device, evicts=bool(needs))
 
     def hidden(self, tokens, cache=None, count=None):
         """tokens (B, T) -> (B, T, C) after the final norm. With a cache, the first count[b] (default: all) of T tokens are appended."""
@@ -220,7 +224,7 @@ class LM(nn.Module):
         if cache is not None:
             pos = cache.seen[:, None] + pos  # (B, T)
             count = torch.full_like(cache.seen, tokens.shape[1]) if count is None else count
-            torch._assert_async((cache.seen + count <= cache.max_len).all(), "a row of the cache is full")
+            torch._assert_async((cache.used + count <= cache.max_len).all(), "a row of the cache is full")
         x = self.embed(tokens)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.cfg.recompute and torch.is_grad_enabled():
@@ -515,31 +519,32 @@ def half(model):
     return copy.deepcopy(model).bfloat16() if next(model.parameters()).is_cuda else model
 
 
+CHOICES = {"preset": list(PRESETS), "attn": ["gqa", "nsa", "asa"], "device": ["auto", "cpu", "cuda"]}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the options)")
 
 
-def parse(argv):
-    """Command line -> (Config, names of the options that were given). Explicit options win over the preset."""
-
-    about = "\n\n".join(__doc__.split("\n\n")[:2])  # the title and the commands
-    presets = [f"  {name:6} {', '.join(f'{k} {v}' for k, v in values.items()) or 'the defaults'}" for name, values in PRESETS.items()]
-    parser = Parser(prog="train_lm.py", usage="python train_lm.py [options]", description=about, epilog="presets:\n" + "\n".join(presets),
+def parse(argv, config=Config, presets=PRESETS, choices=CHOICES, script="train_lm.py", doc=__doc__):
+    """Command line -> (config, the options that were given). Explicit options win over the preset. (Also train_rl.py's.)"""
+    about = "\n\n".join(doc.split("\n\n")[:2])  # the title and the commands
+    lines = [f"  {name:6} {', '.join(f'{k} {v}' for k, v in values.items()) or 'the defaults'}" for name, values in presets.items()]
+    parser = Parser(prog=script, usage=f"python {script} [options]", description=about, epilog="presets:\n" + "\n".join(lines),
                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", dest="preset", action="store_const", const="small", default=argparse.SUPPRESS, help="= --preset small")
-    for f in dataclasses.fields(Config):
+    for f in dataclasses.fields(config):
         text, flag = f.metadata["help"], "--" + f.name.replace("_", "-")
         if f.type in (bool, "bool"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         elif f.name == "data":
             parser.add_argument(flag, nargs="+", metavar="FILE", default=argparse.SUPPRESS, help=text)
         else:
-            choices = {"preset": list(PRESETS), "attn": ["gqa", "nsa", "asa"], "device": ["auto", "cpu", "cuda"]}.get(f.name)
-            kind = type(f.default)
-            parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=f"{text} [{f.default}]")
+            kind = {"type": type(f.default), "choices": choices.get(f.name)}
+            parser.add_argument(flag, **kind, default=argparse.SUPPRESS, help=f"{text} [{f.default}]")
     given = vars(parser.parse_args(argv))
-    return Config(**{**PRESETS[given.get("preset", "base")], **given}), given
+    return config(**{**presets[given.get("preset", "base")], **given}), given
 
 
 def validate(cfg, world):
@@ -565,9 +570,8 @@ def validate(cfg, world):
         raise UserError("--device cuda: this computer has no GPU that torch can use; leave the option away for the CPU")
 
 
-def run_folder(cfg):
-    """-> the run's folder, created; never one that already holds a run, unless resuming."""
-    base = f"{cfg.preset}-{cfg.attn}"
+def run_folder(cfg, base):
+    """-> the run's folder, created, by default out/`base`; never one that already holds a run, unless resuming."""
     names = [cfg.name] if cfg.name else [base] + [f"{base}-{i}" for i in range(2, 1000)]
     folders = [pathlib.Path(cfg.out, name) for name in names]
     if cfg.resume:
@@ -624,13 +628,13 @@ class Run:
 
     def record(self, **entry):
         if self.rank == 0:
-            self.log.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
+            self.log.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
             self.log.flush()
 
 
 def open_run(cfg, given, rank, world):
     """Find or create the run's folder and its tokens -> (cfg, run, data, the checkpoint to resume from or None)."""
-    folder = [run_folder(cfg) if rank == 0 else None]
+    folder = [run_folder(cfg, f"{cfg.preset}-{cfg.attn}") if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(folder)
     folder, saved = folder[0], None

@@ -1,0 +1,131 @@
+"""Runs all arms of train_rl.py from one warm start, several at a time on one GPU, and makes a table of them.
+
+    python results/rl_arms.py --out FILE --limit 540            all arms, 3 seeds, within 540 seconds
+    python results/rl_arms.py --out FILE --arms dense both-32 --seeds 0 -- --steps 50     what follows -- goes to every run
+    python results/rl_arms.py --table FILE                      the table of a finished set
+
+FILE: the log.jsonl of every run, its lines with arm and seed; rewritten every 20 seconds, so that a set that is cut off leaves what it had.
+"""
+import argparse
+import contextlib
+import json
+import multiprocessing
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import train_rl  # noqa: E402
+
+# An arm's name is CORRECTION-BUDGET[-COMPRESSOR[-BUFFER]]; with a buffer of 4 the window is 4 as well.
+FIRST = ["dense", *(f"{c}-32" for c in "none bypass reject reweight both released tis mis replay twin".split()), "none-36", "both-36",
+         "none-32-snapkv", "both-32-snapkv", "none-32-rkv-4", "both-32-rkv-4", "twin-32-rkv-4"]  # fmt: skip
+THEN = ["icepop-32", "sequence_mask-32", "strict-32", "weighted-32", "both-26", "twin-26", "twin-32-snapkv", "both-32-streaming",
+        "both-32-value", "both-32-h2o", "twin-24"]  # fmt: skip
+
+
+def options(arm):
+    if arm == "dense":
+        return ["--rollout", "dense"]
+    correct, budget, *rest = arm.split("-")
+    compressor, buffer = (*rest, *("rkv", "8")[len(rest) :])
+    sinks = 4 if compressor == "streaming" else 0
+    return ["--correct", correct, "--budget", budget, "--compressor", compressor, "--sinks", sinks, "--buffer", buffer, "--recent", buffer]
+
+
+def work(jobs, folder):
+    """A process: runs one after the other, so that it starts CUDA and compiles once."""
+    while job := jobs.get():
+        name, words = job
+        with open(folder / f"{name}.txt", "w", buffering=1) as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+            train_rl.main([str(w) for w in ["--name", name, "--out", folder, *words]])
+
+
+def gather(folder, jobs, out):
+    lines = []
+    for name, _ in jobs:
+        log = folder / name / "log.jsonl"
+        arm, seed = name.rsplit("_", 1)
+        for line in log.read_text().splitlines() if log.exists() else []:
+            with contextlib.suppress(ValueError):  # the last line of a running one may be torn
+                lines.append(json.dumps({"arm": arm, "seed": int(seed), **json.loads(line)}) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines))
+
+
+def read(path):
+    """-> {arm: {seed: entries}}"""
+    arms = {}
+    for line in open(path):
+        e = json.loads(line)
+        arms.setdefault(e["arm"], {}).setdefault(e["seed"], []).append(e)
+    return arms
+
+
+def table(path):
+    """Mean and spread (standard deviation) over seeds; of steps and evaluations the mean of the last 10 and 3."""
+    print(f"{'arm':18} {'seeds':5} {'steps':5} {'solved T=1':>12} {'dense greedy':>13} {'sparse greedy':>13} {'lowest dense':>12} "
+          f"{'vetoed':>7} {'k3':>8} {'KV saved':>8} {'tokens/s':>8}")  # fmt: skip
+    for arm, seeds in read(path).items():
+        rows = []
+        for entries in seeds.values():
+            steps, evals = [e for e in entries if "solved" in e], [e for e in entries if "dense_greedy" in e]
+            start = next((e for e in entries if "cache_bytes" in e), None)
+            if steps and evals and start:
+                last = lambda name, some, n: sum(e.get(name, 0) for e in some[-n:]) / len(some[-n:])
+                rows.append([steps[-1]["step"], last("solved", steps, 10), last("dense_greedy", evals, 3), last("sparse_greedy", evals, 3),
+                             min(e["dense_greedy"] for e in evals), last("vetoed", steps, 10), last("k3", steps, 10),
+                             1 - start["cache_bytes"] / start["dense_bytes"], last("tokens_per_second", steps, 10)])  # fmt: skip
+        if rows:
+            mean = [sum(c) / len(c) for c in zip(*rows)]
+            sd = [(sum((x - m) ** 2 for x in c) / max(1, len(c) - 1)) ** 0.5 for c, m in zip(zip(*rows), mean)]
+            pair = lambda i: f"{mean[i]:.3f} ±{sd[i]:.3f}"
+            print(f"{arm:18} {len(rows):5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} "
+                  f"{mean[5]:7.3f} {mean[6]:8.1e} {mean[7]:8.1%} {mean[8]:8.0f}", flush=True)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/arms.jsonl"), help="the file")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("out/arms"), help="folder of the runs, warm start included")
+    parser.add_argument("--limit", type=float, default=540, help="seconds, warm start included")
+    parser.add_argument("--processes", type=int, default=5, help="runs at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=[])
+    parser.add_argument("--warm", help="a run whose warm start is taken instead of making one")
+    parser.add_argument("--table", help="only the table of this file")
+    own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+    given = parser.parse_args(own)
+    if given.table:
+        return table(given.table)
+    began, context, folder = time.time(), multiprocessing.get_context("spawn"), given.runs
+    folder.mkdir(parents=True, exist_ok=True)
+    if not given.warm:
+        train_rl.main([*extra, "--name", "warm_0", "--out", str(folder), "--steps", "0"])
+        print(f"warm start after {time.time() - began:.0f} s", flush=True)
+    warm = ["--warm", given.warm or folder / "warm_0"]
+    arms = [(arm, seed) for some in ([given.arms] if given.arms else [FIRST, THEN]) for seed in given.seeds for arm in some]
+    jobs = [(f"{arm}_{seed}", [*extra, *warm, "--seed", seed, *options(arm)]) for arm, seed in arms]
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=work, args=(queue, folder), daemon=True) for _ in range(given.processes)]
+    for p in processes:
+        p.start()
+    for job in [*jobs, *[None] * given.processes]:
+        queue.put(job)
+    said = time.time()
+    while any(p.is_alive() for p in processes) and time.time() - began < given.limit:
+        time.sleep(1)
+        if time.time() - said > 20:
+            said = time.time()
+            gather(folder, jobs, given.out)
+            started = [name for name, _ in jobs if (folder / name).exists()]
+            print(f"{time.time() - began:.0f} s: {len(started)} of {len(jobs)} runs begun", flush=True)
+    for p in processes:
+        p.kill()
+    gather(folder, jobs, given.out)
+    print(f"{time.time() - began:.0f} s in all")
+    table(given.out)
+
+
+if __name__ == "__main__":
+    main()

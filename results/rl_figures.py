@@ -1,0 +1,47 @@
+"""Draws results/rl.png from results/rl-arms.jsonl (of rl_arms.py): `python results/rl_figures.py`. Needs matplotlib."""
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import rl_arms  # noqa: E402
+
+HERE = pathlib.Path(__file__).resolve().parent
+PANELS = (("solved", "solved when sampling (T = 1)"), ("dense_greedy", "held out, greedy, full cache"),
+          ("sparse_greedy", "held out, greedy, compressed cache"), ("k3", "KL(sampler || dense), k3"))  # fmt: skip
+ARMS = ("dense", "none-32", "bypass-32", "reject-32", "reweight-32", "both-32", "replay-32", "twin-32")
+
+
+def curve(entries, name, smooth=5):
+    """-> steps, values; of what is logged every step the mean of the last few."""
+    points = [(e["step"], e[name]) for e in entries if name in e and not e.get("final")]
+    if name in ("solved", "k3"):
+        points = [(s, sum(v for _, v in points[max(0, i - smooth + 1) : i + 1]) / len(points[max(0, i - smooth + 1) : i + 1]))
+                  for i, (s, _) in enumerate(points)]  # fmt: skip
+    return points
+
+
+def main(source=HERE / "rl-arms.jsonl", target=HERE / "rl.png"):
+    arms = rl_arms.read(source)
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4))
+    for arm in [a for a in ARMS if a in arms]:
+        for axis, (name, title) in zip(axes, PANELS):
+            by_step = {}
+            for entries in arms[arm].values():
+                for step, value in curve(entries, name):
+                    by_step.setdefault(step, []).append(value)
+            steps = sorted(by_step)
+            (line,) = axis.plot(steps, [sum(by_step[s]) / len(by_step[s]) for s in steps], label=arm)
+            axis.fill_between(steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=line.get_color(), alpha=0.15)
+            axis.set(title=title, xlabel="step")
+    axes[3].set(yscale="log", ylim=(1e-10, None))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
