@@ -77,13 +77,12 @@ def swapped(module, name, wrong):
         setattr(module, name, right)
 
 
-def mutant(owner, name, right, wrong):
-    """Replace a function of a module or class by itself with one expression changed."""
-    function = getattr(owner, name)
+def mutant(function, right, wrong):
+    """The function with one expression of its source changed."""
     source, scope = textwrap.dedent(inspect.getsource(function)), dict(function.__globals__)
-    assert source.count(right) == 1, f"{name} has {source.count(right)} times {right!r}"
+    assert source.count(right) == 1, f"{function.__name__} has {source.count(right)} times {right!r}"
     exec(source.replace(right, wrong), scope)
-    return swapped(owner, name, scope[name])
+    return scope[function.__name__]
 
 
 def tiny(attn, **changes):
@@ -783,7 +782,7 @@ def test_verification_is_lossless():
     for wrong in (("(p_n - q_n).clamp(min=0)", "p_n"), ("(p_n - q_n)", "(q_n - p_n)"),  # what is drawn after a refusal
                   ("here = n[:, None, None]", "here = n.clamp(max=g - 1)[:, None, None]"),  # the bonus from p_g instead of p_{g+1}
                   ("cumprod(1).sum(1)", "sum(1)"), ("u * q.gather", "u + 0 * q.gather")):  # fmt: skip
-        with mutant(mtp, "accept", *wrong):
+        with swapped(mtp, "accept", mutant(mtp.accept, *wrong)):
             fails(accept_is_lossless, 3, False, 1.0)
 
 
@@ -810,13 +809,13 @@ def speculator(V=3, dtype=torch.float32, attn="gqa", **changes):
 
 
 @torch.no_grad()
-def decoding_is_lossless(K, greedy, temperature, new=3, rows=12_000):
+def decoding_is_lossless(K, greedy, temperature, draws=DRAWS, new=3, rows=12_000):
     """The engine's texts, rows of three prompts side by side, against the exact law of all continuations."""
     model, V = speculator(), 3
     prompts = [text_of(model, 1, n)[0] for n in (1, 2, 4)]
     decoder = mtp.Decoder(model, rows, 7, model.mtp, K, temperature, greedy=greedy, drafts=K)
     given, count = [prompts[i % 3] for i in range(rows)], torch.zeros(3, V**new)
-    for _ in range(-(-DRAWS // rows)):
+    for _ in range(-(-draws // rows)):
         decoder.fill(range(rows), given, [len(p) + new for p in given], at_once=K == 2)  # else prompts ride along as forced drafts
         while decoder.active.any():
             decoder.round(K)
@@ -833,10 +832,12 @@ def decoding_is_lossless(K, greedy, temperature, new=3, rows=12_000):
 
 
 def test_decoding_is_lossless():
-    for K, greedy, temperature in ((1, False, 0.7), (2, True, 1.0), (3, False, 1.0), (4, True, 0.7), (5, False, 0.7)):
-        decoding_is_lossless(K, greedy, temperature)
-    with mutant(mtp.Decoder, "round", "rollback(self.known - 1)", "rollback(self.known)"):  # a refused draft stays in the cache
-        fails(decoding_is_lossless, 3, False, 1.0)
+    for K, greedy, temperature, draws in ((3, False, 1.0, DRAWS), (2, True, 0.7, DRAWS),
+                                          (1, False, 0.7, 40_000), (4, True, 1.0, 40_000), (5, False, 0.7, 40_000)):  # fmt: skip
+        decoding_is_lossless(K, greedy, temperature, draws)
+    stays = mutant(mtp.Decoder.round, "rollback(self.known - 1)", "rollback(self.known)")  # a refused draft, in the cache
+    with swapped(mtp.Decoder, "round", stays):
+        fails(decoding_is_lossless, 3, False, 1.0, 40_000)
 
 
 @torch.no_grad()
@@ -873,7 +874,8 @@ def recorded_equals_forward(attn, temperature):
 def test_recorded_log_probabilities_are_the_targets():
     for attn, temperature in [(attn, t) for attn in KINDS for t in (0.7, 1.0)]:
         recorded_equals_forward(attn, temperature)
-    with mutant(mtp, "commit", "p.gather(-1, y[..., None])", "F.pad(q, (0, 0, 0, 1)).gather(-1, y[..., None])"):  # the drafter's instead
+    drafters = mutant(mtp.commit, "p.gather(-1, y[..., None])", "F.pad(q, (0, 0, 0, 1)).gather(-1, y[..., None])")
+    with swapped(mtp, "commit", drafters):
         fails(recorded_equals_forward, "gqa", 1.0)
 
 
@@ -1278,14 +1280,6 @@ def test_no_network_and_no_triton_needed():
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # sparse_rl.py
-
-
-def mutant(f, right, wrong):
-    """The function f with one piece of its source replaced."""
-    source, made = textwrap.dedent(inspect.getsource(f)), {}
-    assert source.count(right) == 1, f"{right!r} is {source.count(right)} times in {f.__name__}"
-    exec(source.replace(right, wrong), f.__globals__, made)
-    return made[f.__name__]
 
 
 def entries(B=3, H=4, G=2, S=20, D=8, A=4, window=4, lengths=(20, 13, 5)):
