@@ -84,7 +84,8 @@ if triton is not None:
                       PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: the h T query rows of one group against one share of its slots; an online softmax, base 2.
 
-        A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. Writes the share's weighted mean and (max, sum).
+        A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. Writes the share's weighted mean and (max, sum); out is
+        (B, T, H, DV) dense, as the output matrix will read it.
         """
         bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         b, g = bg // G, bg % G
@@ -127,8 +128,8 @@ if triton is not None:
                 values = tl.load(v + slot[:, None] * DV + dv[None, :], mask=ok[:, None] & (dv < DV)[None, :], other=0)  # (BN, PV)
             mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         mean = mean / tl.where(total > 0, total, 1.0)[:, None]
-        if WHOLE:  # one share is all: out (B, H, T, DV) dense
-            to = out + (bg * h * T + m)[:, None] * DV + dv[None, :]
+        if WHOLE:  # one share is all
+            to = out + (((b * T + m % T) * G + g) * h + m // T)[:, None] * DV + dv[None, :]
             tl.store(to, mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
         else:
             part = (bg * splits + split) * BM + m
@@ -138,7 +139,7 @@ if triton is not None:
 
     @triton.jit
     def combine_kernel(part, stats, out, T, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
-        """One program: one query row; the shares' means, weighted by their sums. out (B, H, T, DV) dense."""
+        """One program: one query row; the shares' means, weighted by their sums."""
         bg, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
         i, d = tl.arange(0, SPLITS), tl.arange(0, PV)
         at = (bg * splits + i) * BM + m
@@ -148,7 +149,8 @@ if triton is not None:
         means = tl.load(part + at[:, None] * PV + d[None, :], mask=(i < splits)[:, None], other=0)  # (SPLITS, PV)
         norm = tl.sum(weight, 0)
         o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)
-        tl.store(out + (bg * h * T + m) * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
+        to = (((bg // G) * T + m % T) * G + bg % G) * h + m // T
+        tl.store(out + to * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
 
     # -----------------------------------------------------------------------------------------------------------------------------
     # 4) draw
@@ -299,7 +301,7 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None)
     q = q if q.stride(-1) == 1 else q.contiguous()
     BM, BN = power(h * T, 16), 64 if DK <= 128 else 32
     splits = min(64, triton.cdiv(S, 4 * BN), triton.cdiv(132, B * G))  # enough programs to fill a GPU, not more
-    out = torch.empty(B, H, T, DV, dtype=q.dtype, device=q.device)
+    out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
     part, stats = out, out
     if splits > 1:
         part = torch.empty(B * G, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
@@ -312,7 +314,7 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None)
     if splits > 1:
         combine_kernel[(B * G, h * T)](part, stats, out, T, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
                                        num_warps=1)  # fmt: skip
-    return out
+    return out.transpose(1, 2)
 
 
 def draw(logits, temperature, noise=None):
