@@ -625,13 +625,13 @@ def demo():
 
     torch.manual_seed(0)
     text = torch.tensor([ord(c) for c in __doc__[:1200]])  # so little that it learns it nearly by heart
-    cfg = train_lm.Config(attn="gqa", layers=2, width=96, heads=4, groups=2, vocab=128, context=64, mtp=5)
+    cfg = train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
     model = train_lm.LM(cfg)
-    objective, optimizer = train_lm.Objective(model), torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(220):
-        at = torch.randint(len(text) - 65, (16,))[:, None] + torch.arange(65)
-        rows = text[at]  # (16, 65)
-        loss, _ = objective(rows[:, :-1], rows[:, 1:], torch.ones(16, 64))
+    objective, optimizer = train_lm.Objective(model), torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(250):
+        at = torch.randint(len(text) - 65, (8,))[:, None] + torch.arange(65)
+        rows = text[at]  # (8, 65)
+        loss, _ = objective(rows[:, :-1], rows[:, 1:], torch.ones(8, 64))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

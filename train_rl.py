@@ -72,6 +72,7 @@ class Config:
     steps: int = option(100, "steps of RL")
     lr: float = option(1e-4, "learning rate, after a warm-up of 10 steps")
     clip: float = option(0.2, "PPO's epsilon")
+    max_norm: float = option(1.0, "longer gradients are scaled down to this norm; 0: never")
     seed: int = option(0, "seeds weights, problems and samples")
     device: str = option("auto", "auto, cpu or cuda")
     # run
@@ -383,7 +384,7 @@ def learn(model, optimizer, r, cfg, recorder=None):
             logp = score(model, r, i, source)  # (n, T - 1)
             loss, clipped = sparse_rl.objective(logp, anchor[i], advantage[i], weight[i], count[i], cfg.clip)
             (loss / len(views)).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
         if signal.any():  # else the gradient is 0, and Adam would still move
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
