@@ -162,7 +162,6 @@ if triton is not None:
         top, total, best, at = -float("inf"), 0.0, -1.0, 0
         for start in range(0, V, BV):
             z = tl.load(logits + row * V + start + i, mask=start + i < V, other=-float("inf")).to(tl.float32) * scale
-            z = tl.where(z == z, z, 0.0)  # a module that has read nothing yet
             high = tl.maximum(top, tl.max(z, 0))
             if HOT:
                 if high > top:
@@ -174,7 +173,6 @@ if triton is not None:
                 x = tl.where(start + i == at, 1.0, 0.0)
             else:
                 z = tl.load(logits + row * V + start + i, mask=ok, other=-float("inf")).to(tl.float32) * scale
-                z = tl.where(z == z, z, 0.0)
                 x = tl.exp(z - top) / total
             tl.store(p + row * V + start + i, x, mask=ok)
             if NOISE and not HOT:
@@ -187,31 +185,29 @@ if triton is not None:
     # 5) commit
 
     @triton.jit
-    def commit_kernel(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, take_out, width, stop, g, V, K,
+    def commit_kernel(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, take_out, width, stop, g, V, K,
                       BV: tl.constexpr):  # fmt: skip
         """One program: one row of mtp.accept and of what follows it in mtp.Decoder.round."""
         b, i = tl.program_id(0).to(tl.int64), tl.arange(0, BV)
         live = tl.load(active + b).to(tl.int32)
         p, q, drafts = p + b * (g + 1) * V, q + b * g * V, drafts + b * g
         have, prompt = tl.load(known + b), tl.load(given + b)
-        n, alive = 0, live
+        n, alive, real = 0, live, live * (have >= prompt).to(tl.int32)  # rounds that still read a prompt do not count
         for k in range(g):
             d, forced = tl.load(drafts + k), (have + k < prompt).to(tl.int32)
-            counted = alive * (1 - forced)
+            counted = alive * real
             chance = 0.0
             for start in range(0, V, BV):
                 ok = start + i < V
                 chance += tl.sum(tl.minimum(tl.load(p + k * V + start + i, mask=ok, other=0),
                                             tl.load(q + k * V + start + i, mask=ok, other=0)), 0)  # fmt: skip
-            at = counts + b * 4 * K + k  # reached, expected and accepted, added up per row
+            at = counts + b * 3 * K + k  # reached, accepted and expected, added up per row
             tl.store(at, tl.load(at) + counted)
             tl.store(at + 2 * K, tl.load(at + 2 * K) + counted * chance)
             ok = (tl.load(u + b * g + k) * tl.load(q + k * V + d) < tl.load(p + k * V + d)).to(tl.int32)
             tl.store(at + K, tl.load(at + K) + counted * ok)
             alive = alive * tl.maximum(ok, forced)
             n += alive
-        at = counts + b * 4 * K + 3 * K
-        tl.store(at, tl.load(at) + live * (have + g >= prompt).to(tl.int32))
 
         # the residual (p - q)+ at the refused draft; behind the last draft, p itself
         total, width_q = 0.0, tl.where(n < g, V, 0)
@@ -243,6 +239,8 @@ if triton is not None:
                 take += 1
                 go = tl.maximum((y != stop).to(tl.int32), forced)
         tl.store(known + b, have + take)
+        tl.store(reads + 2 * b, tl.load(reads + 2 * b) + real)
+        tl.store(reads + 2 * b + 1, tl.load(reads + 2 * b + 1) + real * take)
         tl.store(active + b, (go > 0) & (take < room))
         tl.store(take_out + b, take)
 
@@ -327,9 +325,9 @@ def draw(logits, temperature, noise=None):
     return p, token
 
 
-def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, stop):
-    """Steps 3 and 4 of mtp.Decoder.round in one pass over p and q: -> tokens taken (B,). Writes text, logp, known, active, counts."""
+def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, stop):
+    """Steps 3 and 4 of mtp.Decoder.round in one pass over p and q: -> tokens taken (B,). Writes text, logp, known, active, counts, reads."""
     (B, n, V), take = p.shape, torch.empty_like(known)
-    commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, take, text.shape[1], stop, n - 1, V,
+    commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, take, text.shape[1], stop, n - 1, V,
                         counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
     return take

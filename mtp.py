@@ -2,7 +2,7 @@
 
 Decoding is bound by reading the weights and the cache, once per token. Multi-token prediction (MTP) adds one block to a model, unrolled K
 times: depth k guesses the token k + 1 places ahead. The model then reads all K guesses at once and keeps as many as its own distribution
-supports, and always one more token: the text is distributed exactly as without drafts, only sooner.
+supports, and always one more token: the text is distributed exactly as without drafts (up to rounding), only sooner.
 
     1) draft     the module samples d_1 .. d_g, each from its own distribution q_k          one block each
     2) verify    the trunk reads the pending token and the drafts: g + 1 distributions p     one pass
@@ -10,11 +10,11 @@ supports, and always one more token: the text is distributed exactly as without 
     4) commit    stop tokens and limits; log p of what was sampled; every row at its own length
     5) catch up  the trunk forgets refused drafts; the module makes its entries again from the trunk's states
 
-Training (3.1 of the losses below: CE first, then end-to-end TV) happens on a frozen trunk by self-distillation (`equip`) or beside it
-(`train_lm.py --mtp K`); the trunk never gets a gradient from it. All rows of a batch accept different numbers of drafts; rows that end are
-refilled. On a GPU a whole round is one CUDA graph. How many drafts pay, possibly none, is measured all the time.
+The module learns from a frozen trunk's own texts and distributions (`equip`: soft cross entropy, then end-to-end TV) or beside the trunk
+(`train_lm.py --mtp K`: soft cross entropy); the trunk never gets a gradient from it. Every row of a batch accepts as many drafts as it does;
+rows that end are refilled. On a GPU a whole round is one CUDA graph. How many drafts pay, possibly none, is measured while decoding.
 
-Does NOT include: trees of drafts, reduced draft vocabularies, top-p.
+Does NOT include: trees of drafts, reduced draft vocabularies, top-p, drafts from a compressed cache.
 Run `python mtp.py` to see a sentence with its drafts, `python mtp.py --equip out/base-gqa` to add a module to a run of train_lm.py,
 `python mtp.py --bench out/base-gqa` to time it. Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (the module);
 FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL 2026, 1871), which this file
@@ -55,13 +55,13 @@ class MTP(nn.Module):
     def norm(self, x, weight):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
 
-    def read(self, embedded):
+    def half(self, embedded):
         """The embedding half of the input, (..., C) -> (..., C): the same at every depth, so a decoder keeps a table of it."""
         return self.join_e(self.norm(embedded, self.norm_e))
 
     def forward(self, h, e, pos, cache=None, count=None, source=None):
-        """h (B, T, C) state of the depth before (depth 1: the trunk's), e (B, T, C) `read` of the token that it predicted, pos (B or 1,
-        T) of the rows -> (state (B, T, C), the block's input (B, T, C)); source: depth 1's input, where there is no cache."""
+        """h (B, T, C) state of the depth before (depth 1: the trunk's), e (B, T, C) `half` of x_{s+k}, which it predicted, pos (B or 1, T)
+        of the rows -> (state (B, T, C), the block's input (B, T, C)); source: depth 1's input, where there is no cache."""
         h = self.norm(h, self.norm_h)  # (B, T, C)
         u = torch.addmm(e.flatten(0, 1), h.flatten(0, 1), self.join_h.weight.t()).view_as(h)  # join_h(h) + e, (B, T, C)
         return self.norm(self.block(u, pos, cache, count, source), self.norm_out), u
@@ -72,7 +72,7 @@ class MTP(nn.Module):
         h and embed are detached here: nothing that is made of the result gives the trunk a gradient. Within the module it flows through
         all depths.
         """
-        e, h, source, states = self.read(F.embedding(tokens, embed.detach())), h.detach(), None, []  # (B, T, C)
+        e, h, source, states = self.half(F.embedding(tokens, embed.detach())), h.detach(), None, []  # (B, T, C)
         for k in range(1, K + 1):
             rows = tokens.shape[1] - k
             pos = torch.arange(rows, device=tokens.device)[None]  # (1, T - k)
@@ -169,7 +169,7 @@ def draw(logits, temperature, noise=None):
     a CUDA graph -> (..., V), (...)."""
     if kernels.fast(logits):
         return kernels.draw(logits, temperature, noise)
-    p = law(logits.nan_to_num(), temperature)  # a module that has read nothing yet drafts anything: still exact
+    p = law(logits, temperature)
     return p, None if noise is None else (p / noise).argmax(-1)
 
 
@@ -190,22 +190,22 @@ def accept(p, q, drafts, forced, u, noise):
     return n, (rest / noise).argmax(-1)
 
 
-def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, stop):
+def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, stop):
     """Accept, then write what was accepted and the token after it behind the known text, up to a stop token (-1: none) and the limit.
 
     text, logp (B, width) of tokens and their log-probabilities under p; known, given, limit, active (B,): tokens that are known (read or
-    about to be), of the prompt, at most; counts (B, 4, K): drafts reached, accepted, expected to be accepted (sum of min(p, q)), and
-    rounds. text, logp, known, active, counts are changed in place -> tokens taken (B,).
+    about to be), of the prompt, at most; counts (B, 3, K): drafts reached, accepted, expected to be accepted (sum of min(p, q)); reads
+    (B, 2): rounds and tokens. Rounds that still read a prompt do not count. text, logp, known, active, counts, reads are changed in place
+    -> tokens taken (B,).
     """
     g = drafts.shape[1]
     j = torch.arange(g + 1, device=p.device)
-    place = known[:, None] + j  # (B, g + 1)
+    place, real = known[:, None] + j, active & (known >= given)  # (B, g + 1), (B,)
     forced = place < given[:, None]
     n, last = accept(p, q, drafts, forced[:, :g], u, noise)
-    reached, passed = ((n[:, None] >= i) & active[:, None] & ~forced[:, :g] for i in (j[:g], j[1:]))  # (B, g)
-    chance = torch.minimum(p[:, :g], q).sum(-1).masked_fill(~reached, 0)  # (B, g)
-    counts[:, :3, :g] += torch.stack([reached.to(p.dtype), passed.to(p.dtype), chance], dim=1).to(counts.dtype)
-    counts[:, 3, 0] += active & ~forced[:, g]
+    reached, passed = ((n[:, None] >= i) & real[:, None] for i in (j[:g], j[1:]))  # (B, g)
+    chance = torch.minimum(p[:, :g], q).sum(-1).nan_to_num().masked_fill(~reached, 0)  # (B, g); nan: a module that has read nothing yet
+    counts[..., :g] += torch.stack([reached.to(p.dtype), passed.to(p.dtype), chance], dim=1).to(counts.dtype)
 
     y = torch.where(j < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (B, g + 1)
     y = torch.where(forced, text.gather(1, place), y)
@@ -215,6 +215,7 @@ def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, coun
     for buffer, new in ((text, y), (logp, p.gather(-1, y[..., None])[..., 0].log())):
         buffer.scatter_(1, place, torch.where(j < take[:, None], new.to(buffer.dtype), buffer.gather(1, place)))
     known += take
+    reads += torch.stack([real, real * take], dim=1)
     active &= (known < limit) & ~stops.any(1)
     return take
 
@@ -224,13 +225,16 @@ def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, coun
 
 
 class Pace:
-    """How many drafts pay, by measurement: expected tokens of a round, from counted acceptance, over its time."""
+    """How many drafts pay: of 0, 1, 2, 4, .., K the number with the most expected tokens, from counted acceptance, per measured time.
+
+    All are timed at first; then one of the others is tried again now and then, ever more rarely while nothing changes.
+    """
 
     def __init__(self, K, fixed=None):
-        self.K, self.fixed = K, fixed
+        self.choices = [fixed] if fixed is not None else sorted({0, K, *(2**i for i in range(K.bit_length()))})
         self.ms = {}  # drafts -> milliseconds of a round
         self.reached, self.accepted = [0.0] * K, [0.0] * K  # per depth, fading
-        self.last, self.quiet, self.wait = K, 0, 4  # the best so far; segments since all depths were tried; when to try them again
+        self.now, self.turn, self.since, self.wait = self.choices[-1], 0, 0, 4  # in use; next to be tried again; since when, when
 
     def tokens(self, g):
         """Expected tokens of a round with g drafts: 1 + sum of the cumulative acceptance rates."""
@@ -240,30 +244,19 @@ class Pace:
             total += alive
         return total
 
-    def speed(self, g):
-        """Expected tokens per millisecond; times not measured yet lie in between."""
-        low, high = self.ms[0], self.ms[self.K]
-        return self.tokens(g) / self.ms.get(g, low + (high - low) * (g + 1) / (self.K + 1))
-
-    def best(self):
-        return max(range(self.K + 1), key=self.speed)
-
     def choose(self):
-        """Drafts of the next segment. Both ends are measured first; a deeper draft than the best is tried again, ever more rarely."""
-        if self.fixed is not None or not self.K:
-            return self.fixed or 0
-        for g in (self.K, 0):
+        """Drafts of the next segment."""
+        for g in reversed(self.choices):
             if g not in self.ms:
                 return g
-        best = self.best()
-        if self.speed(best) > 1.03 * self.speed(self.last):  # not for a trifle: each number of drafts has a graph of its own
-            self.last, self.wait = best, 4
-        best = self.last
-        self.quiet += 1
-        if best == self.K or self.quiet < self.wait:
+        best = max(self.choices, key=lambda g: self.tokens(g) / self.ms[g])
+        if best != self.now:
+            self.now, self.wait = best, 4
+        self.since += 1
+        if self.since < self.wait:
             return best
-        self.quiet, self.wait = 0, min(2 * self.wait, 64)
-        return self.K
+        self.turn, self.since, self.wait = self.turn + 1, 0, min(2 * self.wait, 32)
+        return self.choices[-(self.turn % len(self.choices)) - 1]
 
     def update(self, g, ms, reached, accepted):
         """After a segment: its milliseconds per round, and counts per depth (K,)."""
@@ -294,6 +287,8 @@ class Decoder:
 
     def __init__(self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, greedy=False, drafts=None, compress=None):
         self.trunk, self.mtp, self.K = trunk, mtp, K if mtp is not None else 0
+        if not 0 <= (drafts or 0) <= self.K:
+            raise ValueError(f"drafts must be 0 to {self.K} here, not {drafts}")
         self.max_len, self.temperature, self.stop, self.greedy = max_len, temperature, -1 if stop is None else stop, greedy
         self.embed, self.head = trunk.embed.weight, trunk.head.weight  # (V, C)
         device, C = self.embed.device, self.embed.shape[1]
@@ -312,17 +307,22 @@ class Decoder:
         self.known = torch.ones(batch, dtype=torch.long, device=device)  # tokens of a row; the last of them is pending: not in the cache
         self.given, self.limit = torch.ones_like(self.known), torch.ones_like(self.known)  # its prompt's length, where it ends at last
         self.active = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.counts = torch.zeros(batch, 4, max(1, self.K), device=device)  # see commit
+        self.counts, self.reads = torch.zeros(batch, 3, max(1, self.K), device=device), torch.zeros(batch, 2, device=device)  # see commit
         if self.K:
-            self.table = torch.zeros_like(self.embed)  # mtp.read of every token
+            self.table = mtp.half(self.embed).detach()  # of every token
             self.own = mtp.block.attn.new_cache(batch, room, margin, **kind)  # the module's cache
             self.own_seen = torch.zeros(batch, dtype=torch.long, device=device)
             self.state = torch.zeros(batch, 1, C, **kind)  # depth 1 at the last row: it makes the first draft
             self.late, self.lag = torch.zeros(batch, self.LATE, C, **kind), torch.zeros(1, dtype=torch.long, device=device)
         self.fresh = torch.zeros_like(self.active)  # rows whose prompt is being read
         self.behind = 0  # rows in late
-        self.seen_counts = [[0.0] * max(1, self.K)] * 2  # at the last look
-        self.pace, self.graphs = Pace(self.K, drafts), {}
+        self.pace, self.graphs, self.pool = Pace(self.K, drafts), {}, None
+        self.forget_counts()
+
+    def forget_counts(self):
+        self.counts.zero_()
+        self.reads.zero_()
+        self.seen_counts = [[0.0] * self.counts.shape[2]] * 2  # drafts reached, accepted: at the last look
 
     # -- one round
 
@@ -353,7 +353,7 @@ class Decoder:
         p, _ = draw(F.linear(h, self.head), self.temperature)  # (B, g + 1, V)
 
         # 3) accept, 4) commit
-        state = (self.text, self.logp, self.known, self.given, self.limit, self.active, self.counts, self.stop)
+        state = (self.text, self.logp, self.known, self.given, self.limit, self.active, self.counts, self.reads, self.stop)
         take = (kernels.commit if kernels.fast(p) else commit)(p, q, drafts, u, noise[g, :, 0], *state)  # (B,)
 
         # 5) catch up
@@ -390,8 +390,9 @@ class Decoder:
         if self.graphs[key] is None:
             torch.cuda.synchronize()
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]):
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):  # results stay in this object's own tensors: one pool for all graphs
                 work(*args)
+            self.pool = self.graphs[key].pool()
         self.graphs[key].replay()
 
     # -- whole texts
@@ -414,7 +415,6 @@ class Decoder:
         self.active |= self.fresh
         self.cache.rollback(self.cache.seen.masked_fill(self.fresh, 0))
         if self.K:
-            self.table.copy_(self.mtp.read(self.embed))  # the weights may have changed
             self.own_seen.masked_fill_(self.fresh, 0)
             for part in self.own.values():
                 part.rollback(torch.where(self.fresh, 0, self.max_len))
@@ -446,6 +446,8 @@ class Decoder:
         todo, answers, batch = list(range(len(prompts)))[::-1], [None] * len(prompts), len(self.active)
         owner, since, number, looks = {}, {}, 0, []  # row -> prompt, row -> first look that knows about it
         self.active.zero_()
+        if self.K:
+            self.table.copy_(self.mtp.half(self.embed))  # the weights may have changed
         while todo or owner:
             free = [row for row in range(batch) if row not in owner][: len(todo)]
             if free:
@@ -453,8 +455,10 @@ class Decoder:
                 since.update((row, number) for row in free)
                 chosen = [prompts[owner[row]] for row in free]
                 limits = [min(len(p) + new, self.max_len) for p in chosen]
-                many = 4 * len(free) >= batch or self.compress is not None
-                self.fill(free, chosen, limits, at_once=many)  # a reading pass costs all rows: only for many
+                # A piece of reading costs every row about two rounds; riding along costs the new rows a round for every g + 1 tokens.
+                longest = max(len(p) for p in chosen)
+                at_once = 2 * batch * -(-longest // self.PIECE) <= len(free) * longest / (self.pace.now + 1)
+                self.fill(free, chosen, limits, at_once or self.compress is not None)
             looks.append(self.segment())
             number += 1
             if len(looks) > (self.text.device.type == "cuda"):
@@ -465,14 +469,15 @@ class Decoder:
                     answers[i] = (self.text[row, part].clone(), self.logp[row, part].clone())
         for late in looks:
             self.look(late)
+        if not torch.cat([logp for _, logp in answers]).isfinite().all():
+            raise FloatingPointError("log-probabilities of a generated text are not finite: the model's weights are broken")
         return answers
 
     def summary(self):
         """Tokens per read and acceptance so far, counted."""
-        reached, accepted, expected, rounds = self.counts.sum(0).cpu()
+        (reached, accepted, expected), (rounds, tokens) = self.counts.sum(0).cpu(), self.reads.sum(0).tolist()
         rate = lambda x: " ".join(f"{r:.0%}" for r in (x / reached)[reached > 0].tolist())
-        length = 1 + (accepted.sum() / rounds[0].clamp(min=1)).item()
-        return f"{length:.2f} tokens per read; each depth accepted {rate(accepted)}, expected from sum min(p, q) {rate(expected)}"
+        return f"{tokens / max(rounds, 1):.2f} tokens per read; each depth accepted {rate(accepted)}, expected from sum min(p, q) {rate(expected)}"
 
     def segment(self):
         """Start a few rounds with as many drafts as pay -> what `look` needs to see how they went."""
@@ -571,8 +576,10 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     """Add a module to a run of train_lm.py: writes folder/mtp.pt and nothing else."""
     import train_lm
 
-    model, cfg, folder = train_lm.load_run(folder, device)
-    data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+    model, cfg, folder = train_lm.load_run(folder, device, module=False)
+    data, step = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder), train_lm.load_checkpoint(folder / "ckpt.pt")["step"]
+    if cfg.context <= prompt:
+        raise train_lm.UserError(f"{folder} has a context of {cfg.context} tokens; {prompt} of each text are given")
     new = min(new, cfg.context - prompt)
     model.requires_grad_(False)
     torch.manual_seed(cfg.seed)
@@ -585,7 +592,7 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     texts = torch.stack([torch.cat([g.to(device), x]) for g, (x, _) in zip(given, writer.generate(given, new))])  # (samples, T)
     print(f"samples  {samples} of {prompt} given + {new} own tokens in {time.time() - start:.0f} s")
     rate = equip(model, model.mtp, texts, prompt, K, steps)
-    train_lm.save_checkpoint(folder / "mtp.pt", {"module": model.mtp.state_dict(), "depths": K})
+    train_lm.save_checkpoint(folder / "mtp.pt", {"module": model.mtp.state_dict(), "depths": K, "step": step})
     print(f"equipped in {time.time() - start:.0f} s: {1 + rate.sum():.2f} tokens per read expected; {folder / 'mtp.pt'} holds the module")
 
 
@@ -606,7 +613,7 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
         for drafts in (0, None, *sorted({(cfg.mtp + 1) // 2, cfg.mtp})):
             decoder = Decoder(model, batch, prompt + new, model.mtp if drafts != 0 else None, cfg.mtp, drafts=drafts)
             decoder.generate(prompts, 256 if drafts is None else 64)  # warm-up: graphs, and how many drafts pay
-            decoder.counts.zero_()
+            decoder.forget_counts()
             seconds = []
             for _ in range(3):
                 start = time.perf_counter()
@@ -635,14 +642,14 @@ def demo():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    prompt = text[:40]
-    decoder = Decoder(model, 1, 256, model.mtp, cfg.mtp, temperature=0.7, drafts=cfg.mtp)
-    decoder.fill([0], [prompt], [200])
+    prompt = text[:12]
+    decoder = Decoder(model, 1, 64, model.mtp, cfg.mtp, temperature=0.7, drafts=cfg.mtp)
+    decoder.fill([0], [prompt], [64])
     show = lambda tokens: "".join(map(chr, tokens)).replace("\n", "~")
     print(f"given    {show(prompt.tolist())}\n\nread  drafted    accepted   then")
     reads = 0
     with torch.no_grad():
-        while decoder.active.item() and reads < 24:
+        while decoder.active.item():
             known, reads = decoder.known.item(), reads + 1
             drafts, _ = decoder.round(cfg.mtp)
             new = decoder.text[0, known : decoder.known.item()].tolist()

@@ -905,8 +905,8 @@ def test_acceptance_is_predicted():
         decoder = mtp.Decoder(model, rows, 12, model.mtp, K, greedy=greedy, drafts=K)
         decoder.fill(range(rows), [prompt] * rows, [12] * rows)
         decoder.round(K)
-        reached, accepted, chance, rounds = decoder.counts.sum(0)
-        assert rounds[0] == rows == reached[0] and torch.equal(reached[1:], accepted[:-1])
+        (reached, accepted, chance), (rounds, tokens) = decoder.counts.sum(0), decoder.reads.sum(0)
+        assert rounds == rows == reached[0] and tokens == rows + accepted.sum() and torch.equal(reached[1:], accepted[:-1])
         assert ((accepted - chance).abs() <= 4 * (reached / 4).sqrt()).all(), f"greedy {greedy}: {accepted} counted, {chance} expected"
         plain = mtp.Decoder(model, rows, 12)
         text = torch.cat([prompt.expand(rows, -1), torch.stack([t for t, _ in plain.generate([prompt] * rows, 4)])], 1)
@@ -921,23 +921,54 @@ def test_acceptance_is_predicted():
 
 
 def test_the_number_of_drafts_follows_measurements():
-    """Speculation that does not pay is switched off, and on again when it does."""
-    pace, cost = mtp.Pace(4), {0: 1.0, 1: 1.3, 2: 1.5, 3: 1.7, 4: 2.0}
+    """Speculation that does not pay is switched off, and on again when it does, whatever the first measurement said."""
+    for K in (1, 3, 4, 8):
+        for odd in (None, 0, K):  # the first time of one choice is disturbed
+            pace, disturbed = mtp.Pace(K), {odd}
 
-    def play(rate, segments):
-        used = []
-        for _ in range(segments):
-            g = pace.choose()
-            alive = [100 * rate**k for k in range(5)]
-            pace.update(g, cost[g], alive[:4], alive[1:])
-            used.append(g)
-        return used
+            def play(rate, segments):
+                used = []
+                for _ in range(segments):
+                    g = pace.choose()
+                    alive = [100 * rate**k for k in range(K + 1)]
+                    pace.update(g, (1 + g / K / 2) * (5 if g in disturbed else 1), alive[:K], alive[1:])
+                    disturbed.discard(g)
+                    used.append(g)
+                return used[-100:]
 
-    assert play(0.95, 40)[5:] == [4] * 35, "accepted drafts pay"
-    assert play(0.02, 200)[-100:].count(0) > 90, "refused drafts do not, and they are tried only now and then"
-    assert play(0.95, 200)[-50:] == [4] * 50, "they are used again when they pay again"
+            assert play(0.99, 400).count(K) > 90, f"K {K}, {odd} disturbed: accepted drafts pay"
+            assert play(0.02, 400).count(0) > 90, f"K {K}, {odd} disturbed: refused drafts do not, and are tried only now and then"
+            assert play(0.99, 400).count(K) > 90, f"K {K}, {odd} disturbed: they are used again when they pay again"
     fixed = mtp.Pace(4, fixed=2)
     assert [fixed.choose() for _ in range(9)] == [2] * 9
+
+
+@torch.no_grad()
+def test_counts_are_of_what_was_taken():
+    """Tokens per read are those that were kept, and forgetting the counts leaves the measurements of the pace right."""
+    model = drafter("gqa", 3, vocab=11)
+    model.mtp.forward = lambda h, e, pos, cache=None, count=None, source=None: (torch.zeros_like(h), h)  # drafts that mean nothing
+    decoder = mtp.Decoder(model, 2, 60, model.mtp, 3, temperature=0, drafts=3)
+    texts = decoder.generate([text_of(model, 1, n)[0] for n in (4, 9, 1, 30)], 2)
+    rounds, tokens = decoder.reads.sum(0).tolist()
+    assert tokens == sum(len(t) for t, _ in texts) == 8 and rounds <= 8, (rounds, tokens)
+    decoder.forget_counts()
+    heard = []
+    with swapped(decoder.pace, "update", lambda g, ms, reached, accepted: heard.append((list(reached), list(accepted)))):
+        decoder.generate([text_of(model, 1, 4)[0]] * 2, 20)
+    assert all(0 <= a <= r <= 8 for reached, accepted in heard for r, a in zip(reached, accepted)), heard
+    for drafts in (-1, 4):
+        try:
+            mtp.Decoder(model, 2, 60, model.mtp, 3, drafts=drafts)
+        except ValueError:
+            continue
+        raise AssertionError(f"{drafts} drafts of a module with 3 depths")
+    model.norm.weight.fill_(math.nan)
+    try:
+        mtp.Decoder(model, 2, 60).generate([text_of(model, 1, 4)[0]], 3)
+    except FloatingPointError:
+        return
+    raise AssertionError("a broken model went unnoticed")
 
 
 def test_equip_trains_the_module_and_nothing_else():
@@ -970,13 +1001,17 @@ def test_a_run_with_a_module():
         with contextlib.redirect_stdout(io.StringIO()) as out:
             mtp.equip_run(tmp / "plain", 3, 4, "cpu", samples=40, prompt=8, new=24)
             mtp.bench_run(tmp / "plain", "cpu", [2], new=12, prompt=8, times=2)
-        assert (tmp / "plain" / "mtp.pt").exists() and "saved" in out.getvalue() and "tokens per read" in out.getvalue()
+        assert (tmp / "plain" / "mtp.pt").exists() and out.getvalue().count("tokens per read;") == 3, out.getvalue()
         assert train_lm.load_run(tmp / "plain")[0].mtp is not None
         for args, word in ((["--equip", tmp / "none"], "no checkpoint"), (["--equip", tmp / "plain", "--steps", "0"], "at least 1"),
                            (["--bench", tmp / "with", "--batch", "0"], "at least 1"), (["--colour", "red"], "unrecognized")):  # fmt: skip
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 code = mtp.main([str(a) for a in args])
             assert code == 2 and word in err.getvalue() and len(err.getvalue().splitlines()) == 1, f"{args}: {code}, {err.getvalue()}"
+        state = train_lm.load_checkpoint(tmp / "plain" / "mtp.pt")
+        train_lm.save_checkpoint(tmp / "plain" / "mtp.pt", {**state, "step": 2})
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            assert mtp.main(["--bench", str(tmp / "plain")]) == 2 and "equip it again" in err.getvalue(), err.getvalue()
         (tmp / "plain" / "mtp.pt").write_bytes((tmp / "plain" / "mtp.pt").read_bytes()[:1000])
         with contextlib.redirect_stderr(io.StringIO()) as err:
             assert mtp.main(["--bench", str(tmp / "plain")]) == 2 and "not a readable checkpoint" in err.getvalue()

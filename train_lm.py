@@ -497,13 +497,15 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__})") from e
 
 
-def load_run(folder, device="cpu"):
+def load_run(folder, device="cpu", module=True):
     """A finished or interrupted run -> (model in eval mode, its config, where its data lies); with the module of `mtp.py --equip`, if any."""
     folder = pathlib.Path(folder)
     saved = load_checkpoint(folder / "ckpt.pt", device)
     state, cfg = saved["model"], Config(**saved["config"])
-    if (folder / "mtp.pt").exists():
+    if module and (folder / "mtp.pt").exists():
         extra = load_checkpoint(folder / "mtp.pt", device)
+        if extra["step"] != saved["step"]:
+            raise UserError(f"{folder / 'mtp.pt'} was made for step {extra['step']}, the run is at step {saved['step']}: equip it again")
         cfg.mtp = extra["depths"]
         state.update({f"mtp.{k}": v for k, v in extra["module"].items()})
     model = LM(cfg).to(device)
