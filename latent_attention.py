@@ -93,7 +93,7 @@ class SlotCache:
         if count is None:
             return [*self.data, self.pos]
         T, S = pos.shape[1], self.pos.shape[2]
-        pos = pos[:, None].expand(-1, self.pos.shape[1], -1).to(self.pos.dtype)  # (B, heads, T)
+        pos = pos[:, None].expand(-1, self.pos.shape[1], -1)  # (B, heads, T)
         read = None
         if self.ring and T > self.margin:
             read = [torch.cat([old, x.to(old.dtype)], dim=2) for old, x in zip([*self.data, self.pos], [*new, pos])]  # (B, heads, S+T, ..)

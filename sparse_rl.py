@@ -415,7 +415,7 @@ def main():
         print(f"{name:12} " + "".join(" .-+#"[math.ceil(4 * h)] for h in held[1:].tolist()))
         xi = ratio(dense - logp).tolist()
         print(f"{'xi':12} " + "".join("!" if x < 0.01 else "<" if x < 0.8 else ">" if x > 1.25 else "=" for x in xi))
-    print("\nThe full cache wrote this text: what only it expects has a large xi. When a compressed one writes, its errors have a small xi.")
+    print("\nThe full cache wrote this text: what only it expects has large xi. Where a compressed one wrote, its errors have a small xi.")
 
 
 if __name__ == "__main__":
