@@ -10,6 +10,7 @@ run on a deliberately wrong implementation (a mutant), which it has to catch.
 import ast
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import io
 import json
@@ -30,6 +31,7 @@ import unittest
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import latent_attention as la
 import mtp
@@ -79,7 +81,7 @@ def swapped(module, name, wrong):
 
 def mutant(function, right, wrong):
     """The function with one expression of its source changed."""
-    source, scope = textwrap.dedent(inspect.getsource(function)), dict(function.__globals__)
+    source, scope = textwrap.dedent(inspect.getsource(function)), dict(inspect.unwrap(function).__globals__)
     assert source.count(right) == 1, f"{function.__name__} has {source.count(right)} times {right!r}"
     exec(source.replace(right, wrong), scope)
     return scope[function.__name__]
@@ -1409,6 +1411,31 @@ def test_rkv_equals_a_loop():
             fails(rkv_equals_loops)
 
 
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        many = out if isinstance(out, (list, tuple)) else [out]
+        self.bytes = max([self.bytes, *(x.nbytes for x in many if isinstance(x, torch.Tensor))])
+        return out
+
+
+def rkv_makes_nothing_larger_than_the_cosines():
+    e = entries(S=40, lengths=(40, 33, 25))
+    with Largest() as largest:
+        sparse_rl.rkv(e)
+    assert largest.bytes == 4 * 3 * 2 * 40 * 40, f"{largest.bytes} bytes for (3, 2, 40, 40)"
+
+
+def test_rkv_makes_nothing_larger_than_the_cosines():
+    rkv_makes_nothing_larger_than_the_cosines()
+    with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, "e.slot.short()", "e.slot")):
+        fails(rkv_makes_nothing_larger_than_the_cosines)
+
+
 def test_rkv_spares_the_newest_of_three():
     k = torch.eye(8)[None, None, :6].clone()  # (1, 1, S, D): unlike each other, except
     k[0, 0, [1, 3, 4]] = k[0, 0, 1].clone()  # three equal keys
@@ -1432,13 +1459,11 @@ def other_scores():
     e = entries()
     for b in range(3):
         for g in range(2):
-            old, k, v = int(e.length[b]) - 4, e.k[b, g, : e.length[b]], e.v[b, g, : e.length[b]]
+            old, v = int(e.length[b]) - 4, e.v[b, g, : e.length[b]]
             received = plain_attention_of(e, b, g).mean(0)[:old]
             pooled = lambda x: torch.stack([F.pad(x, (2, 2))[j : j + 5].mean() for j in range(old)])
             close(sparse_rl.snapkv(e)[b, g, :old], pooled(received), 1e-6, "SnapKV")
             close(sparse_rl.value(e)[b, g, :old], pooled(received * v[:old].norm(dim=-1)), 1e-6, "value")
-            mean = F.normalize(k, dim=-1).mean(0)
-            close(sparse_rl.keydiff(e)[b, g, :old], torch.stack([-F.cosine_similarity(x, mean, dim=0) for x in k[:old]]), 1e-6, "KeyDiff")
             assert sparse_rl.streaming(e)[b, g, : old + 4].tolist() == list(range(old + 4)), "StreamingLLM"
 
 
@@ -1563,6 +1588,28 @@ def test_replayed_eviction_gives_the_recorded_probabilities():
         fails(replay_equals_record)  # positions counted anew
 
 
+def trace_reads_as_a_decoder():
+    """The demo's probabilities and kept positions are those of a rollout that begins with the text's first token."""
+    model = LM(tiny("gqa"))
+    for name in ("rkv", "snapkv", "h2o"):
+        compress = Compressor(name, 12, 4, 4, sinks=1)
+        prompt = prompts_of(model, 1)
+        [(answer, own)], decoder = sampled(model, prompt, 40, compress)
+        with torch.no_grad():
+            decoder.evict()
+        logp, held = sparse_rl.trace(model, torch.cat([*prompt, answer]), compress)
+        close(logp, own, 1e-5, f"{name}: log-probabilities")
+        pos = torch.stack([layer["tokens"].pos for layer in decoder.cache.layers]).flatten(0, 2)  # (layers * groups, S)
+        close(held, torch.stack([(pos == t).any(1).float().mean() for t in range(40)]), 0, f"{name}: kept positions")
+
+
+def test_trace_reads_as_a_decoder():
+    trace_reads_as_a_decoder()
+    for right, wrong in (("compress.slots, 1, **", "compress.slots, **"), ("t % compress.buffer == 0", "t % compress.buffer == 1")):
+        with swapped(sparse_rl, "trace", mutant(sparse_rl.trace, right, wrong)):
+            fails(trace_reads_as_a_decoder)
+
+
 def test_h2o_mass_and_its_grace():
     """The mass is the attention received, and without a window each new entry is evicted, since it has received little."""
     model = lm("gqa")
@@ -1582,7 +1629,7 @@ def test_h2o_mass_and_its_grace():
 
 
 def test_xi_has_mean_one():
-    """E xi = 1 under the sampler, within 4 standard errors; with log-probabilities of another temperature it is not."""
+    """E xi = 1 under the sampler, here within 4 standard errors (a mild eviction, a light tail); at another temperature it is not."""
     model = LM(tiny("gqa", vocab=11))
     with torch.no_grad():
         model.head.weight *= 6
@@ -1612,6 +1659,15 @@ def test_mismatch_by_enumeration():
         close(found[name], want, 1e-9, name)
 
 
+def test_extremes_are_logged_as_they_are():
+    log_xi, mask = torch.tensor([[-31.0, 0.5, 27.0, -99.0]]), torch.tensor([[1.0, 1, 1, 0]])
+    found = sparse_rl.mismatch(log_xi, mask, mask)
+    assert found["log_xi_min"] == -31 and found["log_xi_max"] == 27, "neither clamped nor of tokens outside the answer"
+    assert all(x.isfinite() for x in found.values()), found
+    _, _, largest = sparse_rl.objective(log_xi, torch.zeros(1, 4), torch.ones(1), mask, mask)
+    assert largest == 27, "log rho"
+
+
 def batch_of(N=8, T=6):
     """Log-probabilities of three policies, advantages, ragged answers."""
     logp = (-torch.rand(N, T).double() * 3).requires_grad_()
@@ -1621,7 +1677,6 @@ def batch_of(N=8, T=6):
 
 def replay_is_the_samplers(name="rkv"):
     """The learner's replay: xi = 1 for prompts of different lengths, whatever was evicted."""
-    model = lm("gqa")
     cfg = train_rl.Config(compressor=name, budget=14, buffer=3, recent=3, correct="replay", size=3)
     task = train_rl.Sums(3)
     model = LM(tiny("gqa", vocab=len(task.symbols))).double()
@@ -1630,21 +1685,32 @@ def replay_is_the_samplers(name="rkv"):
     for _ in range(2):  # the second time from a used recorder
         r = train_rl.rollout(sampler, task, asked)
     assert len(set(map(len, asked))) > 1 and len(set(map(len, r.answers))) > 4
-    close(train_rl.score(model, r, slice(None), sampler.compress), r.sampler, 1e-6, f"{name}: replayed and recorded")
-    assert (train_rl.score(model, r, slice(None)) - r.sampler).abs().max() > 1e-3, "the dense policy is another"
+    close(train_rl.answer_logp(model, r, slice(None), "kept", sampler.compress), r.sampler, 1e-9, f"{name}: replayed and recorded")
+    assert (train_rl.answer_logp(model, r, slice(None)) - r.sampler).abs().max() > 1e-3, "the dense policy is another"
 
 
 def test_replay_is_what_the_sampler_read():
-    for name in ("rkv", "streaming", "random"):
+    for name in ("rkv", "snapkv", "h2o", "streaming", "random"):
         replay_is_the_samplers(name)
     for right, wrong in (("t - given[:, None] + 1", "t - given[:, None]"), ("(t >= since)", "(t > since)")):
         with swapped(sparse_rl.Replay, "__init__", mutant(sparse_rl.Replay.__init__, right, wrong)):
             fails(replay_is_the_samplers)
 
 
+def test_replay_by_hand():
+    """The example of the docstring: which tokens each token reads."""
+    held = torch.tensor([[0, 1], [0, 3]])[:, None, None, None]  # (E, layers, B, G, n): eviction 0 kept a and b, eviction 1 a and d
+    see = sparse_rl.Replay(held, torch.tensor([3]), 2, 6).layers[0]["see"][0, 0]  # (T, T)
+    reads = ["".join(c for c, one in zip("abcdef", row) if one) for row in see.tolist()]
+    assert reads == ["a", "ab", "abc", "abcd", "ade", "adef"], reads
+    shown = re.search(r"a: a  .*", sparse_rl.Replay.__doc__)[0]
+    assert re.findall(r"[a-f]: ([a-f]+(?: [a-f]+)?)(?=  |$)", shown) == ["a", "ab", "ab c", "ab cd", "ad e", "ad ef"], shown
+
+
 def loss_of(correct, logp, old, sampler, advantage, mask, clip=0.2):
-    weight, count = sparse_rl.CORRECTIONS[correct](old - sampler, mask)
-    return sparse_rl.objective(logp, sampler if correct == "bypass" else old, advantage, weight, count, clip)[0]
+    how = sparse_rl.CORRECTIONS[correct]  # learn itself is tested in test_learn_by_hand
+    weight, counted = how.weigh(old - sampler, mask)
+    return sparse_rl.objective(logp, old if how.anchor == "dense" else sampler, advantage, weight, counted, clip, how.level)[0]
 
 
 def objective_is_the_papers():
@@ -1672,11 +1738,12 @@ def test_objective_is_the_papers():
     inside = mutant(sparse_rl.objective, "torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)",
                     "torch.minimum(rho * weight * A, (rho * weight).clamp(1 - clip, 1 + clip) * A) / weight.clamp(min=1e-9)")
     survivors = mutant(sparse_rl.objective, "loss.mean()", "loss.sum() / (weight.sum(-1) > 0).sum()")
-    tokens = mutant(sparse_rl.objective, "count.sum(-1).clamp(min=1)", "(count.sum() / len(count))")
+    tokens = mutant(sparse_rl.objective, "counted.sum(-1).clamp(min=1)", "(counted.sum() / len(counted)).expand(len(counted))")
     for wrong in (inside, survivors, tokens):
         with swapped(sparse_rl, "objective", wrong):
             fails(objective_is_the_papers)
-    for right, wrong in (("l >= math.log(least)", "l <= -math.log(least)"), (".all(-1, keepdim=True)", ""), ("math.log(least)", "least")):
+    for right, wrong in (("log_xi >= math.log(least)", "log_xi <= -math.log(least)"), (".all(-1, keepdim=True)", ""),
+                         ("math.log(least)", "least")):  # fmt: skip
         with swapped(sparse_rl, "reject", mutant(sparse_rl.reject, right, wrong)):
             fails(objective_is_the_papers)
 
@@ -1696,8 +1763,8 @@ def test_objective_identities():
     # two tokens with equal rho and A: gradients in the ratio of their xi; none where the ratio is clipped
     logp = torch.zeros(1, 3).double().requires_grad_()
     rho = torch.tensor([[0.1, 0.1, 0.5]]).double()  # log; the last is above the clip
-    weight, count = sparse_rl.reweight(torch.tensor([[0.2, -0.7, 0.0]]).double(), torch.ones(1, 3).double())
-    loss, clipped = sparse_rl.objective(logp, -rho, torch.ones(1).double(), weight, count)
+    weight, counted = sparse_rl.reweight(torch.tensor([[0.2, -0.7, 0.0]]).double(), torch.ones(1, 3).double())
+    loss, clipped, _ = sparse_rl.objective(logp, -rho, torch.ones(1).double(), weight, counted)
     g = torch.autograd.grad(loss, logp)[0][0]
     close(g[0] / g[1], torch.tensor(0.9).exp(), 1e-6, "gradients in the ratio of xi")
     assert g[2] == 0 and abs(float(clipped) - 1 / 3) < 1e-6, "clipped"
@@ -1711,7 +1778,7 @@ def test_objective_identities():
 def test_corrections_at_their_bounds():
     l = torch.tensor([[0.5, 1.5, 2.0, 3.0, 0.4, 1.0]]).double().log()
     ones = torch.ones_like(l)
-    weights = lambda name, l=l: sparse_rl.CORRECTIONS[name](l, torch.ones_like(l))
+    weights = lambda name, l=l: sparse_rl.CORRECTIONS[name].weigh(l, torch.ones_like(l))
     mean = (0.5 + 1.5 + 1.5 + 1.5 + 0.4 + 1) / 6  # truncated at 1.5, rejected ones included
     close(weights("released")[0] * mean, torch.tensor([[0.5, 1.5, 0, 0, 0, 1.0]]).double(), 1e-6, "released: both bounds are inside")
     assert weights("released")[1].tolist() == [[1, 1, 0, 0, 0, 1]], "rejected tokens leave the average"
@@ -1719,12 +1786,11 @@ def test_corrections_at_their_bounds():
     close(weights("mis")[0], torch.tensor([[0.5, 1.5, 2, 0, 0, 1]]).double(), 1e-6, "MIS")
     close(weights("icepop")[0], torch.tensor([[0.5, 1.5, 2, 3, 0, 1]]).double(), 1e-6, "IcePop")
     assert weights("mis")[1].sum() == 4 and weights("icepop")[1].sum() == 6, "MIS shortens the average, IcePop does not"
-    close(weights("sequence_tis")[0][:, 0], l.sum().exp()[None], 1e-6, "product of 1.8")
-    assert weights("sequence_tis", 2 * l)[0].max() == 2, "product of 3.24: truncated"
+    close(weights("sequence_mask")[0][:, 0], l.sum().exp()[None], 1e-6, "product of 1.8")
     assert weights("sequence_mask", 2 * l)[0].max() == 0, "product of 3.24: rejected"
     raw = torch.tensor([[0.0, -9.3], [0.0, -9.1]]).double()  # log 1e-4 = -9.21
     assert weights("reject", raw)[0].sum(-1).tolist() == [0, 2], "veto below 1e-4"
-    assert (sparse_rl.ratio(torch.tensor([1e4, -1e4])).isfinite()).all(), "xi of a collapsed run stays finite"
+    assert (sparse_rl.ratio(torch.tensor([1e4, -1e4])).isfinite()).all(), "xi stays finite"
 
 
 def test_group_advantages():
@@ -1732,9 +1798,6 @@ def test_group_advantages():
     a = sparse_rl.group_advantage(r, 4)
     close(a[:4], (r[:4] - 0.25) / (r[:4].std() + 1e-6), 1e-6, "mean and unbiased standard deviation of a group")
     assert (a[4:] == 0).all(), "equal rewards: no signal"
-    close(sparse_rl.group_advantage(r, 4, torch.full((8,), 0.7)), a, 1e-5, "equal weights change nothing")
-    only = sparse_rl.group_advantage(torch.tensor([1.0, 0, 0, 0]), 4, torch.tensor([1.0, 1, 0, 0]))
-    close(only[:2], -only[:2].flip(0), 1e-6, "answers of weight 0 do not shift the mean")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1800,6 +1863,118 @@ def test_rollouts_are_what_the_learner_scores():
     assert not torch.equal(before[0], next(model.parameters())), "a group with a signal moves the weights"
 
 
+def answered(correct="none", name="rkv", **changes):
+    """Compressed answers of a tiny model in fp64, two groups of 4 with right and wrong ones -> model, rollout, config, engine."""
+    cfg = train_rl.Config(**{**dict(compressor=name, budget=14, buffer=3, recent=3, correct=correct, size=3, group_size=4, clip=0.02,
+                                    max_norm=0.0), **changes})  # fmt: skip
+    task = train_rl.Sums(3)
+    torch.manual_seed(1)
+    model = LM(tiny("gqa", layers=2, vocab=len(task.symbols))).double()
+    asked = [p for p in train_rl.problems(task, 2, 0) for _ in range(4)]
+    engine = train_rl.Engines(model, task, cfg)(8, True, 1.0)
+    r = train_rl.rollout(engine, task, asked)
+    r.reward = torch.tensor([1.0, 0, 1, 0, 0, 0, 1, 0]).double()
+    return model, r, cfg, engine
+
+
+def learn_equals_formulas(correct, lr=3.0):
+    """Two minibatches of plain gradient descent: the weights afterwards, and the logged loss, are those of the formulas."""
+    model, r, cfg, engine = answered(correct)
+    other = LM(model.cfg).double()
+    other.load_state_dict(model.state_dict())
+    found = train_rl.learn(model, torch.optim.SGD(model.parameters(), lr=lr), r, cfg, engine.compress)
+
+    def logp(i, kept):
+        text, cache = r.text[i : i + 1], None
+        if kept:
+            cache = sparse_rl.Replay(engine.compress.kept[:, :, i : i + 1], r.given[i : i + 1], 3, text.shape[1] - 1)
+        return sparse_rl.token_logp(other(text[:, :-1], cache), text[:, 1:])[0][r.mask[i] > 0]
+
+    replays = correct in ("replay", "twin")
+    with torch.no_grad():
+        old, old_kept = [logp(i, False) for i in range(8)], [logp(i, True) if replays else None for i in range(8)]
+    losses = []
+    for group in (range(4), range(4, 8)):
+        reward, total = r.reward[group[0] : group[-1] + 1], 0.0
+        for i in group:
+            A, pi_s, pi = (r.reward[i] - reward.mean()) / (reward.std() + 1e-6), r.sampler[i][r.mask[i] > 0], logp(i, False)
+            clipped = lambda log_rho: torch.minimum(log_rho.exp() * A, log_rho.exp().clamp(0.98, 1.02) * A)
+            xi = (old[i] - pi_s).exp()
+            paper = (xi.min() >= 1e-4) * (xi * clipped(pi - old[i])).mean()
+            replay = clipped(logp(i, True) - old_kept[i]).mean() if replays else 0.0
+            total = total - {"none": clipped(pi - old[i]).mean(), "bypass": clipped(pi - pi_s).mean(), "both": paper, "replay": replay,
+                             "twin": (paper + replay) / 2, "gspo": clipped((pi - old[i]).mean())}[correct] / 4  # fmt: skip
+        losses.append(total.detach())
+        for p, g in zip(other.parameters(), torch.autograd.grad(total, list(other.parameters()))):
+            p.data -= lr * g
+    before = answered(correct)[0]
+    moved = max((a - b).abs().max() for a, b in zip(before.parameters(), other.parameters()))
+    assert moved > 1e-2 and found["updates"] == 2, f"{correct}: moved by {moved}"
+    for a, b in zip(model.parameters(), other.parameters()):
+        close(a.detach(), b.detach(), 1e-9, f"{correct}: weights after two updates")
+    close(torch.tensor(found["loss"], dtype=torch.double), sum(losses) / 2, 1e-9, f"{correct}: the logged loss")
+
+
+def test_learn_by_hand():
+    for correct in ("none", "both", "bypass", "gspo", "replay", "twin"):
+        learn_equals_formulas(correct)
+    for correct, right, wrong in (("bypass", 'how.anchor == "dense"', "True"), ("both", 'how.anchor == "dense"', "False"),
+                                  ("twin", " / len(views)", ""), ("twin", "loss.mean()", "loss[-1]"), ("gspo", ", how.level", ""),
+                                  ("replay", "v.reads, recorder", '"full", recorder'),
+                                  ("twin", "how.weigh(old[reads]", 'how.weigh(old["full"]')):  # fmt: skip
+        with swapped(train_rl, "learn", mutant(train_rl.learn, right, wrong)):
+            fails(learn_equals_formulas, correct)
+
+
+def test_statistics_of_a_replay_are_of_the_dense_policy():
+    """Its own xi is 1 by construction: what is logged says how far its sampler is from the dense policy, as for the other arms."""
+    found = []
+    for correct in ("none", "replay"):
+        model, r, cfg, engine = answered(correct)
+        found.append(train_rl.learn(model, torch.optim.SGD(model.parameters(), lr=0.0), r, cfg, engine.compress))
+    assert found[0]["k3"] > 1e-5 and all(abs(found[0][n] - found[1][n]) < 1e-9 for n in ("k3", "xi_mean", "log_xi_min", "vetoed")), found
+
+
+def updates_only_where_there_is_a_signal():
+    model, r, cfg, engine = answered("both")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    updates = lambda: (train_rl.learn(model, optimizer, r, cfg)["updates"], int(optimizer.state[next(model.parameters())]["step"]))
+    assert updates() == (2, 2), "both minibatches"
+    r.reward[4:] = 1.0
+    assert updates() == (1, 3), "all of the second minibatch's answers are right: no signal in it"
+    r.reward[4:6], r.sampler[4:] = 0.0, r.sampler[4:] + 30 * r.mask[4:]
+    assert updates() == (1, 4), "all of its answers are vetoed"
+    r.reward[:] = 1.0
+    before = [p.clone() for p in model.parameters()]
+    assert updates() == (0, 4) and all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "no signal at all"
+
+
+def test_updates_only_where_there_is_a_signal():
+    updates_only_where_there_is_a_signal()
+    for right, wrong in (("in zip(parts, useful) if some", "in zip(parts, useful) if any(useful)"), ("weighs & signal", "signal"),
+                         ("(weighs & signal.repeat_interleave(cfg.group_size).to(weighs.device))", "weighs")):  # fmt: skip
+        with swapped(train_rl, "learn", mutant(train_rl.learn, right, wrong)):
+            fails(updates_only_where_there_is_a_signal)
+
+
+def test_idle_evictions_are_left_out():
+    """While no row has more than budget entries, evictions change nothing: they are left out, except where they are recorded."""
+    task, compress = train_rl.Sums(3), Compressor("rkv", 24, 3, 3)
+    model, found = LM(tiny("gqa", layers=2, vocab=len(task.symbols))), []
+    asked = train_rl.problems(task, 12, 0)
+    for record in (False, True):
+        decoder, count = mtp.Decoder(model, 12, sum(task.room), stop=task.stop, compress=compress), []
+        decoder.compress = sparse_rl.Recorder(compress, 99) if record else compress
+        evict = decoder.evict
+        decoder.evict = lambda: (count.append(decoder.cache.seen.max().item()), evict())
+        decoder.evict.__name__ = "evict"
+        torch.manual_seed(0)
+        found.append((train_rl.rollout(decoder, task, asked), count))
+    (a, some), (b, every) = found
+    assert torch.equal(a.text, b.text) and torch.equal(a.sampler, b.sampler), "evictions that were left out would have changed something"
+    assert 1 <= len(some) < len(every) and some == [n for n in every if n > 24], f"evictions after {some} tokens of {every}"
+
+
 def test_rl_resumed_equals_uninterrupted():
     with tempfile.TemporaryDirectory() as tmp:
         out = ["--out", tmp, "--save-every", 3]
@@ -1816,11 +1991,11 @@ def test_rl_resumed_equals_uninterrupted():
 def test_rl_runs_every_task_and_attention():
     with tempfile.TemporaryDirectory() as tmp:
         for i, options in enumerate(("--task ledger --compressor h2o", "--task words --correct released", "--attn asa --rollout dense",
-                                     "--compressor streaming --sinks 2 --correct weighted", "--correct bypass --compressor random",
+                                     "--compressor streaming --sinks 2 --correct gspo", "--correct bypass --compressor random",
                                      "--correct twin --compressor snapkv")):  # fmt: skip
             code, said, err = in_rl("--out", tmp, "--name", i, "--steps", 1, "--warm-steps", 2, *options.split())
             assert code == 0, f"{options}: {said}{err}"
-            for word in ("solved when sampling", "MiB at the peak", "vetoed", "expected"):
+            for word in ("solved when sampling", "MiB, counted", "vetoed", "expected"):
                 assert word in said, f"{options}: the output lacks {word!r}"
 
 
@@ -1840,6 +2015,15 @@ def test_rl_learns_or_says_not():
     with tempfile.TemporaryDirectory() as tmp:
         code, said, _ = in_rl("--small", *RL_QUICK, "--out", tmp, "--name", "idle", "--steps", 1, "--check")
         assert code == 1 and said.strip().endswith("NOT"), "a model that did not learn: NOT, and exit code 1 with --check"
+        easy = {("small", "both"): {**train_rl.EXPECTED["small", "both"], "greedy": (0.0, 1.0)}}  # as if the warm start were enough
+        with swapped(train_rl, "EXPECTED", easy):
+            code, said, _ = in_rl("--small", *RL_QUICK, "--out", tmp, "--name", "still", "--steps", 3, "--lr", 0, "--check")
+        assert code == 1 and said.strip().endswith("NOT"), "a learning rate of 0: NOT"
+    cfg = train_rl.Config(preset="small")
+    for solved, greedy, ok in (([0.2] * 30 + [0.7] * 30, 0.95, True), ([0.2] * 60, 0.95, False), ([0.2] * 30 + [0.7] * 30, 0.5, False)):
+        line, got = train_rl.verdict(cfg, greedy, solved)
+        assert got is ok and line.endswith("OK" if ok else "NOT"), line
+    assert train_rl.verdict(dataclasses.replace(cfg, correct="none"), 0.0, [])[1] is None, "no expectation, no verdict"
 
 
 def test_arms_script_runs_and_makes_a_table():
@@ -1847,6 +2031,43 @@ def test_arms_script_runs_and_makes_a_table():
         own = ["--out", f"{tmp}/arms.jsonl", "--runs", f"{tmp}/runs", "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8-rkv-2"]
         said, _ = run(*own, "--", *RL_QUICK[:-6], "--steps", 2, script="results/rl_arms.py")
         assert re.search(r"dense +1 +2", said) and re.search(r"none-8-rkv-2 +1 +2", said), said
+
+
+def results_script(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_arms_table_leaves_out_unfinished_runs():
+    lines = []
+    for arm, seed, value, final in (("one", 0, 0.5, True), ("two", 0, 0.25, True), ("two", 1, 0.75, True), ("two", 2, 0.0, False)):
+        log = [{"step": 0, "cache_bytes": 1, "dense_bytes": 2}, {"step": 0, "dense_greedy": 1.0, "sparse_greedy": 1.0},
+               *({"step": s, "solved": value, "vetoed": 0, "k3": 1, "tokens_per_second": 9} for s in (1, 2)),
+               {"step": 2, "dense_greedy": value, "sparse_greedy": value}]  # fmt: skip
+        log += [{"step": 2, "final": True, "dense_greedy": value, "sparse_greedy": value}] * final
+        lines += [json.dumps({"arm": arm, "seed": seed, **e}) + "\n" for e in log]
+    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()) as said:
+        pathlib.Path(tmp, "arms.jsonl").write_text("".join(lines))
+        results_script("rl_arms").table(f"{tmp}/arms.jsonl")
+    said = said.getvalue()
+    assert re.search(r"^one +1 +2 +0\.500 ±- +0\.750 ±- ", said, re.M), f"one seed has no spread; each evaluation counts once:\n{said}"
+    assert re.search(r"^two +2 +2 +0\.500 ±0\.354 ", said, re.M), f"the mean of the finished ones:\n{said}"
+    assert re.search(r"^two\* +1 +2 +0\.000 ±- ", said, re.M), f"an unfinished run is marked:\n{said}"
+
+
+def test_memory_script_warms_every_shape_twice():
+    """The first call of a shape warms up, the second is captured: neither may fall into the timed one."""
+    script, calls, before = results_script("rl_memory"), [], []
+    model = LM(tiny("gqa", layers=1))
+    count = lambda self, work, *args: (calls.append((work.__name__, *args)), work(*args))[1]
+    clock = type("time", (), {"perf_counter": staticmethod(lambda: (before.append(list(calls)), float(len(calls)))[1])})
+    with swapped(script.Decoder, "run", count), swapped(script, "time", clock):
+        for compress in (None, Compressor("rkv", 20, 4, 4)):
+            calls.clear(), before.clear()
+            script.measure(model, 2, 40, 24, compress)
+            assert all(before[0].count(key) >= 2 for key in set(calls)), f"{set(calls)} of {before[0]}"
 
 
 def test_rl_options_are_read_and_the_demo_runs():

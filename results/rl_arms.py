@@ -1,10 +1,13 @@
 """Runs all arms of train_rl.py from one warm start, several at a time on one GPU, and makes a table of them.
 
-    python results/rl_arms.py --out FILE --limit 540            all arms, 3 seeds, within 540 seconds
+    python results/rl_arms.py --out FILE                        all arms, 3 seeds: about half an hour of one GPU
+    python results/rl_arms.py --out FILE --limit 540 --seeds 0 --arms dense none-32 both-32     three arms, one seed, within 9 minutes
     python results/rl_arms.py --out FILE --arms dense both-32 --seeds 0 -- --steps 50     what follows -- goes to every run
-    python results/rl_arms.py --table FILE                      the table of a finished set
+    python results/rl_arms.py --table FILE                      the table of what is there
 
-FILE: the log.jsonl of every run, its lines with arm and seed; rewritten every 20 seconds, so that a set that is cut off leaves what it had.
+A step takes about 0.2 s of an H200, however many runs share it: 100 steps x 28 arms x 3 seeds are 28 minutes; the warm start takes 2 more.
+FILE: the log.jsonl of every run, its lines with arm and seed; rewritten every 20 seconds, and the table printed every 60, so that a set
+that is cut off leaves what it had.
 """
 import argparse
 import contextlib
@@ -20,7 +23,7 @@ import train_rl  # noqa: E402
 # An arm's name is CORRECTION-BUDGET[-COMPRESSOR[-BUFFER]]; with a buffer of 4 the window is 4 as well.
 FIRST = ["dense", *(f"{c}-32" for c in "none bypass reject reweight both released tis mis replay twin".split()), "none-36", "both-36",
          "none-32-snapkv", "both-32-snapkv", "none-32-rkv-4", "both-32-rkv-4", "twin-32-rkv-4"]  # fmt: skip
-THEN = ["icepop-32", "sequence_mask-32", "strict-32", "weighted-32", "both-26", "twin-26", "twin-32-snapkv", "both-32-streaming",
+THEN = ["icepop-32", "sequence_mask-32", "strict-32", "gspo-32", "both-26", "twin-26", "twin-32-snapkv", "both-32-streaming",
         "both-32-value", "both-32-h2o", "twin-24"]  # fmt: skip
 
 
@@ -29,8 +32,9 @@ def options(arm):
         return ["--rollout", "dense"]
     correct, budget, *rest = arm.split("-")
     compressor, buffer = (*rest, *("rkv", "8")[len(rest) :])
-    sinks = 4 if compressor == "streaming" else 0
-    return ["--correct", correct, "--budget", budget, "--compressor", compressor, "--sinks", sinks, "--buffer", buffer, "--recent", buffer]
+    sinks, clip = 4 if compressor == "streaming" else 0, ["--clip", 4e-4] if correct == "gspo" else []
+    cache = ["--budget", budget, "--compressor", compressor, "--sinks", sinks, "--buffer", buffer, "--recent", buffer]
+    return ["--correct", correct, *cache, *clip]
 
 
 def work(jobs, folder):
@@ -62,33 +66,44 @@ def read(path):
     return arms
 
 
+def figures(entries):
+    """Of one run -> a row of the table: of steps and evaluations the mean of the last 10 and 3. None before its first step."""
+    steps = [e for e in entries if "solved" in e]
+    evals = [e for e in entries if "dense_greedy" in e and not e.get("final")]  # the final entry repeats the last evaluation
+    start = next((e for e in entries if "cache_bytes" in e), None)
+    if not (steps and evals and start):
+        return None
+    last = lambda name, some, n: sum(e.get(name, 0) for e in some[-n:]) / len(some[-n:])
+    return [steps[-1]["step"], last("solved", steps, 10), last("dense_greedy", evals, 3), last("sparse_greedy", evals, 3),
+            min(e["dense_greedy"] for e in evals), last("vetoed", steps, 10), last("k3", steps, 10),
+            1 - start["cache_bytes"] / start["dense_bytes"], last("tokens_per_second", steps, 10)]  # fmt: skip
+
+
 def table(path):
-    """Mean and spread (standard deviation) over seeds; of steps and evaluations the mean of the last 10 and 3."""
+    """Mean and spread (standard deviation; - of one seed) over the finished runs of an arm. A run that was cut off: a line of its own, *."""
     print(f"{'arm':18} {'seeds':5} {'steps':5} {'solved T=1':>12} {'dense greedy':>13} {'sparse greedy':>13} {'lowest dense':>12} "
           f"{'vetoed':>7} {'k3':>8} {'KV saved':>8} {'tokens/s':>8}")  # fmt: skip
+    lines = []
     for arm, seeds in read(path).items():
-        rows = []
-        for entries in seeds.values():
-            steps, evals = [e for e in entries if "solved" in e], [e for e in entries if "dense_greedy" in e]
-            start = next((e for e in entries if "cache_bytes" in e), None)
-            if steps and evals and start:
-                last = lambda name, some, n: sum(e.get(name, 0) for e in some[-n:]) / len(some[-n:])
-                rows.append([steps[-1]["step"], last("solved", steps, 10), last("dense_greedy", evals, 3), last("sparse_greedy", evals, 3),
-                             min(e["dense_greedy"] for e in evals), last("vetoed", steps, 10), last("k3", steps, 10),
-                             1 - start["cache_bytes"] / start["dense_bytes"], last("tokens_per_second", steps, 10)])  # fmt: skip
-        if rows:
-            mean = [sum(c) / len(c) for c in zip(*rows)]
-            sd = [(sum((x - m) ** 2 for x in c) / max(1, len(c) - 1)) ** 0.5 for c, m in zip(zip(*rows), mean)]
-            pair = lambda i: f"{mean[i]:.3f} ±{sd[i]:.3f}"
-            print(f"{arm:18} {len(rows):5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} "
-                  f"{mean[5]:7.3f} {mean[6]:8.1e} {mean[7]:8.1%} {mean[8]:8.0f}", flush=True)  # fmt: skip
+        finished = {seed: any(e.get("final") for e in entries) for seed, entries in seeds.items()}
+        lines.append((arm, [figures(seeds[seed]) for seed in seeds if finished[seed]]))
+        lines += [(f"{arm}*", [figures(seeds[seed])]) for seed in seeds if not finished[seed]]
+    for name, rows in lines:
+        columns = list(zip(*[row for row in rows if row]))
+        if columns:
+            mean, n = [sum(c) / len(c) for c in columns], len(columns[0])
+            sd = [f"{(sum((x - m) ** 2 for x in c) / (n - 1)) ** 0.5:.3f}" if n > 1 else "-" for c, m in zip(columns, mean)]
+            pair = lambda i: f"{mean[i]:.3f} ±{sd[i]}"
+            print(f"{name:18} {n:5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} "
+                  f"{mean[5]:7.3f} {mean[6]:8.1e} {mean[7]:8.1%} {mean[8]:8.0f}")  # fmt: skip
+    print("* cut off before its last step" if any(name.endswith("*") for name, _ in lines) else "", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/arms.jsonl"), help="the file")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("out/arms"), help="folder of the runs, warm start included")
-    parser.add_argument("--limit", type=float, default=540, help="seconds, warm start included")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds, warm start included")
     parser.add_argument("--processes", type=int, default=5, help="runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[])
@@ -112,7 +127,7 @@ def main():
         p.start()
     for job in [*jobs, *[None] * given.processes]:
         queue.put(job)
-    said = time.time()
+    said = shown = time.time()
     while any(p.is_alive() for p in processes) and time.time() - began < given.limit:
         time.sleep(1)
         if time.time() - said > 20:
@@ -120,6 +135,9 @@ def main():
             gather(folder, jobs, given.out)
             started = [name for name, _ in jobs if (folder / name).exists()]
             print(f"{time.time() - began:.0f} s: {len(started)} of {len(jobs)} runs begun", flush=True)
+        if time.time() - shown > 60:
+            shown = time.time()
+            table(given.out)
     for p in processes:
         p.kill()
     gather(folder, jobs, given.out)
