@@ -1922,7 +1922,8 @@ def test_learn_by_hand():
                                   ("twin", " / len(views)", ""), ("twin", "loss.mean()", "loss[-1]"), ("gspo", ", how.level", ""),
                                   ("replay", "v.reads, recorder", '"full", recorder'),
                                   ("twin", "how.weigh(old[reads]", 'how.weigh(old["full"]')):  # fmt: skip
-        with swapped(train_rl, "learn", mutant(train_rl.learn, right, wrong)):
+        owner = "views_of" if right in inspect.getsource(train_rl.views_of) else "learn"
+        with swapped(train_rl, owner, mutant(getattr(train_rl, owner), right, wrong)):
             fails(learn_equals_formulas, correct)
 
 

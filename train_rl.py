@@ -380,23 +380,30 @@ class View(NamedTuple):
     counted: torch.Tensor  # (N, T - 1)
 
 
+def views_of(model, r, how, parts, recorder):
+    """-> the views of a correction, once per rollout, for all its updates; and log xi (N, T - 1) of the full history, for the log."""
+    old, views = {}, []
+    for reads in dict.fromkeys(("full", *how.reads)):  # replay learns nothing from the full history, but its statistics do
+        with torch.no_grad():  # by the learner's own code, so that rho is 1 before the first update
+            old[reads] = torch.cat([answer_logp(model, r, i, reads, recorder) for i in parts])  # (N, T - 1)
+    for reads in how.reads:
+        anchor = old[reads] if how.anchor == "dense" else r.sampler
+        views.append(View(reads, anchor, *how.weigh(old[reads] - r.sampler, r.mask)))
+    return views, old["full"] - r.sampler
+
+
 def learn(model, optimizer, r, cfg, recorder=None):
     """The updates of one step -> what there is to log. recorder: of what the sampler kept, for the corrections that read it."""
     how, reward, size = cfg.correction, r.reward.to(r.text.device), len(r.text) // cfg.minibatches
     parts = [slice(i, i + size) for i in range(0, len(r.text), size)]  # minibatches: some whole groups each
-    old, views = {}, []
-    for reads in dict.fromkeys(("full", *how.reads)):  # replay learns nothing from the full history: only the statistics do
-        with torch.no_grad():  # by the learner's own code, so that rho is 1 before the first update
-            old[reads] = torch.cat([answer_logp(model, r, i, reads, recorder) for i in parts])  # (N, T - 1)
-    for reads in how.reads:  # log xi, and with it the weights, once per rollout, for all its updates
-        views.append(View(reads, old[reads] if how.anchor == "dense" else r.sampler, *how.weigh(old[reads] - r.sampler, r.mask)))
+    views, log_xi = views_of(model, r, how, parts, recorder)
     advantage = sparse_rl.group_advantage(reward, cfg.group_size)  # (N,)
     groups = r.reward.view(-1, cfg.group_size)
     signal = groups.amax(-1) > groups.amin(-1)  # right and wrong answers
-    found = {**sparse_rl.mismatch(old["full"] - r.sampler, r.mask, views[0].weight), "solved": reward.mean(),
-             "length": r.mask.sum(-1).mean(), "entropy": -r.sampler.sum() / r.mask.sum(), "no_signal": 1 - signal.float().mean()}  # fmt: skip
-    # An answer counts for something if its group has a signal and a view gives it weight. In a minibatch without any such answer the
-    # gradient is 0, and Adam would still move: its momentum. All are looked up here, at once: the host waits one time.
+    found = {**sparse_rl.mismatch(log_xi, r.mask, views[0].weight), "solved": reward.mean(), "length": r.mask.sum(-1).mean(),
+             "entropy": -r.sampler.sum() / r.mask.sum(), "no_signal": 1 - signal.float().mean()}  # fmt: skip
+    # A minibatch without any answer that has weight, in a group with a signal, has no gradient, and Adam's momentum would still move the
+    # weights: it is left out. The host waits here, once, for all minibatches.
     weighs = torch.stack([v.weight.amax(-1) for v in views]).amax(0) > 0  # (N,)
     useful = (weighs & signal.repeat_interleave(cfg.group_size).to(weighs.device)).view(len(parts), -1).any(-1).tolist()
     updates = []
