@@ -9,7 +9,8 @@ launches. Those below replace about 60 of them; they never change what is comput
     4) draw               softmax and one sample of it
     5) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
-The definition is the PyTorch code in latent_attention.py and mtp.py; test_all.py compares, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
+The definition is the PyTorch code in latent_attention.py and mtp.py. test_all.py compares: on a GPU compiled, on a CPU in Triton's
+interpreter (TRITON_INTERPRET=1, set before this file is imported).
 Does NOT include yet: kernels for training and for NSA's and ASA's branches.
 Not to be confused with the package `kernels` on PyPI.
 
@@ -280,6 +281,7 @@ def append(data, pos_buffer, length, new, pos, count):
     S = pos_buffer.shape[2]
     (x, x_buf), (y, y_buf) = zip((new * 2)[:2], (data * 2)[:2])  # a single quantity is written twice
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
+    count = count.contiguous()  # it may be one number, expanded
     heads = [x.shape[1], y.shape[1], pos_buffer.shape[1]]
     append_kernel[(B, min(T, S), max(heads))](x, x_buf, y, y_buf, pos, pos_buffer, length, count, S, T, *x.stride()[:3], *y.stride()[:3],
                                               *pos.stride(), *heads, XW=x.shape[3], XP=power(x.shape[3]), YW=y.shape[3],
@@ -327,7 +329,7 @@ def draw(logits, temperature, noise=None):
 
 def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, stop):
     """Steps 3 and 4 of mtp.Decoder.round in one pass over p and q: -> tokens taken (B,). Writes text, logp, known, active, counts, reads."""
-    (B, n, V), take = p.shape, torch.empty_like(known)
+    (B, n, V), take, p, q = p.shape, torch.empty_like(known), p.contiguous(), q.contiguous()
     commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, take, text.shape[1], stop, n - 1, V,
                         counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
     return take
