@@ -84,7 +84,7 @@ def swapped(module, name, wrong):
 
 def mutant(function, right, wrong):
     """The function with one expression of its source changed."""
-    source, scope = textwrap.dedent(inspect.getsource(function)), dict(function.__globals__)
+    source, scope = textwrap.dedent(inspect.getsource(function)), dict(inspect.unwrap(function).__globals__)
     assert source.count(right) == 1, f"{function.__name__} has {source.count(right)} times {right!r}"
     exec(source.replace(right, wrong), scope)
     return scope[function.__name__]
@@ -984,6 +984,27 @@ def test_weights_may_change_between_calls():
         counts.append(d.counts)
     assert torch.equal(*text) and not torch.equal(text[0], torch.stack([t for t, _ in first]))
     close(*counts, 1e-9, "drafts reached, accepted, expected")
+
+
+@torch.no_grad()
+def test_any_number_of_drafts_at_any_time():
+    """Drafts change from segment to segment, long stretches have none, looks come late as on a GPU, windows are shorter than drafts."""
+    draw, late = random.Random(0), mutant(mtp.Decoder.generate, 'len(looks) > (self.text.device.type == "cuda")', "len(looks) > 1")
+    for attn in KINDS:
+        model = drafter(attn, 6, vocab=5, layers=2, window=2, context=400)
+        prompts = [text_of(model, 1, n)[0] for n in (1, 2, 70, 17, 1, 40)]
+        plain = [t for t, _ in mtp.Decoder(model, 6, 200, temperature=0).generate(prompts, 100)]
+        decoder, plan = mtp.Decoder(model, 3, 200, model.mtp, 6, temperature=0), []
+
+        def choose():
+            if not plan:
+                plan.extend([draw.randint(1, 6)] * draw.choice([1, 2]) + [0] * draw.choice([0, 1, 17, 33]))
+            return plan.pop()
+
+        with swapped(decoder.pace, "choose", choose), swapped(mtp.Decoder, "generate", late):
+            for again in range(2):
+                for (got, _), want in zip(decoder.generate(prompts, 100), plain):
+                    assert torch.equal(got, want), f"{attn}, call {again + 1}: {got.tolist()} instead of {want.tolist()}"
 
 
 @torch.no_grad()
