@@ -292,12 +292,15 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None)
     """attend(q, [k ; k2], v, visible(q_pos, k_pos, window), scale) for a few queries, reading only the filled slots.
 
     q (B, H, T, Dk + D2), k (B, G, S, Dk), v (B, G, S, Dv), possibly k itself; k2 (B, 1, S, D2) or None; q_pos (B, T), k_pos (B, 1 or G,
-    S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. H / G * T may be at most 128.
+    S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. Raises ValueError for more than 128 heads in a group.
     """
     (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
     h, D2 = H // G, 0 if k2 is None else k2.shape[3]
-    if h * T > 128:
-        raise ValueError(f"decode_attention takes at most 128 query rows per group, not {h} heads x {T} queries")
+    if h > 128:
+        raise ValueError(f"decode_attention takes at most 128 heads per group, not {h}")
+    if h * T > 128:  # more rows than one tile: as many queries at a time as fit
+        parts = zip(q.split(128 // h, dim=2), q_pos.split(128 // h, dim=1))
+        return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2) for q_i, pos_i in parts], dim=2)
     q = q if q.stride(-1) == 1 else q.contiguous()
     BM, BN = power(h * T, 16), 64 if DK <= 128 else 32
     splits = min(64, triton.cdiv(S, 4 * BN), triton.cdiv(132, B * G))  # enough programs to fill a GPU, not more

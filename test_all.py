@@ -562,7 +562,8 @@ def test_rope_kernel_equals_rope_with_gradient():
 def decode_equals_attend(decode):
     """Ragged rows, positions per head or not, windows, latents as values, few and many queries, one share of the slots and several."""
     for G, h, T, D, D2, window, S, heads in ((2, 3, 1, 16, 0, None, 600, 2), (2, 4, 7, 16, 0, None, 70, 1), (1, 8, 7, 40, 8, 30, 70, 1),
-                                             (2, 4, 3, 24, 8, None, 300, 2), (1, 1, 100, 12, 4, 9, 40, 1)):  # fmt: skip
+                                             (2, 4, 3, 24, 8, None, 300, 2), (1, 1, 100, 12, 4, 9, 40, 1),
+                                             (1, 16, 9, 24, 8, 30, 70, 1)):  # fmt: skip
         B, length = 3, torch.tensor([S, S // 3, 5], device=DEVICE)
         slot = torch.arange(S, device=DEVICE)
         k_pos = torch.where(slot < length[:, None, None], slot * 2, -1).expand(B, heads, S).int()  # others were evicted
@@ -822,7 +823,7 @@ def drafts_see_what_training_saw(attn, K=4):
     for number in range(30):
         g = (K, 2, 0, 0, 0, 1)[number % 6]  # while there are no drafts the module falls behind, and catches up at once
         known, drawn = decoder.known.clone(), []
-        decoder.behind += g == 0
+        decoder.gap += g == 0
         if g:
             decoder.close_gap()
         with swapped(mtp, "draw", lambda z, *a: (drawn.append(original(z, *a)), drawn[-1])[1]):
@@ -1115,6 +1116,52 @@ def test_equip_trains_the_module_and_nothing_else():
         assert n.startswith("mtp.") or torch.equal(p, before[n]) and p.grad is None, f"{n} is not the module's"
         assert not n.startswith("mtp.") or not torch.equal(p, before[n]), f"{n} was not trained"
     assert "length per read" in lines[-1]
+
+
+class Counts(torch.nn.Module):
+    """A trunk that shares no code with ours: its state is a matrix times how often each of the last 5 tokens of a row occurred, and where."""
+
+    def __init__(self, V=9, C=32):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(V, C), torch.nn.Linear(C, V, bias=False)
+        self.mix = torch.nn.Linear(5 * C, C)
+        torch.nn.init.normal_(self.head.weight)
+
+    class Cache:
+        def __init__(self, batch, max_len):
+            self.text, self.seen = torch.zeros(batch, max_len).long(), torch.zeros(batch).long()
+
+        def rollback(self, seen):
+            self.seen.clamp_(max=seen)
+
+    def new_cache(self, batch, max_len, margin, dtype):
+        return self.Cache(batch, max_len)
+
+    def hidden(self, tokens, cache=None, count=None):
+        B, T = tokens.shape
+        cache = cache or self.Cache(B, T)
+        place = cache.seen[:, None] + torch.arange(T)  # (B, T)
+        real = torch.arange(T) < (torch.full((B,), T) if count is None else count)[:, None]
+        for b, t in real.nonzero().tolist():
+            cache.text[b, place[b, t]] = tokens[b, t]
+        cache.seen += real.sum(1)
+        back = place[..., None] - torch.arange(5)  # (B, T, 5)
+        e = self.embed(cache.text.gather(1, back.clamp(0, cache.text.shape[1] - 1).flatten(1)).view(B, T, 5)) * (back >= 0)[..., None]
+        return self.mix(e.flatten(2)).tanh() * 3
+
+
+def test_any_trunk_will_do():
+    """mtp.py on a model that is no Transformer and has a cache of its own: equipped, then decoded with and without drafts."""
+    trunk, cfg = Counts(), tiny("gqa", vocab=9, mtp=3)
+    module = mtp.MTP(train_lm.Block(cfg, 0), 32)
+    given = [torch.randint(9, (n,)) for n in (1, 6, 3)]
+    with torch.no_grad():
+        texts = torch.stack([torch.cat([p, t]) for p, (t, _) in zip([given[1]] * 48, mtp.Decoder(trunk, 48, 40).generate([given[1]] * 48, 30))])
+    before, after = (mtp.equip(trunk, module, texts, 6, 3, steps, rows=16, lr=1e-2, say=lambda line: None) for steps in (1, 60))
+    assert after.sum() > before.sum() + 0.1, f"acceptance grows: {before} to {after}"
+    plain = mtp.Decoder(trunk, 3, 60, temperature=0).generate(given, 40)
+    drafted = mtp.Decoder(trunk, 2, 60, module, 3, temperature=0, drafts=3).generate(given, 40)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, drafted))
 
 
 def test_a_run_with_a_module():
