@@ -9,7 +9,8 @@ launches. Those below replace about 60 of them; they never change what is comput
     4) draw               softmax and one sample of it
     5) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
-The definition is the PyTorch code in latent_attention.py and mtp.py; test_all.py compares, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
+The definition is the PyTorch code in latent_attention.py and mtp.py. test_all.py compares: on a GPU compiled, on a CPU in Triton's
+interpreter (TRITON_INTERPRET=1, set before this file is imported).
 Does NOT include yet: kernels for training and for NSA's and ASA's branches.
 Not to be confused with the package `kernels` on PyPI.
 
@@ -280,6 +281,7 @@ def append(data, pos_buffer, length, new, pos, count):
     S = pos_buffer.shape[2]
     (x, x_buf), (y, y_buf) = zip((new * 2)[:2], (data * 2)[:2])  # a single quantity is written twice
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
+    count = count.contiguous()  # it may be one number, expanded
     heads = [x.shape[1], y.shape[1], pos_buffer.shape[1]]
     append_kernel[(B, min(T, S), max(heads))](x, x_buf, y, y_buf, pos, pos_buffer, length, count, S, T, *x.stride()[:3], *y.stride()[:3],
                                               *pos.stride(), *heads, XW=x.shape[3], XP=power(x.shape[3]), YW=y.shape[3],
@@ -290,12 +292,15 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None)
     """attend(q, [k ; k2], v, visible(q_pos, k_pos, window), scale) for a few queries, reading only the filled slots.
 
     q (B, H, T, Dk + D2), k (B, G, S, Dk), v (B, G, S, Dv), possibly k itself; k2 (B, 1, S, D2) or None; q_pos (B, T), k_pos (B, 1 or G,
-    S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. H / G * T may be at most 128.
+    S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. Raises ValueError for more than 128 heads in a group.
     """
     (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
     h, D2 = H // G, 0 if k2 is None else k2.shape[3]
-    if h * T > 128:
-        raise ValueError(f"decode_attention takes at most 128 query rows per group, not {h} heads x {T} queries")
+    if h > 128:
+        raise ValueError(f"decode_attention takes at most 128 heads per group, not {h}")
+    if h * T > 128:  # more rows than one tile: as many queries at a time as fit
+        parts = zip(q.split(128 // h, dim=2), q_pos.split(128 // h, dim=1))
+        return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2) for q_i, pos_i in parts], dim=2)
     q = q if q.stride(-1) == 1 else q.contiguous()
     BM, BN = power(h * T, 16), 64 if DK <= 128 else 32
     splits = min(64, triton.cdiv(S, 4 * BN), triton.cdiv(132, B * G))  # enough programs to fill a GPU, not more
@@ -327,7 +332,7 @@ def draw(logits, temperature, noise=None):
 
 def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, stop):
     """Steps 3 and 4 of mtp.Decoder.round in one pass over p and q: -> tokens taken (B,). Writes text, logp, known, active, counts, reads."""
-    (B, n, V), take = p.shape, torch.empty_like(known)
+    (B, n, V), take, p, q = p.shape, torch.empty_like(known), p.contiguous(), q.contiguous()
     commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, take, text.shape[1], stop, n - 1, V,
                         counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
     return take

@@ -173,7 +173,8 @@ def attend(q, k, v, mask, scale):
 
 def read_slots(q, k, v, q_pos, k_pos, slots, scale, window=None, k2=None):
     """attend to what `slots` holds, keys [k ; k2] and values v as append returned them, with their positions k_pos."""
-    if kernels.fast(q) and k_pos is slots.pos and q.shape[1] // k.shape[1] * q.shape[2] <= 128:
+    rows = q.shape[1] // k.shape[1] * q.shape[2]  # that share a key; a long prompt is better off with torch's own kernel
+    if kernels.fast(q) and k_pos is slots.pos and (rows <= 128 or q.shape[2] <= 16):
         return kernels.decode_attention(q, k, v, q_pos, k_pos, slots.length, scale, window, k2)
     k = k if k2 is None else torch.cat([k, k2.expand(-1, k.shape[1], -1, -1)], dim=-1)  # (B, G, S, Dk)
     return attend(q, k, v, visible(q_pos, k_pos, window), scale)

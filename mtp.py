@@ -283,7 +283,7 @@ class Decoder:
 
     SEGMENT = 4  # rounds without drafts between two looks of the host
     PIECE = 64  # tokens of a prompt that are read at once
-    LATE = 64  # states kept while no drafts are made, so that the module can catch up
+    GAP = 64  # rounds without drafts after which the module catches up at the latest
 
     def __init__(self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, greedy=False, drafts=None, compress=None):
         self.trunk, self.mtp, self.K = trunk, mtp, K if mtp is not None else 0
@@ -313,9 +313,9 @@ class Decoder:
             self.own = mtp.block.attn.new_cache(batch, room, margin, **kind)  # the module's cache
             self.own_seen = torch.zeros(batch, dtype=torch.long, device=device)
             self.state = torch.zeros(batch, 1, C, **kind)  # depth 1 at the last row: it makes the first draft
-            self.late, self.lag = torch.zeros(batch, self.LATE, C, **kind), torch.zeros(1, dtype=torch.long, device=device)
+            self.gap_states, self.gap_at = torch.zeros(batch, self.GAP, C, **kind), torch.zeros(1, dtype=torch.long, device=device)
         self.fresh = torch.zeros_like(self.active)  # rows whose prompt is being read
-        self.behind = 0  # rows in late
+        self.gap = 0  # rounds without drafts, whose states wait in gap_states: the module has seen known - 1 - gap tokens of a row
         self.pace, self.graphs, self.pool = Pace(self.K, drafts), {}, None
         self.forget_counts()
 
@@ -361,8 +361,8 @@ class Decoder:
             self.cache.rollback(self.known - 1)
             self.catch_up(h, take)
         elif self.K:
-            self.late.index_copy_(1, self.lag, h)
-            self.lag += 1
+            self.gap_states.index_copy_(1, self.gap_at, h)
+            self.gap_at += 1
         return drafts, take
 
     def catch_up(self, h, count):
@@ -376,10 +376,10 @@ class Decoder:
 
     def close_gap(self):
         """After rounds without drafts: all their states at once."""
-        if self.behind:
-            self.catch_up(self.late[:, : self.behind], self.known - 1 - self.own_seen)
-            self.lag.zero_()
-            self.behind = 0
+        if self.gap:
+            self.catch_up(self.gap_states[:, : self.gap], self.known - 1 - self.own_seen)
+            self.gap_at.zero_()
+            self.gap = 0
 
     def run(self, work, *args):
         """work(*args); on a GPU the second time it is captured, and replayed from then on."""
@@ -483,7 +483,7 @@ class Decoder:
         """Start a few rounds with as many drafts as pay -> what `look` needs to see how they went."""
         g, cuda = self.pace.choose(), self.text.device.type == "cuda"
         rounds = self.SEGMENT // 2 if g else self.SEGMENT  # a round with drafts takes longer, and its rows end sooner
-        if g or self.behind + rounds > self.LATE:
+        if g or self.gap + rounds > self.GAP:
             self.close_gap()
         timed = not cuda or self.graphs.get(("round", g)) is not None  # warm-up and capture do not count
         clock = (lambda: torch.cuda.Event(enable_timing=True)) if cuda else Clock
@@ -492,7 +492,7 @@ class Decoder:
         if self.compress:
             self.run(self.evict)
         for _ in range(rounds):
-            self.behind += self.K > 0 and g == 0
+            self.gap += self.K > 0 and g == 0
             self.run(self.round, g)
         result = torch.cat([self.active, self.known, self.counts.sum(0)[:2].flatten()])
         host = torch.empty(result.shape, dtype=result.dtype, pin_memory=cuda).copy_(result, non_blocking=True)

@@ -33,6 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on a CPU
+
+import kernels
 import latent_attention as la
 import mtp
 import nsa
@@ -45,6 +49,7 @@ from sparse_rl import Compressor
 from train_lm import LM, Config
 
 HERE = pathlib.Path(__file__).resolve().parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("gqa", "nsa", "asa")
 
 
@@ -532,6 +537,111 @@ def test_nsa_branches_have_keys_and_values_of_their_own():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# kernels.py: on a GPU compiled, on a CPU in Triton's interpreter
+
+
+def in_kernels(wanted):
+    """The fast path for a while, or the reference."""
+    if kernels.triton is None:
+        raise unittest.SkipTest("needs Triton")
+    return swapped(kernels, "fast", lambda x: wanted and x.dtype in (torch.float32, torch.bfloat16))
+
+
+def test_rope_kernel_equals_rope_with_gradient():
+    x, pos = torch.randn(2, 3, 31, 12, device=DEVICE, requires_grad=True), torch.randint(4096, (2, 31), device=DEVICE)
+    for at, part in ((pos, x), (pos[:1] + 0.5, x[..., 1:11]), (pos[:, ::2], x[:, :, ::2])):  # fractions, one row of positions, strides
+        results = []
+        for wanted in (True, False):
+            with in_kernels(wanted):
+                y = rope(part, at)
+            weight = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)
+            results.append([y, *torch.autograd.grad((y * weight).sum(), x, retain_graph=True)])
+        for what, a, b in zip(("output", "gradient"), *results):
+            close(a, b, 2e-3, f"rope, {what}, x of {tuple(part.shape)}")
+
+
+@torch.no_grad()
+def decode_equals_attend(decode):
+    """Ragged rows, positions per head or not, windows, latents as values, few and many queries, one share of the slots and several."""
+    for G, h, T, D, D2, window, S, heads in ((2, 3, 1, 16, 0, None, 600, 2), (2, 4, 7, 16, 0, None, 70, 1), (1, 8, 7, 40, 8, 30, 70, 1),
+                                             (2, 4, 3, 24, 8, None, 300, 2), (1, 1, 100, 12, 4, 9, 40, 1),
+                                             (1, 16, 9, 24, 8, 30, 70, 1)):  # fmt: skip
+        B, length = 3, torch.tensor([S, S // 3, 5], device=DEVICE)
+        slot = torch.arange(S, device=DEVICE)
+        k_pos = torch.where(slot < length[:, None, None], slot * 2, -1).expand(B, heads, S).int()  # others were evicted
+        q, k = torch.randn(B, G * h, T, D + D2, device=DEVICE), torch.randn(B, G, S, D, device=DEVICE)
+        v = k if D2 else torch.randn(B, G, S, 20, device=DEVICE)
+        k2 = torch.randn(B, 1, S, D2, device=DEVICE) if D2 else None
+        k, v = (x.masked_fill(slot[:, None] >= length[:, None, None, None], math.nan) for x in (k, v))  # what is not filled is not read
+        v = k if D2 else v
+        pos = (2 * length - 2)[:, None] + torch.arange(T, device=DEVICE)
+        got = decode(q, k, v, pos, k_pos, length, 0.3, window, k2)
+        whole = k.nan_to_num() if k2 is None else torch.cat([k.nan_to_num(), k2.expand(-1, G, -1, -1)], -1)
+        mask = visible(pos, k_pos, window)
+        want = attend(q, whole, v.nan_to_num(), mask, 0.3)
+        seen = mask.any(-1).repeat_interleave(G * h // heads, 1)[..., None]
+        close(got, torch.where(seen, want, 0), 1e-5, f"G {G}, {h} heads each, {T} queries, widths {D} + {D2}, window {window}, {S} slots")
+
+
+def test_decode_attention_kernel_equals_attend():
+    with in_kernels(True):
+        right = kernels.decode_attention
+        decode_equals_attend(right)
+        fails(decode_equals_attend, lambda q, k, v, q_pos, *rest: right(q, k, v, q_pos + 2, *rest))  # one entry too many is read
+        fails(decode_equals_attend, lambda q, k, v, q_pos, k_pos, length, *rest: right(q, k, v, q_pos, k_pos, length - 1, *rest))
+
+
+@torch.no_grad()
+def test_decoding_on_kernels_equals_the_reference():
+    """Whole models, token by token and ragged, through rope, append and decode_attention; rings, rejected drafts, one-number counts."""
+    T, plan = 80, (66, [1, 3], [3, 0], 1)
+    for attn in KINDS:
+        model = lm(attn, layers=2).float().to(DEVICE)
+        text, results = text_of(model, 2, T).to(DEVICE), []
+        for wanted in (True, False):
+            with in_kernels(wanted):
+                cache, out = model.new_cache(2, T), []
+                for count in plan:
+                    count = torch.as_tensor(count, device=DEVICE).expand(2)
+                    pos = cache.seen[:, None] + torch.arange(int(count.max()), device=DEVICE)
+                    logits = model(text.gather(1, pos), cache, count)
+                    out.append(logits[torch.arange(pos.shape[1], device=DEVICE) < count[:, None]])
+                    cache.rollback(cache.seen - (count > 2).long())  # a rejected draft
+                parts = [part.data[0] for layer in cache.layers for name, part in layer.items() if name != "lists"]
+                results.append([torch.cat(out), *parts])
+        for a, b in zip(*results):
+            close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
+
+
+def test_draws_and_commits_on_kernels_equal_mtp():
+    B, V, K, width = 9, 37, 4, 20
+    to = lambda x: x.to(DEVICE)
+    with in_kernels(False):
+        for temperature in (0, 0.7, 1.0):
+            logits, noise = to(torch.randn(B, 2, V) * 3), to(torch.empty(B, 2, V).exponential_())
+            p, token = kernels.draw(logits, temperature, noise)
+            close(p, mtp.law(logits, temperature), 1e-6, f"law at temperature {temperature}")
+            assert torch.equal(token, (mtp.law(logits, temperature) / noise).argmax(-1)), f"tokens at temperature {temperature}"
+        for case in range(20):
+            g = case % 5
+            p, q = (to((torch.randn(B, n, V) * 2).softmax(-1)) for n in (g + 1, g))
+            q = p[:, :g] if case % 7 == 6 else q  # q = p: nothing is refused
+            known, active = to(torch.randint(2, 9, (B,))), to(torch.rand(B) < 0.8)
+            given, limit = known + to(torch.randint(-2, 3, (B,))), known + to(torch.randint(1, 8, (B,)))
+            drafts, u, noise = to(torch.randint(V, (B, g))), to(torch.rand(B, g)), to(torch.empty(B, V).exponential_())
+            text = to(torch.randint(V, (B, width)))
+            state = [text, to(torch.zeros(B, width)), known, given, limit, active, to(torch.zeros(B, 3, K)), to(torch.zeros(B, 2))]
+            place = known[:, None] + torch.arange(g, device=DEVICE)
+            drafts = torch.where(place < given[:, None], text.gather(1, place), drafts)  # a prompt is a draft that is right
+            both = []
+            for f in (kernels.commit, mtp.commit):
+                mine = [x.clone() for x in state]
+                both.append([f(p, q, drafts, u, noise, *mine, case), *mine])
+            for what, a, b in zip("taken text logp known given limit active counts reads".split(), *both):
+                close(a, b, 1e-5, f"commit, case {case}: {what}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 # decoding
 
 
@@ -715,7 +825,7 @@ def drafts_see_what_training_saw(attn, K=4):
     for number in range(30):
         g = (K, 2, 0, 0, 0, 1)[number % 6]  # while there are no drafts the module falls behind, and catches up at once
         known, drawn = decoder.known.clone(), []
-        decoder.behind += g == 0
+        decoder.gap += g == 0
         if g:
             decoder.close_gap()
         with swapped(mtp, "draw", lambda z, *a: (drawn.append(original(z, *a)), drawn[-1])[1]):
@@ -880,6 +990,27 @@ def test_weights_may_change_between_calls():
 
 
 @torch.no_grad()
+def test_any_number_of_drafts_at_any_time():
+    """Drafts change from segment to segment, long stretches have none, looks come late as on a GPU, windows are shorter than drafts."""
+    draw, late = random.Random(0), mutant(mtp.Decoder.generate, 'len(looks) > (self.text.device.type == "cuda")', "len(looks) > 1")
+    for attn in KINDS:
+        model = drafter(attn, 6, vocab=5, layers=2, window=2, context=400)
+        prompts = [text_of(model, 1, n)[0] for n in (1, 2, 70, 17, 1, 40)]
+        plain = [t for t, _ in mtp.Decoder(model, 6, 200, temperature=0).generate(prompts, 100)]
+        decoder, plan = mtp.Decoder(model, 3, 200, model.mtp, 6, temperature=0), []
+
+        def choose():
+            if not plan:
+                plan.extend([draw.randint(1, 6)] * draw.choice([1, 2]) + [0] * draw.choice([0, 1, 17, 33]))
+            return plan.pop()
+
+        with swapped(decoder.pace, "choose", choose), swapped(mtp.Decoder, "generate", late):
+            for again in range(2):
+                for (got, _), want in zip(decoder.generate(prompts, 100), plain):
+                    assert torch.equal(got, want), f"{attn}, call {again + 1}: {got.tolist()} instead of {want.tolist()}"
+
+
+@torch.no_grad()
 def recorded_equals_forward(attn, temperature):
     model = drafter(attn, 3, vocab=11).float()
     prompts = [text_of(model, 1, n)[0] for n in (1, 20, 9, 33)]
@@ -987,6 +1118,52 @@ def test_equip_trains_the_module_and_nothing_else():
         assert n.startswith("mtp.") or torch.equal(p, before[n]) and p.grad is None, f"{n} is not the module's"
         assert not n.startswith("mtp.") or not torch.equal(p, before[n]), f"{n} was not trained"
     assert "length per read" in lines[-1]
+
+
+class Counts(torch.nn.Module):
+    """A trunk that shares no code with ours: its state is a matrix times how often each of the last 5 tokens of a row occurred, and where."""
+
+    def __init__(self, V=9, C=32):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(V, C), torch.nn.Linear(C, V, bias=False)
+        self.mix = torch.nn.Linear(5 * C, C)
+        torch.nn.init.normal_(self.head.weight)
+
+    class Cache:
+        def __init__(self, batch, max_len):
+            self.text, self.seen = torch.zeros(batch, max_len).long(), torch.zeros(batch).long()
+
+        def rollback(self, seen):
+            self.seen.clamp_(max=seen)
+
+    def new_cache(self, batch, max_len, margin, dtype):
+        return self.Cache(batch, max_len)
+
+    def hidden(self, tokens, cache=None, count=None):
+        B, T = tokens.shape
+        cache = cache or self.Cache(B, T)
+        place = cache.seen[:, None] + torch.arange(T)  # (B, T)
+        real = torch.arange(T) < (torch.full((B,), T) if count is None else count)[:, None]
+        for b, t in real.nonzero().tolist():
+            cache.text[b, place[b, t]] = tokens[b, t]
+        cache.seen += real.sum(1)
+        back = place[..., None] - torch.arange(5)  # (B, T, 5)
+        e = self.embed(cache.text.gather(1, back.clamp(0, cache.text.shape[1] - 1).flatten(1)).view(B, T, 5)) * (back >= 0)[..., None]
+        return self.mix(e.flatten(2)).tanh() * 3
+
+
+def test_any_trunk_will_do():
+    """mtp.py on a model that is no Transformer and has a cache of its own: equipped, then decoded with and without drafts."""
+    trunk, cfg = Counts(), tiny("gqa", vocab=9, mtp=3)
+    module = mtp.MTP(train_lm.Block(cfg, 0), 32)
+    given = [torch.randint(9, (n,)) for n in (1, 6, 3)]
+    with torch.no_grad():
+        texts = torch.stack([torch.cat([p, t]) for p, (t, _) in zip([given[1]] * 48, mtp.Decoder(trunk, 48, 40).generate([given[1]] * 48, 30))])
+    before, after = (mtp.equip(trunk, module, texts, 6, 3, steps, rows=16, lr=1e-2, say=lambda line: None) for steps in (1, 60))
+    assert after.sum() > before.sum() + 0.1, f"acceptance grows: {before} to {after}"
+    plain = mtp.Decoder(trunk, 3, 60, temperature=0).generate(given, 40)
+    drafted = mtp.Decoder(trunk, 2, 60, module, 3, temperature=0, drafts=3).generate(given, 40)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, drafted))
 
 
 def test_a_run_with_a_module():
