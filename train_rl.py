@@ -101,8 +101,8 @@ PRESETS = {
 }
 # What a run with a preset's own settings reaches, by arm and seed (a warm start differs much from seed to seed): the share of held-out
 # problems that the full cache solves, greedy, and how much the share of right rollouts (T = 1) gains from the first 10 steps to the last 10.
-EXPECTED = {("small", "both", 0): {"greedy": (0.9, 1.0), "gain": (0.2, 0.6)},
-            ("small", "dense", 0): {"greedy": (0.9, 1.0), "gain": (0.3, 0.7)}}  # fmt: skip
+EXPECTED = {("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6)},
+            ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.3, 0.7)}}  # fmt: skip
 # what a resumed run cannot change
 FIXED = "task size largest attn layers width heads groups window rollout compressor budget buffer recent sinks correct".split()
 
