@@ -398,16 +398,16 @@ def main():
 
     torch.manual_seed(0)
     doc = torch.tensor([ord(c) for c in __doc__[:400]])
-    model = train_lm.LM(train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=4, vocab=128, context=128))
+    model = train_lm.LM(train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=4, vocab=128, context=96))
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     for _ in range(150):
-        rows = doc[torch.randint(len(doc) - 129, (4,))[:, None] + torch.arange(129)]  # (4, 129)
+        rows = doc[torch.randint(len(doc) - 97, (4,))[:, None] + torch.arange(97)]  # (4, 97)
         (-token_logp(model(rows[:, :-1]), rows[:, 1:]).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    text = train_lm.generate(model, doc[None, :20], 108, temperature=0.8)[0]  # (128,)
-    dense = token_logp(model(text[None, :-1]), text[None, 1:])[0].detach()  # (127,)
-    print("Of 127 tokens 24 are held per head: # by all heads, then + - . and a space by none\n"
+    text = train_lm.generate(model, doc[None, :20], 76, temperature=0.7)[0]  # (96,)
+    dense = token_logp(model(text[None, :-1]), text[None, 1:])[0].detach()  # (95,)
+    print("Of 95 tokens 24 are held per head: # by all heads, then + - . and a space by none\n"
           "xi = p(full cache) / p(compressed) of each token: = from 0.8 to 1.25, < below, > above, ! below 0.01 (below 0.0001: a veto)\n\n"
           f"{'text':12} " + "".join(map(chr, text[1:])).replace("\n", "~"))  # fmt: skip
     for name, sinks in (("rkv", 0), ("snapkv", 0), ("streaming", 4)):
