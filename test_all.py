@@ -2074,9 +2074,9 @@ def test_demos_run():
     for script, words in (("latent_attention.py", ("MHA", "MLA", "GLA")), ("nsa.py", ("compressed", "ASA global", "#")),
                           ("mtp.py", ("drafted", "tokens per read"))):  # fmt: skip
         began = time.time()
-        out, _ = run(script=script, env={"OMP_NUM_THREADS": "2"})
+        out, _ = run(script=script, env={"OMP_NUM_THREADS": "1"})
         assert all(w in out for w in words), out
-        assert time.time() - began < 30, f"{script} took {time.time() - began:.0f} s"
+        assert time.time() - began < 60, f"{script} took {time.time() - began:.0f} s"
 
 
 def main(argv):
