@@ -631,6 +631,7 @@ def demo():
     import train_lm
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # of so small a model more threads mostly wait for each other
     text = torch.tensor([ord(c) for c in __doc__[:1200]])  # so little that it learns it nearly by heart
     cfg = train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
     model = train_lm.LM(cfg)
