@@ -397,6 +397,7 @@ def main():
     import train_lm
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # of so small a model more threads mostly wait for each other
     doc = torch.tensor([ord(c) for c in __doc__[:400]])
     model = train_lm.LM(train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=4, vocab=128, context=96))
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
