@@ -5,7 +5,7 @@
     python results/rl_arms.py --out FILE --arms dense both-32 --seeds 0 -- --steps 50     what follows -- goes to every run
     python results/rl_arms.py --table FILE                      the table of what is there
 
-A step takes about 0.2 s of an H200, however many runs share it: 100 steps x 29 arms x 3 seeds are 29 minutes; the warm start takes 2 more.
+A step took about 0.2 s of an H200 that four runs shared: 100 steps x 29 arms x 3 seeds are 29 minutes; the warm start takes 2 more.
 FILE: the log.jsonl of every run, its lines with arm and seed; rewritten every 20 seconds, and the table printed every 60, so that a set
 that is cut off leaves what it had.
 """
