@@ -16,6 +16,7 @@ Not to be confused with the package `kernels` on PyPI.
 Letters as in latent_attention.py.
 """
 import torch
+import torch.nn.functional as F
 
 try:
     import triton
@@ -49,6 +50,363 @@ if triton is not None:
         to = out + (bh * T + t[:, None]) * P + i[None, :]
         tl.store(to, (u * cos - v * sin).to(out.dtype.element_ty), mask=ok)
         tl.store(to + P // 2, (v * cos + u * sin).to(out.dtype.element_ty), mask=ok)
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 2) attention as a walk
+
+    @triton.jit
+    def load_rows(x, row, ok, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr):
+        """Rows of a matrix, padded with zeros to P columns: x[row, :D] -> (rows, P)."""
+        d = tl.arange(0, P)
+        mask = ok[:, None] if D == P else ok[:, None] & (d < D)[None, :]
+        return tl.load(x + row[:, None] * STRIDE + d[None, :], mask=mask, other=0)
+
+    @triton.jit
+    def store_rows(x, row, ok, value, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr):
+        d = tl.arange(0, P)
+        tl.store(x + row[:, None] * STRIDE + d[None, :], value.to(x.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+
+    @triton.jit
+    def dot(a, b, a2, b2, TWO: tl.constexpr):
+        """a b^T, and with TWO [a ; a2] [b ; b2]^T; in fp32 without tf32."""
+        c = tl.dot(a, tl.trans(b), input_precision="ieee")
+        if TWO:
+            c = tl.dot(a2, tl.trans(b2), c, input_precision="ieee")
+        return c
+
+    @triton.jit
+    def span(t, S, l, d, window):
+        """Entry i stands at position i d + l - 1: the query at t reads the entries [low, high) of S."""
+        high = tl.minimum(tl.maximum(t + 1 - l + d, 0) // d, S)
+        low = tl.minimum(tl.maximum(t - window - l + 1 + d, 0) // d, high)
+        return low, high
+
+    @triton.jit
+    def limits(words, tile, first, T, S, l, d, window, n, BQ: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
+               LISTED: tl.constexpr, LISTS: tl.constexpr):  # fmt: skip
+        """Where the walk of the queries first .. first + BQ - 1 begins, where all of them read all of a tile, where not any more, the end."""
+        if LISTED:
+            i = tl.arange(0, WORDS)
+            count = tl.sum((tl.load(words + tile * n + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
+            alike = tl.maximum(count - 1, 0) * BLOCK // BN * BN if LISTS == 1 else 0  # the last block is the queries' own
+            return 0, 0, alike, count * BLOCK
+        else:
+            low, high = span(first, S, l, d, window)
+            last_low, end = span(tl.minimum(first + BQ, T) - 1, S, l, d, window)
+            whole = low + tl.cdiv(tl.maximum(last_low - low, 0), BN) * BN
+            return low, whole, whole + tl.maximum(high - whole, 0) // BN * BN, end
+
+    @triton.jit
+    def step(words, tile, start, end, S, n, BN: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr):
+        """The next BN keys of a walk: where they lie, which exist, and which lists of the tile hold them (a bit each)."""
+        j = start + tl.arange(0, BN)
+        if LISTED:
+            word = tl.load(words + tile * n + j // BLOCK, mask=j < end, other=-1)
+            s = (word >> 8) * BLOCK + j % BLOCK
+            return s, (word >= 0) & (s < S), word & 255
+        else:
+            return j, j < S, j
+
+    @triton.jit
+    def sees(s, bits, low, high, place, LISTED: tl.constexpr):
+        """Which of the keys (1, n) or (n, 1) a query row reads, (m, 1) or (1, m)."""
+        see = (s >= low) & (s < high)
+        if LISTED:
+            see = see & (((bits >> place) & 1) > 0)
+        return see
+
+    @triton.jit
+    def forward_kernel(q, k, k2, v, words, out, lse, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
+                       DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
+                       SHARED: tl.constexpr, LISTED: tl.constexpr, LISTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+                       BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+        """One program: BQ queries x the h heads of a group, against the keys of their walk: online softmax, base 2."""
+        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)  # long walks first
+        m = tl.arange(0, BM)
+        t, head, place = tile * BQ + m // HP, m % HP, m // HP // (BQ // LISTS)
+        ok, row = (head < h) & (m // HP < BQ) & (t < T), (bg * h + head) * T + t
+        low, high = span(t, S, l, d, window)  # (BM,)
+        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
+        if LISTED:
+            words += bg * tl.num_programs(0) * n
+
+        top = tl.full((BM,), -1e30, tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        mean = tl.zeros((BM, PV), tl.float32)
+        begin, whole, edge, end = limits(words, tile, tile * BQ, T, S, l, d, window, n, BQ, BN, BLOCK, WORDS, LISTED, LISTS)
+        for phase in tl.static_range(3):  # masked, all see all, masked
+            a, b = begin, tl.minimum(whole, end)
+            if phase == 1:
+                a, b = whole, edge
+            if phase == 2:
+                a, b = tl.maximum(whole, edge), end
+            for start in range(a, b, BN):
+                s, live, bits = step(words, tile, start, end, S, n, BN, BLOCK, LISTED)
+                keys = load_rows(k, s, live, DK, PK, DK)  # (BN, PK)
+                keys2 = load_rows(k2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
+                score = dot(queries, keys, queries2, keys2, D2 > 0)  # (BM, BN)
+                if phase != 1:
+                    see = sees(s[None, :], bits[None, :], low[:, None], high[:, None], place[:, None], LISTED) & live[None, :]
+                    score = tl.where(see, score, -1e30)
+                new = tl.maximum(top, tl.max(score, 1) * scale)  # scale includes log2(e)
+                p = tl.exp2(score * scale - new[:, None])  # (BM, BN)
+                if phase != 1:
+                    p = tl.where(see, p, 0.0)
+                fade = tl.exp2(top - new)
+                total, top = total * fade + tl.sum(p, 1), new
+                values = keys if SHARED else load_rows(v, s, live, DV, PV, DV)  # (BN, PV)
+                mean = tl.dot(p.to(values.dtype), values, mean * fade[:, None], input_precision="ieee")
+        some = total > 0
+        store_rows(out, row, ok, mean / tl.where(some, total, 1.0)[:, None], DV, PV, DV)
+        tl.store(lse + row, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf")), mask=ok)  # empty: all weights are 0
+
+    @triton.jit
+    def dq_kernel(q, k, k2, v, words, out, lse, dout, delta, dq, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
+                  DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
+                  SHARED: tl.constexpr, LISTED: tl.constexpr, LISTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+                  BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+        """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j with delta = do . o, which is kept for the keys' turn."""
+        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
+        m = tl.arange(0, BM)
+        t, head, place = tile * BQ + m // HP, m % HP, m // HP // (BQ // LISTS)
+        ok, row = (head < h) & (m // HP < BQ) & (t < T), (bg * h + head) * T + t
+        low, high = span(t, S, l, d, window)  # (BM,)
+        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
+        inner = tl.sum(douts.to(tl.float32) * load_rows(out, row, ok, DV, PV, DV).to(tl.float32), 1)  # (BM,)
+        tl.store(delta + row, inner, mask=ok)
+        norm = tl.load(lse + row, mask=ok, other=float("inf"))  # (BM,)
+        k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
+        if LISTED:
+            words += bg * tl.num_programs(0) * n
+
+        grad = tl.zeros((BM, PK), tl.float32)
+        grad2 = tl.zeros((BM, P2), tl.float32)
+        begin, whole, edge, end = limits(words, tile, tile * BQ, T, S, l, d, window, n, BQ, BN, BLOCK, WORDS, LISTED, LISTS)
+        for phase in tl.static_range(3):
+            a, b = begin, tl.minimum(whole, end)
+            if phase == 1:
+                a, b = whole, edge
+            if phase == 2:
+                a, b = tl.maximum(whole, edge), end
+            for start in range(a, b, BN):
+                s, live, bits = step(words, tile, start, end, S, n, BN, BLOCK, LISTED)
+                keys = load_rows(k, s, live, DK, PK, DK)  # (BN, PK)
+                keys2 = load_rows(k2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
+                values = keys if SHARED else load_rows(v, s, live, DV, PV, DV)  # (BN, PV)
+                p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
+                if phase != 1:
+                    see = sees(s[None, :], bits[None, :], low[:, None], high[:, None], place[:, None], LISTED) & live[None, :]
+                    p = tl.where(see, p, 0.0)
+                ds = (p * (dot(douts, values, douts, values, False) - inner[:, None])).to(keys.dtype)  # (BM, BN)
+                grad = tl.dot(ds, keys, grad, input_precision="ieee")
+                if D2 > 0:
+                    grad2 = tl.dot(ds, keys2, grad2, input_precision="ieee")
+        unit = scale * 0.6931471805599453  # without log2(e)
+        store_rows(dq, row, ok, grad * unit, DK, PK, DK + D2)
+        if D2 > 0:
+            store_rows(dq + DK, row, ok, grad2 * unit, D2, P2, DK + D2)
+
+    @triton.jit
+    def dkv_kernel(q, k, k2, v, lse, dout, delta, dk, dk2, dv, units, owners, firsts, starts, scale, T, S, G, G2, l, d, window, blocks, parts,
+                   h: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+                   DV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr, LISTS: tl.constexpr,
+                   BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+        """One program: BN keys of a group (one block of the lists) against one piece of the query tiles that read them.
+
+        dv = sum_i p_i do_i, dk = scale sum_i p_i (do_i . v - delta_i) q_i. A piece is one of `parts` equal parts of the tiles of queries
+        that see the keys; with lists it is up to `parts` entries of the inverted list. Pieces are added up by sum_kernel, in order.
+        """
+        piece = tl.program_id(0).to(tl.int64)
+        R: tl.constexpr = BQ * HP  # rows of a tile of queries; BM // R of them at once
+        if LISTED:
+            owner = tl.load(owners + piece).to(tl.int64)
+            begin = tl.load(starts + owner) + (piece - tl.load(firsts + owner)) * parts
+            end = tl.minimum(begin + parts, tl.load(starts + owner + 1))
+        else:
+            owner = piece // parts
+        bg, block = owner // blocks, (owner % blocks).to(tl.int32)
+        s = block * BN + tl.arange(0, BN)
+        live = s < S
+        if not LISTED:
+            first, last = block * BN * d + l - 1, ((block + 1) * BN - 1) * d + l - 1 + tl.minimum(window, T)
+            begin, end = first // BQ, tl.cdiv(tl.minimum(last, T), BQ)
+            share = tl.cdiv(tl.cdiv(end - begin, parts), BM // R) * (BM // R)
+            begin += (piece % parts).to(tl.int32) * share
+            end = tl.minimum(begin + share, end)
+        keys = load_rows(k + bg * S * DK, s, live, DK, PK, DK)  # (BN, PK)
+        keys2 = load_rows(k2 + (bg // G * G2 + bg % G2) * S * D2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
+        values = keys if SHARED else load_rows(v + bg * S * DV, s, live, DV, PV, DV)  # (BN, PV)
+        gk = tl.zeros((BN, PK), tl.float32)
+        gk2 = tl.zeros((BN, P2), tl.float32)
+        gv = tl.zeros((BN, PV), tl.float32)
+        m = tl.arange(0, BM)
+        inside, head = m % R // HP, m % HP
+        unit = scale * 0.6931471805599453
+        for start in range(begin, end, BM // R):
+            i = start + m // R
+            if LISTED:
+                word = tl.load(units + i, mask=i < end, other=0)
+                tile, bits = word >> 8, word & 255
+            else:
+                tile, bits = i, i
+            t = (tile * BQ + inside).to(tl.int32)
+            ok, row = (head < h) & (t < T) & (i < end), (bg * h + head) * T + t
+            low, high = span(t, S, l, d, window)  # (BM,)
+            queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+            queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+            douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
+            norm, inner = tl.load(lse + row, mask=ok, other=float("inf")), tl.load(delta + row, mask=ok, other=0)  # (BM,)
+            see = sees(s[:, None], bits[None, :], low[None, :], high[None, :], inside[None, :] // (BQ // LISTS), LISTED)
+            p = tl.where(see, tl.exp2(dot(keys, queries, keys2, queries2, D2 > 0) * scale - norm[None, :]), 0.0)  # (BN, BM)
+            ds = (p * unit * (dot(values, douts, values, douts, False) - inner[None, :])).to(queries.dtype)  # (BN, BM)
+            if SHARED:
+                gk = tl.dot(p.to(douts.dtype), douts, gk, input_precision="ieee")
+            else:
+                gv = tl.dot(p.to(douts.dtype), douts, gv, input_precision="ieee")
+            gk = tl.dot(ds, queries, gk, input_precision="ieee")
+            if D2 > 0:
+                gk2 = tl.dot(ds, queries2, gk2, input_precision="ieee")
+        to = piece * BN + tl.arange(0, BN) if PIECES else bg * S + s
+        live = live | PIECES
+        store_rows(dk, to, live, gk, DK, PK, DK)
+        if D2 > 0:
+            store_rows(dk2, to, live, gk2, D2, P2, D2)
+        if not SHARED:
+            store_rows(dv, to, live, gv, DV, PV, DV)
+
+    @triton.jit
+    def sum_kernel(pieces, firsts, out, S, blocks, D: tl.constexpr, P: tl.constexpr, BN: tl.constexpr):
+        """One program: one block of keys; its pieces (BN, D) each, added in order."""
+        owner, n = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
+        total = tl.zeros((BN, P), tl.float32)
+        for piece in range(tl.load(firsts + owner), tl.load(firsts + owner + 1)):
+            total += load_rows(pieces, piece * BN + n, n >= 0, D, P, D)
+        s = owner % blocks * BN + n
+        store_rows(out, owner // blocks * S + s, s < S, total, D, P, D)
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 3) which blocks
+
+    @triton.jit
+    def score_kernel(q, k, k2, lse, own, over, scale, T, S, G, G2, l, d, every, row0, rows, J, h: tl.constexpr, HP: tl.constexpr,
+                     DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+        """One program: the lists row0 + .. of BM / HP queries. Their weights, made again from lse, summed over heads and over blocks.
+
+        FOLD = l' / d entries begin in a selection block; entry i counts once per stride of its l / d, OVERLAP = l / d - 1 of which may
+        lie in the next block: `own` (B G, rows, J) counts those in the block where it begins, `over` those in the next one.
+        """
+        BQ: tl.constexpr = BM // HP
+        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
+        m = tl.arange(0, BM)
+        t, head = (row0 + tile * BQ + m // HP) * every, m % HP
+        ok, row = (head < h) & (t < T), (bg * h + head) * T + t
+        _, high = span(t, S, l, d, T)  # (BM,)
+        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        norm = tl.load(lse + row, mask=ok, other=float("inf"))  # (BM,)
+        k, k2 = k + bg * S * DK, k2 + (bg // G * G2 + bg % G2) * S * D2
+        i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BN // FOLD)
+        to = (bg * rows + i[:, None]) * J + j[None, :]  # (BQ, BN / FOLD)
+        place = tl.arange(0, BN) % FOLD
+        beyond = tl.maximum(place + OVERLAP - (FOLD - 1), 0).to(tl.float32)  # (BN,) strides in the next block
+        _, end = span(tl.minimum((row0 + tile * BQ + BQ - 1) * every, T - 1), S, l, d, T)
+        for start in range(0, end, BN):
+            s = start + tl.arange(0, BN)
+            keys = load_rows(k, s, s < S, DK, PK, DK)  # (BN, PK)
+            keys2 = load_rows(k2, s, s < S, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
+            p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
+            p = tl.where(s[None, :] < high[:, None], p, 0.0)
+            p = tl.sum(tl.reshape(p, (BQ, HP, BN)), 1)  # (BQ, BN)
+            ok2 = (i < rows)[:, None] & (start // FOLD + j < J)[None, :]
+            mine = tl.sum(tl.reshape(p * (OVERLAP + 1 - beyond)[None, :], (BQ, BN // FOLD, FOLD)), 2)  # (BQ, BN / FOLD)
+            tl.store(own + to + start // FOLD, mine, mask=ok2)
+            if OVERLAP > 0:
+                tl.store(over + to + start // FOLD, tl.sum(tl.reshape(p * beyond[None, :], (BQ, BN // FOLD, FOLD)), 2), mask=ok2)
+
+    @triton.jit
+    def select_kernel(own, over, lists, every, row0, rows, all_rows, J, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, BJ: tl.constexpr,
+                      NP: tl.constexpr):  # fmt: skip
+        """One program: one list. The n-th best score by bisection of its bits, then the blocks that reach it, in ascending order."""
+        r, bg, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BJ)
+        mine = (row0 + r) * every // BLOCK  # the query's own block
+        at = (bg * rows + r) * J + j
+        score = tl.load(own + at, mask=j < mine - 1, other=0)
+        if OVERLAP > 0:
+            score += tl.load(over + at - 1, mask=(j > 0) & (j < mine - 1), other=0)
+        bits = score.to(tl.int32, bitcast=True)  # floats >= 0 are ordered like their bits
+        bits = tl.where((j == 0) | (j >= mine - 1), 0x7F800000, bits)  # forced: infinity
+        bits = tl.where(j > mine, -1, bits)
+        low, high = 0, 0x7F800001  # at least n reach low (or low is 0), fewer than n reach high
+        for _ in range(31):
+            middle = low + (high - low) // 2
+            enough = tl.sum((bits >= middle).to(tl.int32), 0) >= n
+            low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        better, equal = (bits > low).to(tl.int32), (bits == low).to(tl.int32)
+        room = n - tl.sum(better, 0)
+        chosen = better + equal * (tl.cumsum(equal, 0) <= room).to(tl.int32)  # of equals the first
+        to = lists + (bg * all_rows + row0 + r) * n
+        tl.store(to + tl.cumsum(chosen, 0) - 1, j, mask=chosen > 0)
+        i = tl.arange(0, NP)
+        tl.store(to + i, -1, mask=(i >= tl.sum(chosen, 0)) & (i < n))
+
+    @triton.jit
+    def unite_kernel(lists, words, rows, tiles, n, LISTS: tl.constexpr, NP: tl.constexpr):
+        """One program: the union of LISTS neighbouring lists, ascending: words of block << 8 | which lists hold it; then -1."""
+        tile, bg, e = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, NP)
+        row = tile * LISTS + e // n
+        block = tl.load(lists + bg * rows * n + tile * LISTS * n + e, mask=(e < LISTS * n) & (row < rows), other=-1)
+        block = tl.where(block < 0, 2**22 + e, block)  # none: behind all others
+        same = block[:, None] == block[None, :]  # (NP, NP)
+        bits = tl.sum(tl.where(same, (1 << (e // n))[None, :], 0), 1)  # (NP,)
+        first = tl.sum((same & (e[None, :] < e[:, None])).to(tl.int32), 1) == 0  # (NP,) rows: not in an earlier list
+        fresh = tl.sum((same & (e[:, None] < e[None, :])).to(tl.int32), 0) == 0  # (NP,) the same by columns
+        place = tl.sum(((block[None, :] < block[:, None]) & fresh[None, :]).to(tl.int32), 1)  # (NP,)
+        first = first & (block < 2**22)
+        to = words + (bg * tiles + tile) * LISTS * n
+        tl.store(to + place, (block << 8) | bits, mask=first)
+        tl.store(to + e, -1, mask=(e >= tl.sum(first.to(tl.int32), 0)) & (e < LISTS * n))
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 4) mix
+
+    @triton.jit
+    def gated(branch, gate, row, ok, D: tl.constexpr, P: tl.constexpr):
+        return tl.load(gate, mask=ok, other=0).to(tl.float32)[:, None] * load_rows(branch, row, ok, D, P, D)
+
+    @triton.jit
+    def mix_kernel(x, y, z, g, out, H, T, gb, gt, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BT: tl.constexpr):
+        """One program: BT queries of one head. out (B, T, H, D) = sum of gate x branch; branches (B, H, T, D), g (B, T, N H)."""
+        bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BT + tl.arange(0, BT)
+        ok, row, gate = t < T, bh * T + t, g + bh // H * gb + t * gt + bh % H
+        mixed = gated(x, gate, row, ok, D, P) + gated(y, gate + H, row, ok, D, P)  # (BT, P)
+        if N == 3:
+            mixed += gated(z, gate + 2 * H, row, ok, D, P)
+        store_rows(out, (bh // H * T + t) * H + bh % H, ok, mixed, D, P, D)
+
+    @triton.jit
+    def ungate(branch, dbranch, gate, dgate, douts, row, ok, D: tl.constexpr, P: tl.constexpr):
+        store_rows(dbranch, row, ok, tl.load(gate, mask=ok, other=0).to(tl.float32)[:, None] * douts, D, P, D)
+        tl.store(dgate, tl.sum(douts * load_rows(branch, row, ok, D, P, D).to(tl.float32), 1).to(dgate.dtype.element_ty), mask=ok)
+
+    @triton.jit
+    def unmix_kernel(x, y, z, g, dout, dx, dy, dz, dg, H, T, gb, gt, ob, oh, ot, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+                     BT: tl.constexpr):  # fmt: skip
+        """Its gradient: a branch gets gate x dout, a gate branch . dout. dg (B, T, N H) dense, dout with strides."""
+        bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BT + tl.arange(0, BT)
+        ok, row, gate = t < T, bh * T + t, g + bh // H * gb + t * gt + bh % H
+        dgate = dg + (bh // H * T + t) * N * H + bh % H
+        d = tl.arange(0, P)
+        at = dout + bh // H * ob + bh % H * oh + t[:, None].to(tl.int64) * ot + d[None, :]
+        douts = tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0).to(tl.float32)  # (BT, P)
+        ungate(x, dx, gate, dgate, douts, row, ok, D, P)
+        ungate(y, dy, gate + H, dgate + H, douts, row, ok, D, P)
+        if N == 3:
+            ungate(z, dz, gate + 2 * H, dgate + 2 * H, douts, row, ok, D, P)
 
     # -----------------------------------------------------------------------------------------------------------------------------
     # 2) append
@@ -272,6 +630,234 @@ class Rope(torch.autograd.Function):
 def rope(x, pos, base=10000.0):
     """latent_attention.rope: x (B, H, T, P), pos (B or 1, T) -> (B, H, T, P); angles in fp32."""
     return Rope.apply(x, pos, base, 1)
+
+
+LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
+
+
+def tile(kind, rows, width, dtype):
+    """(rows of queries at once, keys at once, warps, stages) of the attention kernels: the only numbers that were tuned, on an H200.
+
+    rows: those that a list joins (0: as many as one likes); width: of a key. fp32 has no tensor cores here, only small tiles fit.
+    """
+    if dtype == torch.float32:
+        return max(rows, 32), 32, 4, 1
+    wide = width > 192
+    if kind == "forward":
+        return (max(rows, 16), 64, 4, 3) if rows else (128, 64, 8, 2 if wide else 3)
+    if kind == "dq":
+        return (max(rows, 16), 64, 4, 2) if rows else (64 if wide else 128, 64, 8, 2)
+    if kind == "scores":
+        return 64, 64, 4, 3
+    return (max(rows, 64), 64, 4, 2) if rows else (64, 64 if wide else 128, 8, 2)  # dkv
+
+
+def sizes(q, k, k2, v):
+    """Widths of keys [k ; k2] and values as the kernels want them: each padded to a power of 2."""
+    h, DK, D2, DV = q.shape[1] // k.shape[1], k.shape[3], 0 if k2 is None else k2.shape[3], (k if v is None else v).shape[3]
+    return dict(h=h, HP=power(h), DK=DK, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is None)
+
+
+class Walk(torch.autograd.Function):
+    """Attention of q (B, H, T, DK + D2) to keys [k ; k2] (B, G, S, DK), (B, 1 or G, S, D2) and values v (B, G, S, DV), None: k itself.
+
+    words None: key i stands at position i d + l - 1, and a query reads those among its last `window` positions. Otherwise each tile of
+    `share` x `lists` queries reads the blocks of its words (B, G, tiles, n) up to its own position. -> o (B, H, T, DV), lse (B, H, T).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, k2, v, words, scale, l, d, window, block, share, lists):
+        (B, H, T, _), (_, G, S, _) = q.shape, k.shape
+        w = sizes(q, k, k2, v)
+        w.update(LISTED=words is not None, LISTS=lists)
+        rows = share * lists * w["HP"] if w["LISTED"] else 0
+        BM, BN, warps, stages = tile("forward", rows, w["DK"] + w["D2"], q.dtype)
+        BQ = share * lists if rows else max(1, BM // w["HP"])
+        w.update(WORDS=power(words.shape[3]) if rows else 1, BLOCK=block)
+        n = words.shape[3] if rows else 0
+        out = torch.empty(B, H, T, w["DV"], dtype=q.dtype, device=q.device)
+        lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+        plain = (scale * LOG2_E, T, S, G, 1 if k2 is None else k2.shape[1], l, d, window)
+        forward_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k if k2 is None else k2, k if v is None else v, words, out, lse, *plain, n,
+                                                    **w, BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
+        ctx.save_for_backward(q, k, k2, v, words, out, lse)
+        ctx.plain, ctx.sizes, ctx.rows, ctx.tile = plain, w, rows, BQ
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        q, k, k2, v, words, out, lse = ctx.saved_tensors
+        (B, H, T, _), (_, G, S, _), w, rows, dout = q.shape, k.shape, dict(ctx.sizes), ctx.rows, dout.contiguous()
+        width, n, k2_, v_ = w["DK"] + w["D2"], words.shape[3] if rows else 0, k if k2 is None else k2, k if v is None else v
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
+        BM, BN, warps, stages = tile("dq", rows, width, q.dtype)
+        BQ = ctx.tile if rows else max(1, BM // w["HP"])
+        dq_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k2_, v_, words, out, lse, dout, delta, dq, *ctx.plain, n, **w, BQ=BQ,
+                                               BM=max(BM, BQ * w["HP"]), BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
+
+        BM, BN, warps, stages = tile("dkv", rows, width, q.dtype)
+        BN = w.pop("BLOCK") if rows else BN
+        BQ = ctx.tile if rows else max(1, BM // w["HP"])
+        blocks, units, owners, starts = triton.cdiv(S, BN), None, None, None
+        if rows:  # pieces of at most twice the average number of entries: a popular block is many pieces
+            parts = max(1, 2 * n * BN // BQ)
+            units, owners, firsts, starts = invert(words, blocks, parts)
+            pieces = len(owners)
+        else:
+            parts = min(triton.cdiv(528, B * G * blocks), triton.cdiv(T, 16 * BQ)) if B * G * blocks < 264 else 1  # enough to fill a GPU
+            pieces, firsts = B * G * blocks * parts, torch.arange(0, B * G * blocks * parts + 1, parts, device=q.device)
+        split = pieces > B * G * blocks
+        new = lambda x, heads: torch.empty((pieces, BN, x.shape[3]) if split else (B, heads, S, x.shape[3]),
+                                           dtype=torch.float32 if split else x.dtype, device=x.device)  # fmt: skip
+        grads = [new(k, G), None if k2 is None else new(k2, G), None if v is None else new(v, G)]
+        gk, gk2, gv = (grads[0] if g is None else g for g in grads)
+        w = {name: w[name] for name in w if name != "WORDS"}
+        dkv_kernel[(pieces,)](q, k, k2_, v_, lse, dout, delta, gk, gk2, gv, units, owners, firsts, starts, *ctx.plain, blocks, parts, **w,
+                              BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, PIECES=split, num_warps=warps, num_stages=stages)  # fmt: skip
+        for i, x in enumerate((k, k2, v)):
+            if split and x is not None:
+                pieced, grads[i] = grads[i], torch.empty(B, G, S, x.shape[3], dtype=x.dtype, device=x.device)
+                sum_kernel[(B * G * blocks,)](pieced, firsts, grads[i], S, blocks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
+        if k2 is not None and k2.shape[1] < G:
+            grads[1] = grads[1].sum(1, keepdim=True)  # one rotary key for all groups
+        return dq, *grads, *[None] * 8
+
+
+def invert(words, blocks, parts):
+    """Which tiles read a block: the lists (B, G, tiles, n) sorted by block, in pieces of at most `parts` entries.
+
+    -> units (entries,) tile << 8 | bits; owners (pieces,) whose piece it is; firsts (B G blocks + 1,) the first piece of each block, and
+    starts (B G blocks + 1,) its first entry. Nothing is read back to the host: there are as many pieces as there may be.
+    """
+    B, G, tiles, n = words.shape
+    total, place = B * G * blocks, lambda size, shape: torch.arange(size, dtype=torch.int32, device=words.device).view(shape)
+    owner = place(B * G, (B, G, 1, 1)) * blocks + (words >> 8)  # (B, G, tiles, n)
+    owner, order = owner.masked_fill(words < 0, total).flatten().sort(stable=True)
+    units = (place(tiles, (tiles, 1)) << 8 | words & 255).flatten()[order]
+    starts = torch.searchsorted(owner, torch.arange(total + 1, dtype=torch.int32, device=words.device))  # (total + 1,)
+    firsts = F.pad(((starts.diff() + parts - 1) // parts).cumsum(0), (1, 0))  # (total + 1,)
+    pieces = torch.arange(total + words.numel() // parts, device=words.device)
+    owners = (torch.searchsorted(firsts, pieces, right=True) - 1).clamp(max=total - 1)  # a piece too many is an empty one of the last block
+    return units, owners, firsts, starts
+
+
+def refuse(what, q, k, v=None, k2=None):
+    """One clear line, before any work, for what the kernels cannot do."""
+    h, widths = q.shape[1] // k.shape[1], [x.shape[3] for x in (k, k2, v) if x is not None]
+    if h > 64 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{what}: {q.shape[1]} heads in {k.shape[1]} groups; a group has 1 to 64 heads")
+    if max(widths) > 256:
+        raise ValueError(f"{what}: widths {widths}; at most 256")
+    if len({x.dtype for x in (q, k, k2, v) if x is not None}) > 1:
+        raise ValueError(f"{what}: queries, keys and values must be of one dtype")
+
+
+def split_key(k, k2, shared):
+    """A key whose width is no power of 2 as two of them, such as 192 = 128 + 64: padding would waste up to half of the work."""
+    low = power(k.shape[3] + 1) // 2
+    if k2 is None and not shared and low < k.shape[3]:
+        return k[..., :low], k[..., low:]
+    return k, k2
+
+
+def attend(what, q, k, v, words, scale, k2, l=1, d=1, window=None, block=1, share=1, lists=1):
+    shared = v is k
+    k, k2 = split_key(k, k2, shared)
+    refuse(what, q, k, v, k2)
+    q, k, k2, v = (x if x is None else x.contiguous() for x in (q, k, k2, None if shared else v))
+    return Walk.apply(q, k, k2, v, words, scale, l, d, window or q.shape[2], block, share, lists)
+
+
+def window_attention(q, k, v, window, scale, k2=None):
+    """latent_attention.window_attention on keys [k ; k2]; k2 (B, 1 or G, T, P) or None."""
+    return attend("window_attention", q, k, v, None, scale, k2, window=min(window, q.shape[2]))[0]
+
+
+def compressed_attention(q, k, v, l, d, scale, k2=None):
+    """nsa.compressed_attention where entry i stands at position i d + l - 1 -> o (B, H, T, Dv), lse in base 2 (B, H, T) for `select`."""
+    return attend("compressed_attention", q, k, v, None, scale, k2, l, d)
+
+
+@torch.no_grad()
+def select(q, k, lse, l, d, block, n, scale, k2=None, every=1):
+    """nsa.block_importance and select_blocks for every `every`-th query -> lists (B, G, ceil(T / every), min(n, blocks)), ascending.
+
+    The scores of a few thousand lists at a time lie in memory, never those of all.
+    """
+    refuse("select", q, k, None, k2)
+    k, k2 = split_key(k, k2, False)
+    q, k, k2 = (x if x is None else x.contiguous() for x in (q, k, k2))
+    (B, H, T, _), (_, G, S, _) = q.shape, k.shape
+    w = sizes(q, k, k2, k)
+    blocks, rows = triton.cdiv(T, block), triton.cdiv(T, every)
+    if blocks > 2**15:
+        raise ValueError(f"select: {blocks} blocks; at most {2**15} are ranked at once")
+    n, overlap = min(n, blocks), l // d - 1
+    BM, BN, warps, stages = tile("scores", 0, w["DK"] + w["D2"], q.dtype)
+    BQ = max(1, BM // w["HP"])
+    chunk = min(rows, triton.cdiv(2**25 // (B * G * blocks), BQ) * BQ)
+    lists = torch.empty(B, G, rows, n, dtype=torch.int32, device=q.device)
+    own = torch.empty(B * G, chunk, blocks, dtype=torch.float32, device=q.device)
+    over = torch.empty_like(own) if overlap else own
+    w = {name: w[name] for name in ("h", "HP", "DK", "PK", "D2", "P2")}
+    for row0 in range(0, rows, chunk):
+        score_kernel[(triton.cdiv(min(chunk, rows - row0), BQ), B * G)](
+            q, k, k if k2 is None else k2, lse, own, over, scale * LOG2_E, T, S, G, 1 if k2 is None else k2.shape[1], l, d, every, row0,
+            chunk, blocks, **w, FOLD=block // d, OVERLAP=overlap, BM=max(BM, w["HP"]), BN=max(BN, block // d), num_warps=warps,
+            num_stages=stages)  # fmt: skip
+        seen = triton.cdiv(min(T, (row0 + chunk) * every), block)  # blocks that the last of these queries may see
+        select_kernel[(min(chunk, rows - row0), B * G)](own, over, lists, every, row0, chunk, rows, blocks, n, BLOCK=block,
+                                                        OVERLAP=overlap, BJ=power(seen, 16), NP=power(n),
+                                                        num_warps=max(1, min(8, power(seen) // 1024)))  # fmt: skip
+    return lists
+
+
+def unite(lists, count):
+    """Unions of `count` neighbouring lists (B, G, rows, n) -> words (B, G, ceil(rows / count), count n) for `Walk`."""
+    B, G, rows, n = lists.shape
+    tiles = triton.cdiv(rows, count)
+    words = torch.empty(B, G, tiles, count * n, dtype=torch.int32, device=lists.device)
+    unite_kernel[(tiles, B * G)](lists.contiguous(), words, rows, tiles, n, LISTS=count, NP=power(count * n))
+    return words
+
+
+def selected_attention(q, k, v, lists, block, scale, k2=None, share=1, together=1):
+    """nsa.selected_attention where lists (B, G, ceil(T / share), n) serve `share` queries each: valid blocks up to the queries' own, then -1.
+
+    `together` neighbouring lists are walked as their union: blocks that several of them hold are fetched once.
+    """
+    words = unite(lists.to(torch.int32), together)
+    return attend("selected_attention", q, k, v, words, scale, k2, block=block, share=share, lists=together)[0]
+
+
+class Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates, *branches):
+        B, H, T, D = branches[0].shape
+        ctx.save_for_backward(gates, *branches)
+        out = torch.empty(B, T, H, D, dtype=branches[0].dtype, device=gates.device)
+        x, y, z = (branches + branches[:1])[:3]
+        mix_kernel[(triton.cdiv(T, 16), B * H)](x, y, z, gates, out, H, T, gates.stride(0), gates.stride(1), N=len(branches), D=D, P=power(D),
+                                                BT=16)  # fmt: skip
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, dout):
+        gates, *branches = ctx.saved_tensors
+        B, H, T, D = branches[0].shape
+        dout = dout if dout.stride(3) == 1 else dout.contiguous()
+        grads, dgates = [torch.empty_like(x) for x in branches], torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+        x, y, z = (branches + branches[:1])[:3]
+        dx, dy, dz = (grads + grads[:1])[:3]
+        unmix_kernel[(triton.cdiv(T, 16), B * H)](x, y, z, gates, dout, dx, dy, dz, dgates, H, T, gates.stride(0), gates.stride(1),
+                                                  *dout.stride()[:3], N=len(branches), D=D, P=power(D), BT=16)  # fmt: skip
+        return dgates, *grads
+
+
+def mix(gates, *branches):
+    """Sum of gate x branch: gates (B, T, N H), N = 2 or 3 branches (B, H, T, D) -> (B, H, T, D), lying in memory as (B, T, H, D)."""
+    return Mix.apply(gates if gates.stride(-1) == 1 else gates.contiguous(), *(x.contiguous() for x in branches))
 
 
 def append(data, pos_buffer, length, new, pos, count):
