@@ -25,9 +25,10 @@ except ImportError:  # no Triton, no fast path
     triton = None
 
 
-def fast(x):
-    """Whether the kernels can take x: on a GPU, with Triton, in 16 or 32 bits."""
-    return triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+def fast(x, k=None, v=None):
+    """Whether the kernels can take x, or queries x with these keys and values: on a GPU, with Triton, in 16 or 32 bits."""
+    able = triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return able and (k is None or complaint(x, k, v) is None)
 
 
 if triton is not None:
@@ -742,15 +743,20 @@ def invert(words, blocks, parts):
     return units, owners, firsts, starts
 
 
-def refuse(what, q, k, v=None, k2=None):
-    """One clear line, before any work, for what the kernels cannot do."""
-    h, widths = q.shape[1] // k.shape[1], [x.shape[3] for x in (k, k2, v) if x is not None]
+def complaint(q, k, v=None, k2=None):
+    """What the attention kernels cannot do, as one clear line, or None."""
+    h, given = q.shape[1] // k.shape[1], [x for x in (q, k, k2, v) if x is not None]
     if h > 64 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{what}: {q.shape[1]} heads in {k.shape[1]} groups; a group has 1 to 64 heads")
-    if max(widths) > 256:
-        raise ValueError(f"{what}: widths {widths}; at most 256")
-    if len({x.dtype for x in (q, k, k2, v) if x is not None}) > 1:
-        raise ValueError(f"{what}: queries, keys and values must be of one dtype")
+        return f"{q.shape[1]} heads in {k.shape[1]} groups: a group has 1 to 64 heads"
+    if max(x.shape[3] for x in given[1:]) > 256:
+        return f"widths {[x.shape[3] for x in given[1:]]}: at most 256"
+    if len({x.dtype for x in given}) > 1:
+        return "queries, keys and values must be of one dtype"
+
+
+def refuse(what, *args):
+    if line := complaint(*args):
+        raise ValueError(f"{what}: {line}")
 
 
 def split_key(k, k2, shared):
