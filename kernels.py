@@ -768,9 +768,9 @@ def split_key(k, k2, shared):
 
 
 def attend(what, q, k, v, words, scale, k2, l=1, d=1, window=None, block=1, share=1, lists=1):
+    refuse(what, q, k, v, k2)
     shared = v is k
     k, k2 = split_key(k, k2, shared)
-    refuse(what, q, k, v, k2)
     q, k, k2, v = (x if x is None else x.contiguous() for x in (q, k, k2, None if shared else v))
     return Walk.apply(q, k, k2, v, words, scale, l, d, window or q.shape[2], block, share, lists)
 
@@ -791,7 +791,7 @@ def select(q, k, lse, l, d, block, n, scale, k2=None, every=1):
 
     The scores of a few thousand lists at a time lie in memory, never those of all.
     """
-    refuse("select", q, k, None, k2)
+    refuse("select", q, k, k, k2)
     k, k2 = split_key(k, k2, False)
     q, k, k2 = (x if x is None else x.contiguous() for x in (q, k, k2))
     (B, H, T, _), (_, G, S, _) = q.shape, k.shape

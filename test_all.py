@@ -29,6 +29,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU
+import kernels
 import latent_attention as la
 import nsa
 import train_lm
@@ -513,6 +516,152 @@ def test_nsa_branches_have_keys_and_values_of_their_own():
     layer = NSA(C, H, G, D, window=20, n=4, block=32)
     want = C * H * D * 2 + 3 * 2 * C * G * D + 3 * H * (C + 1) + 2 * (l * D + l * D * D + D * D)
     assert sum(p.numel() for p in layer.parameters()) == want, "parameters of NSA = formula with three independent k, v"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# kernels.py: on a CPU in Triton's interpreter, fp32; on a GPU compiled
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@contextlib.contextmanager
+def kernels_in_use(yes=True):
+    """Let the attention files use the kernels wherever Triton can run them, in the interpreter too, or nowhere."""
+    if kernels.triton is None:
+        raise unittest.SkipTest("needs Triton")
+    with swapped(kernels, "fast", lambda x, k=None, v=None: yes and x.dtype != torch.float64 and (k is None or not kernels.complaint(x, k, v))):
+        yield
+
+
+class Sizes:
+    """One attention problem: queries, and keys [k ; k2] and values (v is k: latents) of tokens and of compressed blocks."""
+
+    def __init__(self, T, h, G, D, Dv=None, P=0, l=32, d=16, block=64, n=4, W=20, every=1, B=1, dtype=torch.float32):
+        self.T, self.l, self.d, self.block, self.n, self.W, self.every, self.G, self.scale = T, l, d, block, n, W, every, G, (D + P) ** -0.5
+        new = lambda heads, S, width: torch.randn(B, heads, S, width, dtype=dtype, device=DEVICE, requires_grad=True)
+        keys = lambda S: (k := new(G, S, D), new(1, S, P) if P else None, new(G, S, Dv) if Dv else k)
+        self.q, self.tokens, self.entries = new(h * G, T, D + P), keys(T), keys(int(nsa.blocks_done(T, l, d)))
+        self.pos = torch.arange(T, device=DEVICE)[None]
+        self.end = (torch.arange(self.entries[0].shape[2], device=DEVICE) * d + l - 1)[None, None]
+        lists = nsa.select_blocks(torch.rand(B, G, T, -(-T // block), device=DEVICE), self.pos, block, n)
+        self.lists = lists[:, :, ::every]  # (B, G, ceil(T / every), n)
+        self.name = f"T {T}, {h} x {G} heads, widths {D}/{P}/{Dv}, blocks {l}/{d}/{block}"
+
+    def leaves(self, kv):
+        k, k2, v = kv
+        return [x for x in (self.q, k, k2, None if v is k else v) if x is not None]
+
+    def masks(self):
+        """What each branch may read (1, 1 or G, T, S), for the reference."""
+        lists = self.lists.repeat_interleave(self.every, 2)[:, :, : self.T]
+        tokens = self.pos[:, None]
+        return {"window": visible(self.pos, tokens, self.W), "compressed": visible(self.pos, self.end),
+                "selected": nsa.chosen_tokens(lists, tokens, self.block, visible(self.pos, tokens))}  # fmt: skip
+
+    def fast(self, branch, together=1):
+        k, k2, v = self.entries if branch == "compressed" else self.tokens
+        if branch == "window":
+            return kernels.window_attention(self.q, k, v, self.W, self.scale, k2)
+        if branch == "compressed":
+            return kernels.compressed_attention(self.q, k, v, self.l, self.d, self.scale, k2)[0]
+        return kernels.selected_attention(self.q, k, v, self.lists, self.block, self.scale, k2, self.every, together)
+
+    def plain(self, branch, dtype):
+        """The same by attend, with copies of the leaves in another dtype -> (o, leaves)."""
+        kv = self.entries if branch == "compressed" else self.tokens
+        copies = [x.detach().to(dtype).requires_grad_() for x in self.leaves(kv)]
+        q, k = copies[:2]
+        k2, v = copies[2] if kv[1] is not None else None, k if kv[2] is kv[0] else copies[-1]
+        mask = self.masks()[branch]
+        none = ~mask.any(-1, keepdim=True)  # queries before the first block: exactly 0
+        o = attend(q, la.join(k, k2), v, mask | none, self.scale)
+        return o.masked_fill(none.expand(-1, q.shape[1] if none.shape[1] == 1 else none.shape[1], -1, -1)
+                             if none.shape[1] == 1 else none.repeat_interleave(q.shape[1] // self.G, 1), 0), copies  # fmt: skip
+
+
+def with_gradients(o, leaves, weight=None):
+    weight = torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o) if weight is None else weight
+    return [o, *torch.autograd.grad((o * weight.to(o.dtype)).sum(), leaves)]
+
+
+def off(a, b):
+    """|a - b| / |b|."""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+def kernels_equal_attend(s, branch, together=1):
+    kv = s.entries if branch == "compressed" else s.tokens
+    ours, want = with_gradients(s.fast(branch, together), s.leaves(kv)), with_gradients(*s.plain(branch, torch.float64))
+    for what, a, b in zip(("output", "dq", "dk", "dk2" if kv[1] is not None else "dv", "dv"), ours, want):
+        assert off(a, b) < 2e-6, f"{branch} attention, {s.name}, {together} lists together: {what} is off by {off(a, b):.1e}"
+
+
+def test_attention_kernels_equal_attend_with_gradients():
+    with kernels_in_use():
+        for T, h, G, D, Dv, more in [
+            (31, 1, 2, 16, 16, {}), (31, 2, 1, 24, 16, {}), (31, 3, 2, 16, 48, dict(P=8)), (100, 16, 1, 16, 16, {}),
+            (31, 5, 1, 96, 64, {}), (31, 8, 1, 192, 128, {}), (100, 4, 1, 64, 64, dict(n=3, W=33)), (31, 12, 1, 16, 16, dict(B=2)),
+            (31, 1, 4, 128, 128, {}), (257, 16, 1, 16, 16, dict(l=16, d=8, block=32)), (31, 1, 3, 64, 64, dict(P=32, W=7)),  # NSA, MLA
+            (100, 4, 2, 24, None, dict(P=8, l=16, block=16, every=4)), (100, 16, 1, 30, None, dict(P=16, l=16, block=16, every=4)),  # ASA
+        ]:  # fmt: skip
+            s = Sizes(T, h, G, D, Dv, **{**more, "block": more.get("block", 32)})
+            for branch in ("window", "selected") + ("compressed",) * (s.entries[0].shape[2] > 0):
+                kernels_equal_attend(s, branch, together=(1, 2, 4)[h % 3])
+        s = Sizes(31, 2, 2, 16, 16)
+        assert (s.fast("compressed") == 0).all(), "before the first block: exactly 0"
+        k, _, v = s.tokens
+        late = lambda q, k, v, W, scale, k2=None: kernels.attend("late", q, k, v, None, scale, k2, window=W + 1)[0]
+        with swapped(kernels, "window_attention", late):
+            fails(kernels_equal_attend, s, "window")
+
+
+def test_selection_kernels_equal_the_reference():
+    with kernels_in_use():
+        for T, h, G, more in [(100, 2, 2, dict(n=3, block=32)), (257, 4, 1, dict(n=4, every=4, l=16, block=16)), (150, 3, 1, dict(n=9, block=16, l=16)),
+                              (90, 1, 1, dict(n=3, l=32, d=8, block=32))]:  # fmt: skip
+            s = Sizes(T, h, G, 16, None, P=8, **more)
+            k, k2, v = s.entries
+            _, lse = kernels.compressed_attention(s.q, k, v, s.l, s.d, s.scale, k2)
+            lists = kernels.select(s.q, k, lse, s.l, s.d, s.block, s.n, s.scale, k2, s.every).long()
+            p = nsa.compressed_attention(s.q, la.join(k, k2), v, visible(s.pos, s.end), s.scale)[1]
+            score = nsa.block_importance(p, s.G, s.l, s.d, s.block, T)
+            want = nsa.select_blocks(score, s.pos, s.block, s.n)[:, :, :: s.every]
+            value = lambda x: torch.where(x >= 0, score[:, :, :: s.every].gather(-1, x.clamp(min=0)), 0).sum(-1)
+            close(value(lists), value(want), 1e-5, f"{s.name}: score of the chosen blocks")  # near ties may be decided otherwise
+            assert torch.equal((lists >= 0).sum(-1), (want >= 0).sum(-1)) and torch.equal(lists[..., 0], want[..., 0] * 0)
+            valid = lists.masked_fill(lists < 0, 2**20)
+            assert ((valid.diff(dim=-1) > 0) | (valid[..., 1:] == 2**20)).all(), "ascending, each block once, then -1"
+            own = s.pos[:, None, :: s.every, None] // s.block
+            for forced in (0, own - 1, own):
+                assert (lists == torch.as_tensor(forced).clamp(min=0)).any(-1).all(), f"{s.name}: a forced block is missing"
+
+
+def test_layers_on_kernels_equal_the_reference():
+    pos = torch.arange(50, device=DEVICE)[None]
+    for attn, depth in (("nsa", 0), ("asa", 0), ("asa", 1)):
+        layer, x = lm(attn).to(DEVICE).float().blocks[depth].attn, torch.randn(1, 50, 32, device=DEVICE)
+        names, leaves = zip(*layer.named_parameters())
+        results = []
+        for use in (True, False):
+            with kernels_in_use(use):
+                results.append(with_gradients(layer(x, pos), leaves))
+        for name, a, b in zip(("output", *names), *results):
+            assert off(a, b) < 1e-5, f"{attn}, layer {depth}: {name} is off by {off(a, b):.1e}"
+
+
+def test_kernels_refuse_what_they_cannot_do():
+    with kernels_in_use():
+        q = lambda heads, width=16, **kind: torch.randn(1, heads, 8, width, device=DEVICE, **kind)
+        for what, args in {"1 to 64 heads": (q(130), q(1), q(1)), "at most 256": (q(2, 320), q(2, 320), q(2, 64)),
+                           "one dtype": (q(2), q(2, dtype=torch.float16), q(2))}.items():  # fmt: skip
+            try:
+                kernels.window_attention(*args, 4, 1.0)
+            except ValueError as e:
+                assert what in str(e) and "\n" not in str(e)
+            else:
+                raise AssertionError(f"not refused: {what}")
+            assert not kernels.fast(*args), "what is refused is left to the reference"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
