@@ -602,7 +602,7 @@ def test_attention_kernels_equal_attend_with_gradients():
         for T, h, G, D, Dv, more in [
             (31, 1, 2, 16, 16, {}), (31, 2, 1, 24, 16, {}), (31, 3, 2, 16, 48, dict(P=8)), (100, 16, 1, 16, 16, {}),
             (31, 5, 1, 96, 64, {}), (31, 8, 1, 192, 128, {}), (100, 4, 1, 64, 64, dict(n=3, W=33)), (31, 12, 1, 16, 16, dict(B=2)),
-            (31, 1, 4, 128, 128, {}), (257, 16, 1, 16, 16, dict(l=16, d=8, block=32)), (31, 1, 3, 64, 64, dict(P=32, W=7)),  # NSA, MLA
+            (31, 1, 4, 128, 128, {}), (257, 4, 1, 16, 16, dict(l=16, d=8, block=32)), (31, 1, 3, 64, 64, dict(P=32, W=7)),  # NSA, MLA
             (100, 4, 2, 24, None, dict(P=8, l=16, block=16, every=4)), (100, 16, 1, 30, None, dict(P=16, l=16, block=16, every=4)),  # ASA
         ]:  # fmt: skip
             s = Sizes(T, h, G, D, Dv, **{**more, "block": more.get("block", 32)})
