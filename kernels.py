@@ -330,16 +330,12 @@ if triton is not None:
                 tl.store(over + to + start // FOLD, tl.sum(tl.reshape(p * beyond[None, :], (BQ, BN // FOLD, FOLD)), 2), mask=ok2)
 
     @triton.jit
-    def select_kernel(own, over, lists, every, row0, rows, all_rows, J, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, BJ: tl.constexpr,
-                      NP: tl.constexpr):  # fmt: skip
-        """One program: one list. The n-th best score by bisection of its bits, then the blocks that reach it, in ascending order."""
-        r, bg, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BJ)
-        mine = (row0 + r) * every // BLOCK  # the query's own block
-        at = (bg * rows + r) * J + j
-        score = tl.load(own + at, mask=j < mine - 1, other=0)
-        if OVERLAP > 0:
-            score += tl.load(over + at - 1, mask=(j > 0) & (j < mine - 1), other=0)
-        bits = score.to(tl.int32, bitcast=True)  # floats >= 0 are ordered like their bits
+    def choose(score, j, mine, to, n, NP: tl.constexpr):
+        """The n best of the blocks j <= mine into a list, ascending, then -1. Forced: 0, mine - 1 and mine, which is the query's own.
+
+        The n-th best score is found by bisection of its bits: floats >= 0 are ordered like their bits.
+        """
+        bits = score.to(tl.int32, bitcast=True)
         bits = tl.where((j == 0) | (j >= mine - 1), 0x7F800000, bits)  # forced: infinity
         bits = tl.where(j > mine, -1, bits)
         low, high = 0, 0x7F800001  # at least n reach low (or low is 0), fewer than n reach high
@@ -350,10 +346,21 @@ if triton is not None:
         better, equal = (bits > low).to(tl.int32), (bits == low).to(tl.int32)
         room = n - tl.sum(better, 0)
         chosen = better + equal * (tl.cumsum(equal, 0) <= room).to(tl.int32)  # of equals the first
-        to = lists + (bg * all_rows + row0 + r) * n
         tl.store(to + tl.cumsum(chosen, 0) - 1, j, mask=chosen > 0)
         i = tl.arange(0, NP)
         tl.store(to + i, -1, mask=(i >= tl.sum(chosen, 0)) & (i < n))
+
+    @triton.jit
+    def select_kernel(own, over, lists, every, row0, rows, all_rows, J, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, BJ: tl.constexpr,
+                      NP: tl.constexpr):  # fmt: skip
+        """One program: one list, from what score_kernel added up."""
+        r, bg, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BJ)
+        mine = (row0 + r) * every // BLOCK
+        at = (bg * rows + r) * J + j
+        score = tl.load(own + at, mask=j < mine - 1, other=0)
+        if OVERLAP > 0:
+            score += tl.load(over + at - 1, mask=(j > 0) & (j < mine - 1), other=0)
+        choose(score, j, mine, lists + (bg * all_rows + row0 + r) * n, n, NP)
 
     @triton.jit
     def unite_kernel(lists, words, rows, tiles, n, LISTS: tl.constexpr, NP: tl.constexpr):
@@ -438,34 +445,46 @@ if triton is not None:
     # 3) decode_attention
 
     @triton.jit
-    def decode_kernel(q, k, k2, v, out, stats, q_pos, k_pos, length, scale, window, T, h, S, G, pos_heads, splits,
+    def decode_kernel(q, k, k2, v, out, stats, raw, lists, q_pos, k_pos, length, scale, window, T, TQ, h, S, G, pos_heads, splits, n_list,
                       qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
-                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-        """One program: the h T query rows of one group against one share of its slots; an online softmax, base 2.
+                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, LISTED: tl.constexpr,
+                      BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+        """One program: the h heads of one group x TQ queries against one share of its slots; an online softmax, base 2.
 
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. Writes the share's weighted mean and (max, sum).
+        LISTED: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S).
         """
-        bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        bg, first = which // (T // TQ), (which % (T // TQ) * TQ).to(tl.int32)
         b, g = bg // G, bg % G
-        m, n = tl.arange(0, BM), tl.arange(0, BN)  # query rows: head m // T, token m % T
+        m, n = tl.arange(0, BM), tl.arange(0, BN)
+        head, t = m // TQ, first + m % TQ  # of the query rows
         dk, dv = tl.arange(0, PK), tl.arange(0, PV)
-        rows = (m < h * T)[:, None]
-        at = q + b * qb + (g * h + m // T)[:, None] * qh + (m % T)[:, None] * qt
+        rows = (m < h * TQ)[:, None]
+        row = (bg * h + head) * T + t
+        at = q + b * qb + (g * h + head)[:, None] * qh + t[:, None] * qt
         queries = tl.load(at + dk[None, :], mask=rows & (dk < DK)[None, :], other=0)  # (BM, PK)
         if D2 > 0:
             d2 = tl.arange(0, P2)
             queries2 = tl.load(at + DK + d2[None, :], mask=rows & (d2 < D2)[None, :], other=0)  # (BM, P2)
-        where = tl.load(q_pos + b * pb + (m % T) * pt, mask=m < h * T, other=0)  # (BM,)
+        where = tl.load(q_pos + b * pb + t * pt, mask=m < h * TQ, other=0)  # (BM,)
 
         filled = tl.minimum(tl.load(length + b), S).to(tl.int32)
-        share = tl.cdiv(tl.cdiv(filled, splits), BN) * BN
-        first = split * share
+        keys_all = filled
+        if LISTED:
+            lists += (bg * T + first) * n_list
+            keys_all = n_list * BLOCK
+        share = tl.cdiv(tl.cdiv(keys_all, splits), BN) * BN
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         mean = tl.zeros((BM, PV), tl.float32)
-        for start in range(first, tl.minimum(first + share, filled), BN):
+        for start in range(split * share, tl.minimum((split + 1) * share, keys_all), BN):
             s = start + n
-            ok = s < filled
+            ok = s < keys_all
+            if LISTED:
+                block = tl.load(lists + s // BLOCK, mask=ok, other=-1)
+                s = block * BLOCK + s % BLOCK
+                ok = (block >= 0) & (s < filled)
             slot = (bg * S + s).to(tl.int64)  # in k, v and their positions
             keys = tl.load(k + slot[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0)  # (BN, PK)
             score = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (BM, BN)
@@ -476,6 +495,8 @@ if triton is not None:
             lies = tl.load(k_pos + (b * pos_heads + g % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
             see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
             score = tl.where(see, score * scale, -1e30)  # scale includes log2(e)
+            if RAW:
+                tl.store(raw + row[:, None] * S + s[None, :], score, mask=rows & ok[None, :])
             high = tl.maximum(top, tl.max(score, 1))
             p = tl.where(see, tl.exp2(score - high[:, None]), 0.0)  # (BM, BN)
             fade = tl.exp2(top - high)
@@ -487,27 +508,52 @@ if triton is not None:
             mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         mean = mean / tl.where(total > 0, total, 1.0)[:, None]
         if WHOLE:  # one share is all: out (B, H, T, DV) dense
-            to = out + (bg * h * T + m)[:, None] * DV + dv[None, :]
-            tl.store(to, mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
+            tl.store(out + row[:, None] * DV + dv[None, :], mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
         else:
-            part = (bg * splits + split) * BM + m
+            part = (which * splits + split) * BM + m
             tl.store(out + part[:, None] * PV + dv[None, :], mean)
             tl.store(stats + part * 2, top)
             tl.store(stats + part * 2 + 1, total)
 
     @triton.jit
-    def combine_kernel(part, stats, out, T, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
+    def combine_kernel(part, stats, out, T, TQ, h, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
         """One program: one query row; the shares' means, weighted by their sums. out (B, H, T, DV) dense."""
-        bg, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        which, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
         i, d = tl.arange(0, SPLITS), tl.arange(0, PV)
-        at = (bg * splits + i) * BM + m
+        at = (which * splits + i) * BM + m
         top = tl.load(stats + at * 2, mask=i < splits, other=-1e30)
         total = tl.load(stats + at * 2 + 1, mask=i < splits, other=0)
         weight = total * tl.exp2(top - tl.max(top, 0))  # (SPLITS,)
         means = tl.load(part + at[:, None] * PV + d[None, :], mask=(i < splits)[:, None], other=0)  # (SPLITS, PV)
         norm = tl.sum(weight, 0)
         o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)
-        tl.store(out + (bg * h * T + m) * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
+        row = (which // (T // TQ) * h + m // TQ) * T + which % (T // TQ) * TQ + m % TQ
+        tl.store(out + row * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
+
+    @triton.jit
+    def decode_select_kernel(raw, pos, length, lists, G, h, T, S, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
+                             BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):  # fmt: skip
+        """One program: the list of one query and group, from the raw scores (B, H, T, S) of the compressed blocks: eqs 8 to 11 of nsa.py."""
+        which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
+        bg, t = which // T, which % T
+        count = tl.minimum(tl.load(length + bg // G), S)
+        score = tl.zeros((BJ,), tl.float32)
+        for head in range(h):
+            z = raw + ((bg * h + head) * T + t) * S
+            top = tl.full((BJ,), -1e29, tl.float32)  # above what is masked
+            for m in tl.static_range(FOLD):
+                top = tl.maximum(top, tl.load(z + j * FOLD + m, mask=j * FOLD + m < count, other=-1e30))
+            high, total, mine = tl.max(top, 0), tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
+            for m in tl.static_range(-OVERLAP, FOLD):
+                i = j * FOLD + m
+                p = tl.exp2(tl.load(z + i, mask=(i >= 0) & (i < count), other=-1e30) - high)  # (BJ,)
+                if m >= 0:
+                    total += p
+                mine += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)  # strides that block i shares with j
+            total = tl.sum(total, 0)
+            score += mine / tl.where(total > 0, total, 1.0)
+        own = tl.load(pos + bg // G * pb + t * pt).to(tl.int32) // BLOCK
+        choose(score, j, own, lists + which * n, n, NP)
 
     # -----------------------------------------------------------------------------------------------------------------------------
     # 4) draw
@@ -869,7 +915,7 @@ def mix(gates, *branches):
 def append(data, pos_buffer, length, new, pos, count):
     """The writing half of SlotCache.append for one or two quantities: data and new lists of (B, heads, S or T, width)."""
     B, T = pos.shape
-    S = pos_buffer.shape[2]
+    S, count = pos_buffer.shape[2], count.contiguous()
     (x, x_buf), (y, y_buf) = zip((new * 2)[:2], (data * 2)[:2])  # a single quantity is written twice
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
     heads = [x.shape[1], y.shape[1], pos_buffer.shape[1]]
@@ -878,33 +924,48 @@ def append(data, pos_buffer, length, new, pos, count):
                                               YP=power(y.shape[3]))  # fmt: skip
 
 
-def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None):
+def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None):
     """attend(q, [k ; k2], v, visible(q_pos, k_pos, window), scale) for a few queries, reading only the filled slots.
 
     q (B, H, T, Dk + D2), k (B, G, S, Dk), v (B, G, S, Dv), possibly k itself; k2 (B, 1, S, D2) or None; q_pos (B, T), k_pos (B, 1 or G,
     S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. H / G * T may be at most 128.
+    lists (B, G, T, n): only the slots of these blocks, slot s holding position s. raw (B, H, T, S): receives the scores in base 2.
     """
     (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
-    h, D2 = H // G, 0 if k2 is None else k2.shape[3]
-    if h * T > 128:
+    h, D2, TQ = H // G, 0 if k2 is None else k2.shape[3], T if lists is None else 1
+    if h * TQ > 128:
         raise ValueError(f"decode_attention takes at most 128 query rows per group, not {h} heads x {T} queries")
     q = q if q.stride(-1) == 1 else q.contiguous()
-    BM, BN = power(h * T, 16), 64 if DK <= 128 else 32
-    splits = min(64, triton.cdiv(S, 4 * BN), triton.cdiv(132, B * G))  # enough programs to fill a GPU, not more
+    rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
+    BM, BN = power(h * TQ, 16), 64 if DK <= 128 else 32
+    splits = min(64, triton.cdiv(n * block if n else S, 4 * BN), triton.cdiv(132, rows))  # enough programs to fill a GPU, not more
     out = torch.empty(B, H, T, DV, dtype=q.dtype, device=q.device)
     part, stats = out, out
     if splits > 1:
-        part = torch.empty(B * G, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
-        stats = torch.empty(B * G, splits, BM, 2, dtype=torch.float32, device=q.device)
-    log2_e = 1.4426950408889634
-    decode_kernel[(B * G, splits)](q, k, k2 if D2 else k, v, part, stats, q_pos, k_pos, length, scale * log2_e, window or 2**31 - 1, T, h,
-                                   S, G, k_pos.shape[1], splits, *q.stride()[:3], *q_pos.stride(), DK=DK, PK=power(DK, 16), D2=D2,
-                                   P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1, BM=BM, BN=BN,
-                                   num_warps=4)  # fmt: skip
+        part = torch.empty(rows, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
+        stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
+    decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
+                                  window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(), DK=DK,
+                                  PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1,
+                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=4)  # fmt: skip
     if splits > 1:
-        combine_kernel[(B * G, h * T)](part, stats, out, T, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
+        combine_kernel[(rows, h * TQ)](part, stats, out, T, TQ, h, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
                                        num_warps=1)  # fmt: skip
     return out
+
+
+def decode_blocks(q, k, v, q_pos, cache, tokens, l, d, block, n, scale, k2=None):
+    """nsa.read_blocks for a few queries against the cache of compressed entries -> o (B, H, T, Dv), lists (B, G, T, min(n, blocks))."""
+    (B, H, T, _), (_, G, S, _), blocks = q.shape, k.shape, triton.cdiv(tokens, block)
+    if blocks > 2**15:
+        raise ValueError(f"decode_blocks: {blocks} blocks; at most {2**15} are ranked at once")
+    raw = torch.empty(B, H, T, S, dtype=torch.float32, device=q.device)
+    lists = torch.empty(B, G, T, min(n, blocks), dtype=torch.int32, device=q.device)
+    o = decode_attention(q, k, v, q_pos, cache.pos, cache.length, scale, k2=k2, raw=raw)
+    decode_select_kernel[(B * G * T,)](raw, q_pos, cache.length, lists, G, H // G, T, S, lists.shape[3], *q_pos.stride(), FOLD=block // d,
+                                       OVERLAP=l // d - 1, BLOCK=block, BJ=power(blocks, 16), NP=power(lists.shape[3]),
+                                       num_warps=max(1, min(8, power(blocks) // 512)))  # fmt: skip
+    return o, lists
 
 
 def draw(logits, temperature, noise=None):

@@ -71,6 +71,7 @@ class SlotCache:
     def __init__(self, batch, max_len, widths, window=None, margin=8, dtype=torch.float32, device="cpu"):
         S = max_len if window is None else min(max_len, window - 1 + margin)
         self.ring, self.margin = S < max_len, margin
+        self.in_order = not self.ring  # slot s holds position s, until something is evicted
         same = all(heads == widths[0][0] for heads, _ in widths)
         self.data = [torch.zeros(batch, heads, S, width, dtype=dtype, device=device) for heads, width in widths]
         self.pos = torch.full((batch, widths[0][0] if same else 1, S), -1, dtype=torch.int32, device=device)
@@ -130,6 +131,7 @@ class SlotCache:
         Ascending slots, then -1 for "none"; every head of a row keeps equally many. Not for rings.
         """
         n, real, index = index.shape[-1], index >= 0, index.clamp(min=0)
+        self.in_order = False
         for buffer in self.data:
             i = index[..., None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
             buffer[:, :, :n] = buffer.gather(2, i)

@@ -134,6 +134,11 @@ def share_lists(lists, pos, earlier=None, every=SHARE):
     return shared if earlier is None else torch.where((source < 0)[:, None, :, None], earlier, shared)
 
 
+def few(q, k, v, cache):
+    """Whether the decoding kernels can serve these queries: few of them, and a cache from which nothing was evicted."""
+    return kernels.fast(q, k, v) and q.shape[1] // k.shape[1] * q.shape[2] <= 128 and cache["tokens"].in_order
+
+
 def read_blocks(q, k, v, end, pos, tokens, l, d, block, n, scale, k2=None, every=1, cache=None):
     """1) and 2): attention to the compressed entries [k ; k2], v, which stand at `end`, and the lists of every `every`-th query (1 or SHARE).
 
@@ -146,6 +151,8 @@ def read_blocks(q, k, v, end, pos, tokens, l, d, block, n, scale, k2=None, every
     if cache is None and kernels.fast(q, k, v):
         o, lse = kernels.compressed_attention(q, k, v, l, d, scale, k2)
         return o, kernels.select(q.detach(), k.detach(), lse, l, d, block, n, scale, k2, every)
+    if cache is not None and few(q, k, v, cache):
+        return kernels.decode_blocks(q, k, v, pos, cache["blocks"], tokens, l, d, block, n, scale, k2)
     o, p = compressed_attention(q, join(k, k2), v, visible(pos, end), scale)  # (B, H, T, Dv), (B, H, T, N)
     importance = block_importance(p.detach(), k.shape[1], l, d, block, tokens)  # (B, G, T, blocks)
     lists = select_blocks(importance, pos, block, n)  # (B, G, T, n)
@@ -170,6 +177,8 @@ def selected_attention(q, k, v, lists, pos, k_pos, block, scale, k2=None, every=
     """
     if cache is None and kernels.fast(q, k, v):
         return kernels.selected_attention(q, k, v, lists, block, scale, k2, every)
+    if cache is not None and few(q, k, v, cache):
+        return kernels.decode_attention(q, k, v, pos, k_pos, cache["tokens"].length, scale, k2=k2, lists=lists, block=block)
     lists = lists.repeat_interleave(every, 2)[:, :, : q.shape[2]]  # (B, G, T, n)
     return attend(q, join(k, k2), v, chosen_tokens(lists, k_pos, block, visible(pos, k_pos)), scale)
 

@@ -33,6 +33,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU
 import kernels
 import latent_attention as la
+import mtp
 import nsa
 import train_lm
 from latent_attention import GQA, LatentAttention, SlotCache, attend, rope, visible
@@ -662,6 +663,69 @@ def test_kernels_refuse_what_they_cannot_do():
             else:
                 raise AssertionError(f"not refused: {what}")
             assert not kernels.fast(*args), "what is refused is left to the reference"
+
+
+@torch.no_grad()
+def test_decoding_kernels_equal_the_reference():
+    T, plan = 75, (31, [1, 3, 2], 1, [3, 0, 1], 2, [0, 2, 1], 3, 1)  # a prompt, then a few tokens per row, ragged
+    for attn in KINDS:
+        model = lm(attn, layers=2).float().to(DEVICE)
+        text, results = text_of(model, 3, T).to(DEVICE), []
+        for use in (True, False):
+            with kernels_in_use(use):
+                cache, out = model.new_cache(3, T), []
+                for count in plan:
+                    count = torch.as_tensor(count, device=DEVICE).expand(3)
+                    pos = cache.seen[:, None] + torch.arange(int(count.max()), device=DEVICE)
+                    logits = model(text.gather(1, pos), cache, count)
+                    real = torch.arange(pos.shape[1], device=DEVICE) < count[:, None]
+                    out.append(logits[real])
+                    cache.rollback(cache.seen - (count > 2).long())  # a rejected draft
+                results.append([torch.cat(out), *(part.data[0] for layer in cache.layers for name, part in layer.items() if name != "lists")])
+        for a, b in zip(*results):
+            close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
+
+
+def test_decode_attention_splits_and_lists():
+    with kernels_in_use():
+        B, H, G, T, S, D = 2, 6, 2, 3, 600, 16
+        q, k, v = (torch.randn(B, h, n, w, device=DEVICE) for h, n, w in ((H, T, D + 8), (G, S, D), (G, S, 24)))
+        k2, length = torch.randn(B, 1, S, 8, device=DEVICE), torch.tensor([600, 333], device=DEVICE)
+        k_pos = torch.arange(S, device=DEVICE).expand(B, G, S).masked_fill(torch.arange(S, device=DEVICE) >= length[:, None, None], -1)
+        pos = length[:, None] - T + torch.arange(T, device=DEVICE)
+        for window in (None, 70):
+            for shared in (False, True):
+                want = attend(q, la.join(k, k2), k if shared else v, visible(pos, k_pos, window), 0.3)
+                got = kernels.decode_attention(q, k, k if shared else v, pos, k_pos, length, 0.3, window, k2)
+                close(got, want, 1e-5, f"decode_attention, window {window}, values = keys: {shared}")
+        lists = nsa.select_blocks(torch.rand(B, G, T, 38, device=DEVICE), pos, 16, 20)
+        want = nsa.selected_attention(q, k, v, lists, pos, k_pos, 16, 0.3, k2, cache={"tokens": SlotCache(1, 1, ((1, 1),), window=1, margin=0)})
+        close(kernels.decode_attention(q, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=16), want, 1e-5, "slots of a list")
+
+
+def test_draws_and_commits_on_kernels_equal_mtp():
+    B, g, V, K, width = 9, 3, 37, 4, 20
+    to = lambda x: x.to(DEVICE)
+    with kernels_in_use():
+        for temperature in (0, 0.7, 1.0):
+            logits, noise = to(torch.randn(B, 2, V) * 3), to(torch.empty(B, 2, V).exponential_())
+            p, token = kernels.draw(logits, temperature, noise)
+            close(p, mtp.law(logits, temperature), 1e-6, f"law at temperature {temperature}")
+            assert torch.equal(token, (mtp.law(logits, temperature) / noise).argmax(-1)), f"tokens at temperature {temperature}"
+        for case in range(6):
+            p, q = (to((torch.randn(B, n, V) * 2).softmax(-1)) for n in (g + 1, g))
+            known, active = to(torch.randint(2, 9, (B,))), to(torch.rand(B) < 0.8)
+            given, limit = known + to(torch.randint(-2, 3, (B,))), known + to(torch.randint(1, 8, (B,)))
+            drafts, u, noise = to(torch.randint(V, (B, g))), to(torch.rand(B, g)), to(torch.empty(B, V).exponential_())
+            state = [to(torch.randint(V, (B, width))), to(torch.zeros(B, width)), known, given, limit, active, to(torch.zeros(B, 4, K))]
+            place = known[:, None] + torch.arange(g, device=DEVICE)
+            drafts = torch.where(place < given[:, None], state[0].gather(1, place), drafts)  # a prompt is a draft that is right
+            both = []
+            for f in (kernels.commit, mtp.commit):
+                mine = [x.clone() for x in state]
+                both.append([f(p, q, drafts, u, noise, *mine, stop=case), *mine])
+            for what, a, b in zip("taken text logp known given limit active counts".split(), *both):
+                close(a, b, 1e-5, f"commit, case {case}: {what}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
