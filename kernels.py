@@ -15,8 +15,14 @@ Not to be confused with the package `kernels` on PyPI.
 
 Letters as in latent_attention.py.
 """
+import os
+import sys
+
 import torch
 import torch.nn.functional as F
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU
 
 try:
     import triton
@@ -984,3 +990,192 @@ def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, coun
     commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, take, text.shape[1], stop, n - 1, V,
                         counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
     return take
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# what it is worth
+
+RATE, BANDWIDTH = 790e12, 4.3e12  # bf16 products and bytes per second, measured on an H200: the two floors
+
+
+class Timed:
+    """Milliseconds of f() and of its backward pass, beside its floors: `flop` of the forward pass, every tensor moved once."""
+
+    def __init__(self, f, leaves=(), flop=0.0):
+        with torch.no_grad():
+            o = f()
+            self.ms = [triton.testing.do_bench(f, warmup=20, rep=100, return_mode="median")]
+        bytes = sum(x.nbytes for x in (*leaves, o))
+        self.floors = [(flop / RATE, bytes / BANDWIDTH), (2.5 * flop / RATE, 2 * bytes / BANDWIDTH)]  # backward: 5 products, not 2
+        if leaves:
+            o, grad = f(), torch.randn_like(o)
+            backward = lambda: torch.autograd.grad(o, leaves, grad, retain_graph=True)
+            self.ms.append(triton.testing.do_bench(backward, warmup=20, rep=100, return_mode="median"))
+
+    def __str__(self):
+        shares = [f"{a * 1e3 / ms:.0%} {b * 1e3 / ms:.0%}" for ms, (a, b) in zip(self.ms, self.floors)]
+        return " / ".join(f"{ms:.2f}" for ms in self.ms) + f" ({' / '.join(shares)})"
+
+
+def bench_layer(kind, T, H, G, D):
+    """The branches of a layer, and the layer without the matrices around it, on random data: {name: Timed}."""
+    import nsa  # not at import: nsa imports this file
+    from latent_attention import LatentAttention
+
+    new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    P, W, t, pos = D // 2, 512, torch.arange(T), torch.arange(T, device="cuda")[None]
+    products = lambda reads, width: 2.0 * H * width * reads.clamp(min=0).double().sum().item()  # reads (T,): keys per query
+    windowed = (t + 1).clamp(max=W)
+    if kind == "asa local":
+        layer = LatentAttention(H * D, H, D, 1, 4 * D, P, window=W).cuda().bfloat16()
+        layer.out = torch.nn.Identity()
+        parts = q_c, q_r, c, k_r = new(1, H, T, D), new(1, H, T, P), new(1, 1, T, 4 * D), new(1, 1, T, P)
+        q, k, v = new(1, H, T, D + P), new(1, H, T, D), new(1, H, T, D)
+        return {"window": Timed(lambda: window_attention(q, k, v, W, layer.scale, k_r), (q, k, v, k_r), products(windowed, 2 * D + P)),
+                "layer": Timed(lambda: layer.materialised(*parts), parts)}  # fmt: skip
+
+    if kind == "nsa":
+        layer = nsa.NSA(H * D, H, G, D, W, n=16).cuda().bfloat16()
+        l, d, block, every, width, branches = layer.l, layer.d, layer.block, 1, 2 * D, 3
+        q, k0, v0, k1, v1, k2, v2 = leaves = new(1, H, T, D), *(new(1, G, T, D) for _ in range(6))
+        parts, tokens = (k0, v0), (k1, v1, None)
+    else:
+        R = 2 * D - P // G  # as wide as the keys and values of G groups
+        layer = nsa.ASAGlobal(H * D, H, D, G, R, P, n=128).cuda().bfloat16()
+        l = d = block = nsa.ASA_BLOCK
+        every, width, branches = nsa.SHARE, 2 * R + P, 2
+        q, c, k_r = leaves = new(1, H, T, R + P), new(1, G, T, R), new(1, 1, T, P)
+        parts, tokens = (c, k_r), (c, c, k_r)
+    n, scale, gates = layer.n, layer.scale, new(1, T, branches * H)
+
+    def compress():
+        a, b, end = nsa.compressed_entries(layer.compress, parts, pos[:, None], pos, l, d)
+        a, b = a.to(q.dtype), b.to(q.dtype)
+        return (a, b, None) if kind == "nsa" else (a, a, b)
+
+    def whole():
+        k, v, k_r = compress()
+        o, lists = nsa.read_blocks(q, k, v, None, pos, T, l, d, block, n, scale, k_r, every)
+        o = [o, nsa.selected_attention(q, *tokens[:2], lists, pos, None, block, scale, tokens[2], every)]
+        o += [window_attention(q, k2, v2, W, scale)] if kind == "nsa" else []
+        return nsa.mix(gates, *o)
+
+    entries = [x if x is None else x.detach().requires_grad_() for x in compress()]
+    k, v, k_r = entries if kind == "nsa" else (entries[0], entries[0], entries[2])
+    lse = compressed_attention(q, k, v, l, d, scale, k_r)[1]
+    choose = lambda: select(q, k, lse, l, d, block, n, scale, k_r, every)
+    lists, done = choose(), (t + 1 - l + d) // d
+    given = lambda k, v, k2: [x for x in (q, k, None if v is k else v, k2) if x is not None]
+    selected = lambda: selected_attention(q, *tokens[:2], lists, block, scale, tokens[2], every)
+    found = {"compressed": Timed(lambda: compressed_attention(q, k, v, l, d, scale, k_r)[0], given(k, v, k_r), products(done, width)),
+             "top-n": Timed(choose, flop=products(done[::every], q.shape[3])),
+             "selected": Timed(selected, given(*tokens), products((t + 1).clamp(max=n * block), width))}  # fmt: skip
+    if kind == "nsa":
+        found["window"] = Timed(lambda: window_attention(q, k2, v2, W, scale), (q, k2, v2), products(windowed, width))
+    o = [new(1, H, T, tokens[1].shape[3]) for _ in range(branches)]
+    found["gates"] = Timed(lambda: mix(gates, *o), (gates, *o))
+    found["layer"] = Timed(whole, (*leaves, gates))
+    return found
+
+
+def bench(lengths=(4096, 8192, 16384, 32768, 65536)):
+    """Our kernels beside torch's dense attention, in one process."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; bf16, batch 1, random data, own lists\n"
+          "ms forward / backward; in brackets the shares of the floors of each: products at 790 TFLOP/s, bytes at 4.3 TB/s")  # fmt: skip
+    for H, G, D in ((64, 4, 128), (16, 4, 64)):
+        for T in lengths:
+            q, k, v = (torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (H, G, G))
+            dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            dense = Timed(dense, (q, k, v), 2.0 * H * T * (T + 1) * D)
+            print(f"\n{H}/{G} heads, D {D}, {T} tokens: dense {dense}")
+            ratio = lambda f, b: f"{f:7.2f} / {b:7.2f} ms, dense is {dense.ms[0] / f:5.2f}x / {dense.ms[1] / b:5.2f}x"
+            layers = {}
+            for kind in ("nsa", "asa local", "asa global"):
+                found = bench_layer(kind, T, H, G, D)
+                layers[kind] = found.pop("layer").ms
+                print(f"  {kind:10} {ratio(*layers[kind])};  " + ", ".join(f"{name} {timed}" for name, timed in found.items()), flush=True)
+            print(f"  {'asa, mean':10} {ratio(*((a + b) / 2 for a, b in zip(layers['asa local'], layers['asa global'])))}")
+
+
+def in_graph(f, repeats=10):
+    """Milliseconds of f() inside a CUDA graph: without the time that launching takes."""
+    f()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            f()
+    return triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median") / repeats
+
+
+def bench_decoding(S=65536, batches=(1, 4, 16, 64)):
+    """The attention of one step, S tokens cached in every row: dense (the faster of SDPA and decode_attention) beside NSA and ASA."""
+    from latent_attention import SlotCache
+
+    print(f"\nattention of one decoding step at {S} tokens, CUDA graph, bf16: microseconds per layer")
+    for H, G, D in ((64, 4, 128), (16, 4, 64)):
+        for B in batches:
+            new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+            R, P, W, pos = 2 * D - D // 2 // G, D // 2, 512, torch.full((B, 1), S - 1, device="cuda")
+            def cache(heads, slots, stride=1, l=1):
+                c = SlotCache(B, slots, ((heads, 1), (1, 1)), device="cuda")
+                c.pos += torch.arange(slots, device="cuda", dtype=torch.int32) * stride + l
+                c.length += slots
+                return c
+            tokens, ring = cache(G, S), cache(1, W)
+            ring.pos += S - W
+            q, k, v = new(B, H, 1, D), new(B, G, S, D), new(B, G, S, D)
+            dense = min(in_graph(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
+                        in_graph(lambda: decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0)))  # fmt: skip
+            text = [f"dense {dense * 1e3:.1f} ({(k.nbytes + v.nbytes) / BANDWIDTH / dense * 1e3:.0%} of the byte floor)"]
+
+            def step(q, k, v, k2, entries, l, d, block, n):
+                blocks = cache(G, entries[0].shape[2], d, l)
+                def run():
+                    o, lists = decode_blocks(q, *entries[:2], pos, blocks, S, l, d, block, n, 1.0, entries[2])
+                    decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0, k2=k2, lists=lists, block=block)
+                return run
+
+            N = (S - 32) // 16 + 1
+            kw, vw = new(B, G, W, D), new(B, G, W, D)
+            wide = cache(G, W)
+            wide.pos += S - W
+            nsa = in_graph(step(q, k, v, None, (new(B, G, N, D), new(B, G, N, D), None), 32, 16, 64, 16)) \
+                + in_graph(lambda: decode_attention(q, kw, vw, pos, wide.pos, wide.length, 1.0, W))  # fmt: skip
+            del k, v
+            c, k_r, c_b, r_b = new(B, G, S, R), new(B, 1, S, P), new(B, G, S // 16, R), new(B, 1, S // 16, P)
+            local, k_r2 = new(B, 1, W, min(4 * D, 256)), new(B, 1, W, P)
+            q_l = new(B, H, 1, local.shape[3] + P)
+            there = in_graph(step(new(B, H, 1, R + P), c, c, k_r, (c_b, c_b, r_b), 16, 16, 16, 128))
+            here = in_graph(lambda: decode_attention(q_l, local, local, pos, ring.pos, ring.length, 1.0, W, k_r2))
+            text += [f"nsa {nsa * 1e3:.1f} ({dense / nsa:.1f}x)", f"asa local {here * 1e3:.1f}, global {there * 1e3:.1f}",
+                     f"mean {(here + there) * 500:.1f} ({dense / (here + there) * 2:.1f}x)"]  # fmt: skip
+            print(f"  {H}/{G} heads, D {D}, batch {B:2}: " + ", ".join(text), flush=True)
+
+
+def main(argv):
+    if triton is None or (not torch.cuda.is_available() and "--bench" in argv):
+        print("error: " + ("Triton is not installed" if triton is None else "--bench needs a GPU"))
+        return 2
+    if "--bench" in argv:
+        with torch.no_grad():
+            bench_decoding()
+        bench()
+        return 0
+    torch.manual_seed(0)
+    device, T, D = "cuda" if torch.cuda.is_available() else "cpu", 64, 16
+    print(f"Triton {triton.__version__}, {'compiled for ' + torch.cuda.get_device_name() if device == 'cuda' else 'interpreted on the CPU'}\n")
+    q, k, v = (torch.randn(1, heads, T, D, device=device) for heads in (4, 2, 2))
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    t = torch.arange(T, device=device)
+    lists = torch.arange(4, device=device).expand(1, 2, T, 4).masked_fill(torch.arange(4, device=device) * 16 > t[:, None], -1)
+    print(f"{T} queries, 4 heads in 2 groups: largest difference to dense attention\n")
+    for what, o in {"a window of all tokens": window_attention(q, k, v, T, D**-0.5),
+                    "blocks of one token": compressed_attention(q, k, v, 1, 1, D**-0.5)[0],
+                    "lists of all blocks of 16": selected_attention(q, k, v, lists, 16, D**-0.5)}.items():  # fmt: skip
+        print(f"  {what:26} {(o - want).abs().max():.1e} (fp32)")
+    print("\n`python kernels.py --bench` on a GPU: milliseconds beside torch's dense attention")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -667,15 +667,15 @@ def test_kernels_refuse_what_they_cannot_do():
 
 @torch.no_grad()
 def test_decoding_kernels_equal_the_reference():
-    T, plan = 75, (31, [1, 3, 2], 1, [3, 0, 1], 2, [0, 2, 1], 3, 1)  # a prompt, then a few tokens per row, ragged
+    T, plan = 80, (66, [1, 3], 1, [3, 0], 1)  # a prompt (longer than these kernels take), then a few tokens per row, ragged
     for attn in KINDS:
         model = lm(attn, layers=2).float().to(DEVICE)
-        text, results = text_of(model, 3, T).to(DEVICE), []
+        text, results = text_of(model, 2, T).to(DEVICE), []
         for use in (True, False):
             with kernels_in_use(use):
-                cache, out = model.new_cache(3, T), []
+                cache, out = model.new_cache(2, T), []
                 for count in plan:
-                    count = torch.as_tensor(count, device=DEVICE).expand(3)
+                    count = torch.as_tensor(count, device=DEVICE).expand(2)
                     pos = cache.seen[:, None] + torch.arange(int(count.max()), device=DEVICE)
                     logits = model(text.gather(1, pos), cache, count)
                     real = torch.arange(pos.shape[1], device=DEVICE) < count[:, None]
