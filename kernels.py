@@ -953,7 +953,7 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None,
     decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
                                   window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(), DK=DK,
                                   PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1,
-                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=4)  # fmt: skip
+                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=8 if DK > 256 else 4)  # fmt: skip
     if splits > 1:
         combine_kernel[(rows, h * TQ)](part, stats, out, T, TQ, h, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
                                        num_warps=1)  # fmt: skip
@@ -1143,7 +1143,7 @@ def bench_decoding(S=65536, batches=(1, 4, 16, 64)):
                 + in_graph(lambda: decode_attention(q, kw, vw, pos, wide.pos, wide.length, 1.0, W))  # fmt: skip
             del k, v
             c, k_r, c_b, r_b = new(B, G, S, R), new(B, 1, S, P), new(B, G, S // 16, R), new(B, 1, S // 16, P)
-            local, k_r2 = new(B, 1, W, min(4 * D, 256)), new(B, 1, W, P)
+            local, k_r2 = new(B, 1, W, 4 * D), new(B, 1, W, P)
             q_l = new(B, H, 1, local.shape[3] + P)
             there = in_graph(step(new(B, H, 1, R + P), c, c, k_r, (c_b, c_b, r_b), 16, 16, 16, 128))
             here = in_graph(lambda: decode_attention(q_l, local, local, pos, ring.pos, ring.length, 1.0, W, k_r2))

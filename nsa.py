@@ -50,20 +50,23 @@ def compressed_entries(compress, parts, k_pos, pos, l, d, cache=None, count=None
     k_pos (B, heads, S). A block is made from its tokens' cache entries alone, so there is nothing to carry along or to take back.
     -> (*entries (B, G, N, width), positions (B or 1, heads or 1, N)): the position of a block is that of its last token.
     """
-    T, inside = pos.shape[1], torch.arange(l, device=pos.device)
-    if cache is not None and count is None:
-        return [*cache.data, cache.pos]
     if cache is None:
-        ids = torch.arange(blocks_done(T, l, d), device=pos.device)[None]  # (1, N)
-        slot = ids[..., None] * d + inside  # (1, N, l): position t lies in row t
-    else:
-        first = blocks_done(pos[:, 0], l, d)  # (B,) blocks finished before this call
-        done = blocks_done(pos[:, 0] + count, l, d) - first  # (B,)
-        ids = first[:, None] + torch.arange(-(-T // d), device=pos.device)  # (B, N): T tokens finish at most ceil(T / d) blocks
-        slot = find(k_pos[:, 0], ids[..., None] * d + inside)  # (B, N, l)
+        ids = torch.arange(blocks_done(pos.shape[1], l, d), device=pos.device)  # (N,)
+        return [*compress(*(blocks_of(x, l, d) for x in parts)), (ids * d + l - 1)[None, None]]
+    if count is None:
+        return [*cache.data, cache.pos]
+    first = blocks_done(pos[:, 0], l, d)  # (B,) blocks finished before this call
+    done = blocks_done(pos[:, 0] + count, l, d) - first  # (B,)
+    ids = first[:, None] + torch.arange(-(-pos.shape[1] // d), device=pos.device)  # (B, N): T tokens finish at most ceil(T / d) blocks
+    slot = find(k_pos[:, 0], ids[..., None] * d + torch.arange(l, device=pos.device))  # (B, N, l)
     entries = compress(*(pick(x, slot) for x in parts))  # (B, G, N, width) each
-    end = ids * d + l - 1  # (B, N)
-    return [*entries, end[:, None]] if cache is None else cache.append(*entries, pos=end, count=done)
+    return cache.append(*entries, pos=ids * d + l - 1, count=done)
+
+
+def blocks_of(x, l, d):
+    """The finished blocks of a whole text: (B, G, T, width) -> (B, G, N, l, width)."""
+    T = x.shape[2]
+    return F.pad(x, (0, 0, 0, max(0, l - T))).unfold(2, l, d)[:, :, : blocks_done(T, l, d)].transpose(-1, -2)
 
 
 def find(k_pos, want):

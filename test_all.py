@@ -665,6 +665,48 @@ def test_kernels_refuse_what_they_cannot_do():
             assert not kernels.fast(*args), "what is refused is left to the reference"
 
 
+def test_kernels_compiled_in_bf16():
+    """Against fp64, beside SDPA in bf16 on the same data; two runs have the same bits."""
+    if not CUDA:
+        raise unittest.SkipTest("needs CUDA")
+    asa = dict(l=16, block=16, n=12, every=4, dtype=torch.bfloat16)
+    for sizes in [(1000, 16, 4, 128, 128, {}), (1000, 4, 4, 64, 64, {}), (257, 1, 2, 64, 64, {}), (257, 3, 1, 96, 96, {}), (257, 16, 1, 192, 128, {}),
+                  (257, 1, 8, 64, 64, dict(P=32)), (1000, 4, 4, 120, None, dict(P=32, **asa)), (1000, 16, 2, 240, None, dict(P=64, **asa))]:  # fmt: skip
+        s = Sizes(*sizes[:5], **{"W": 200, "dtype": torch.bfloat16, **sizes[5]})
+        for branch in ("window", "compressed", "selected"):
+            leaves = s.leaves(s.entries if branch == "compressed" else s.tokens)
+            grad = torch.randn(*s.q.shape[:3], leaves[1 if sizes[4] is None else -1].shape[3], device="cuda")
+            for together in (1, 4) if branch == "selected" and s.every == 1 else (1,):
+                one, two = (with_gradients(s.fast(branch, together), leaves, grad) for _ in range(2))
+                assert all(torch.equal(a, b) for a, b in zip(one, two)), f"{branch}, {s.name}: two runs differ"
+                exact, sdpa = (with_gradients(*s.plain(branch, dtype), grad) for dtype in (torch.float64, torch.bfloat16))
+                for i, (a, b, c) in enumerate(zip(one, sdpa, exact)):
+                    assert off(a, c) < 1.5 * off(b, c) + 1e-4, f"{branch}, {s.name}: result {i} is off by {off(a, c):.1e}, SDPA by {off(b, c):.1e}"
+
+
+def test_kernels_address_more_than_2_to_31_elements():
+    """A group of heads gives the same bits alone as behind 2^31 elements of other heads."""
+    if not CUDA:
+        raise unittest.SkipTest("needs CUDA")
+    T, h, G, D = 131072 + 64, 16, 5, 256
+    new = lambda heads, S: torch.randn(1, heads, S, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    q, k, v, N = new(h * G, T), new(G, T), new(G, T), (T - 32) // 16 + 1
+    assert q.numel() > 2**31
+    k_c, v_c, weight, results = new(G, N), new(G, N), torch.randn(1, 1, T, 1, device="cuda", dtype=torch.bfloat16), []
+    for only in (False, True):
+        pick = lambda x, heads: x.detach()[:, -heads:].contiguous().requires_grad_() if only else x
+        leaves = q_, k_, v_, kc_, vc_ = pick(q, h), pick(k, 1), pick(v, 1), pick(k_c, 1), pick(v_c, 1)
+        o, lse = kernels.compressed_attention(q_, kc_, vc_, 32, 16, D**-0.5)
+        lists = kernels.select(q_, kc_, lse, 32, 16, 64, 16, D**-0.5)
+        o = o + kernels.selected_attention(q_, k_, v_, lists, 64, D**-0.5) + kernels.window_attention(q_, k_, v_, 512, D**-0.5)
+        grads = torch.autograd.grad(o, leaves, weight.expand_as(o).contiguous())
+        results.append([x[:, -heads:].clone() for x, heads in zip((o, lists, *grads), (h, 1, h, 1, 1, 1, 1))])
+        del o, lse, lists, grads
+    for what, a, b in zip(("output", "lists", "dq", "dk", "dv", "dk of blocks", "dv of blocks"), *results):
+        same = off(a, b) < 5e-3 if "blocks" in what else torch.equal(a, b)  # few blocks are split over more programs when alone
+        assert same, f"{what}: the last group alone differs by {off(a, b):.1e}"
+
+
 @torch.no_grad()
 def test_decoding_kernels_equal_the_reference():
     T, plan = 80, (66, [1, 3], 1, [3, 0], 1)  # a prompt (longer than these kernels take), then a few tokens per row, ragged
