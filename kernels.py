@@ -62,16 +62,23 @@ if triton is not None:
     # 2) attention as a walk
 
     @triton.jit
-    def load_rows(x, row, ok, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr):
-        """Rows of a matrix, padded with zeros to P columns: x[row, :D] -> (rows, P)."""
+    def load_rows(x, row, ok, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr, ALL: tl.constexpr = False):
+        """Rows of a matrix, padded with zeros to P columns: x[row, :D] -> (rows, P); only rows that are `ok`, or ALL."""
         d = tl.arange(0, P)
-        mask = ok[:, None] if D == P else ok[:, None] & (d < D)[None, :]
-        return tl.load(x + row[:, None] * STRIDE + d[None, :], mask=mask, other=0)
+        at = x + row.to(tl.int64)[:, None] * STRIDE + d[None, :]
+        if ALL and D == P:
+            return tl.load(at)
+        elif ALL:
+            return tl.load(at, mask=(d < D)[None, :], other=0)
+        elif D == P:
+            return tl.load(at, mask=ok[:, None], other=0)
+        else:
+            return tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0)
 
     @triton.jit
     def store_rows(x, row, ok, value, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr):
         d = tl.arange(0, P)
-        tl.store(x + row[:, None] * STRIDE + d[None, :], value.to(x.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+        tl.store(x + row.to(tl.int64)[:, None] * STRIDE + d[None, :], value.to(x.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
     @triton.jit
     def dot(a, b, a2, b2, TWO: tl.constexpr):
@@ -89,14 +96,15 @@ if triton is not None:
         return low, high
 
     @triton.jit
-    def limits(words, tile, first, T, S, l, d, window, n, BQ: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
-               LISTED: tl.constexpr, LISTS: tl.constexpr):  # fmt: skip
-        """Where the walk of the queries first .. first + BQ - 1 begins, where all of them read all of a tile, where not any more, the end."""
+    def limits(lists, first, T, S, l, d, window, n, BQ: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr, LISTED: tl.constexpr):
+        """Of the walk of queries first .. first + BQ - 1: its beginning, from where on all of them read all keys, until where, its end.
+
+        A walk through keys counts keys, a walk through a list counts blocks, of which the last is the queries' own.
+        """
         if LISTED:
-            i = tl.arange(0, WORDS)
-            count = tl.sum((tl.load(words + tile * n + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
-            alike = tl.maximum(count - 1, 0) * BLOCK // BN * BN if LISTS == 1 else 0  # the last block is the queries' own
-            return 0, 0, alike, count * BLOCK
+            i = tl.arange(0, NP)
+            count = tl.sum((tl.load(lists + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
+            return 0, 0, tl.maximum(count - 1, 0), count
         else:
             low, high = span(first, S, l, d, window)
             last_low, end = span(tl.minimum(first + BQ, T) - 1, S, l, d, window)
@@ -104,58 +112,40 @@ if triton is not None:
             return low, whole, whole + tl.maximum(high - whole, 0) // BN * BN, end
 
     @triton.jit
-    def step(words, tile, start, end, S, n, BN: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr):
-        """The next BN keys of a walk: where they lie, which exist, and which lists of the tile hold them (a bit each)."""
-        j = start + tl.arange(0, BN)
-        if LISTED:
-            word = tl.load(words + tile * n + j // BLOCK, mask=j < end, other=-1)
-            s = (word >> 8) * BLOCK + j % BLOCK
-            return s, (word >= 0) & (s < S), word & 255
-        else:
-            return j, j < S, j
-
-    @triton.jit
-    def sees(s, bits, low, high, place, LISTED: tl.constexpr):
-        """Which of the keys (1, n) or (n, 1) a query row reads, (m, 1) or (1, m)."""
-        see = (s >= low) & (s < high)
-        if LISTED:
-            see = see & (((bits >> place) & 1) > 0)
-        return see
-
-    @triton.jit
-    def forward_kernel(q, k, k2, v, words, out, lse, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
+    def forward_kernel(q, k, k2, v, lists, out, lse, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
                        DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
-                       SHARED: tl.constexpr, LISTED: tl.constexpr, LISTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
-                       BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                       SHARED: tl.constexpr, LISTED: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr):  # fmt: skip
         """One program: BQ queries x the h heads of a group, against the keys of their walk: online softmax, base 2."""
         bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)  # long walks first
         m = tl.arange(0, BM)
-        t, head, place = tile * BQ + m // HP, m % HP, m // HP // (BQ // LISTS)
-        ok, row = (head < h) & (m // HP < BQ) & (t < T), (bg * h + head) * T + t
+        t, head, group = tile * BQ + m // HP, m % HP, bg * h * T
+        ok, row = (head < h) & (m // HP < BQ) & (t < T), head * T + t
+        q, out, lse = q + group * (DK + D2), out + group * DV, lse + group
         low, high = span(t, S, l, d, window)  # (BM,)
         queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
         queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
         k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
         if LISTED:
-            words += bg * tl.num_programs(0) * n
+            lists += (bg * tl.num_programs(0) + tile) * n
 
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         mean = tl.zeros((BM, PV), tl.float32)
-        begin, whole, edge, end = limits(words, tile, tile * BQ, T, S, l, d, window, n, BQ, BN, BLOCK, WORDS, LISTED, LISTS)
-        for phase in tl.static_range(3):  # masked, all see all, masked
+        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, LISTED)
+        for phase in tl.static_range(1 if LISTED else 0, 3):  # masked, all read all, masked
             a, b = begin, tl.minimum(whole, end)
             if phase == 1:
                 a, b = whole, edge
             if phase == 2:
                 a, b = tl.maximum(whole, edge), end
-            for start in range(a, b, BN):
-                s, live, bits = step(words, tile, start, end, S, n, BN, BLOCK, LISTED)
-                keys = load_rows(k, s, live, DK, PK, DK)  # (BN, PK)
-                keys2 = load_rows(k2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
+            for i in range(a, b, 1 if LISTED else BN):
+                s = (tl.load(lists + i) * BN if LISTED else i) + tl.arange(0, BN)  # (BN,) where the keys lie
+                keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
+                keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
                 score = dot(queries, keys, queries2, keys2, D2 > 0)  # (BM, BN)
                 if phase != 1:
-                    see = sees(s[None, :], bits[None, :], low[:, None], high[:, None], place[:, None], LISTED) & live[None, :]
+                    see = (s[None, :] >= low[:, None]) & (s[None, :] < high[:, None])
                     score = tl.where(see, score, -1e30)
                 new = tl.maximum(top, tl.max(score, 1) * scale)  # scale includes log2(e)
                 p = tl.exp2(score * scale - new[:, None])  # (BM, BN)
@@ -163,50 +153,52 @@ if triton is not None:
                     p = tl.where(see, p, 0.0)
                 fade = tl.exp2(top - new)
                 total, top = total * fade + tl.sum(p, 1), new
-                values = keys if SHARED else load_rows(v, s, live, DV, PV, DV)  # (BN, PV)
+                values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
                 mean = tl.dot(p.to(values.dtype), values, mean * fade[:, None], input_precision="ieee")
         some = total > 0
         store_rows(out, row, ok, mean / tl.where(some, total, 1.0)[:, None], DV, PV, DV)
         tl.store(lse + row, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf")), mask=ok)  # empty: all weights are 0
 
     @triton.jit
-    def dq_kernel(q, k, k2, v, words, out, lse, dout, delta, dq, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
+    def dq_kernel(q, k, k2, v, lists, out, lse, dout, delta, dq, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
                   DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
-                  SHARED: tl.constexpr, LISTED: tl.constexpr, LISTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
-                  BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                  SHARED: tl.constexpr, LISTED: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr):  # fmt: skip
         """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j with delta = do . o, which is kept for the keys' turn."""
         bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
         m = tl.arange(0, BM)
-        t, head, place = tile * BQ + m // HP, m % HP, m // HP // (BQ // LISTS)
-        ok, row = (head < h) & (m // HP < BQ) & (t < T), (bg * h + head) * T + t
+        t, head, group = tile * BQ + m // HP, m % HP, bg * h * T
+        ok, row = (head < h) & (m // HP < BQ) & (t < T), head * T + t
+        q, out, lse = q + group * (DK + D2), out + group * DV, lse + group
         low, high = span(t, S, l, d, window)  # (BM,)
         queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
         queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        dout, delta, dq = dout + group * DV, delta + group, dq + group * (DK + D2)
         douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
         inner = tl.sum(douts.to(tl.float32) * load_rows(out, row, ok, DV, PV, DV).to(tl.float32), 1)  # (BM,)
         tl.store(delta + row, inner, mask=ok)
         norm = tl.load(lse + row, mask=ok, other=float("inf"))  # (BM,)
         k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
         if LISTED:
-            words += bg * tl.num_programs(0) * n
+            lists += (bg * tl.num_programs(0) + tile) * n
 
         grad = tl.zeros((BM, PK), tl.float32)
         grad2 = tl.zeros((BM, P2), tl.float32)
-        begin, whole, edge, end = limits(words, tile, tile * BQ, T, S, l, d, window, n, BQ, BN, BLOCK, WORDS, LISTED, LISTS)
-        for phase in tl.static_range(3):
+        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, LISTED)
+        for phase in tl.static_range(1 if LISTED else 0, 3):
             a, b = begin, tl.minimum(whole, end)
             if phase == 1:
                 a, b = whole, edge
             if phase == 2:
                 a, b = tl.maximum(whole, edge), end
-            for start in range(a, b, BN):
-                s, live, bits = step(words, tile, start, end, S, n, BN, BLOCK, LISTED)
-                keys = load_rows(k, s, live, DK, PK, DK)  # (BN, PK)
-                keys2 = load_rows(k2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
-                values = keys if SHARED else load_rows(v, s, live, DV, PV, DV)  # (BN, PV)
+            for i in range(a, b, 1 if LISTED else BN):
+                s = (tl.load(lists + i) * BN if LISTED else i) + tl.arange(0, BN)  # (BN,) where the keys lie
+                keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
+                keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
+                values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
                 p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
                 if phase != 1:
-                    see = sees(s[None, :], bits[None, :], low[:, None], high[:, None], place[:, None], LISTED) & live[None, :]
+                    see = (s[None, :] >= low[:, None]) & (s[None, :] < high[:, None])
                     p = tl.where(see, p, 0.0)
                 ds = (p * (dot(douts, values, douts, values, False) - inner[:, None])).to(keys.dtype)  # (BM, BN)
                 grad = tl.dot(ds, keys, grad, input_precision="ieee")
@@ -218,9 +210,9 @@ if triton is not None:
             store_rows(dq + DK, row, ok, grad2 * unit, D2, P2, DK + D2)
 
     @triton.jit
-    def dkv_kernel(q, k, k2, v, lse, dout, delta, dk, dk2, dv, units, owners, firsts, starts, scale, T, S, G, G2, l, d, window, blocks, parts,
+    def dkv_kernel(q, k, k2, v, lse, dout, delta, dk, dk2, dv, readers, owners, firsts, starts, scale, T, S, G, G2, l, d, window, blocks, parts,
                    h: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
-                   DV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr, LISTS: tl.constexpr,
+                   DV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr,
                    BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
         """One program: BN keys of a group (one block of the lists) against one piece of the query tiles that read them.
 
@@ -244,6 +236,10 @@ if triton is not None:
             share = tl.cdiv(tl.cdiv(end - begin, parts), BM // R) * (BM // R)
             begin += (piece % parts).to(tl.int32) * share
             end = tl.minimum(begin + share, end)
+            whole = tl.minimum(tl.maximum(tl.cdiv(((block + 1) * BN - 1) * d + l - 1, BQ), begin), end)  # from here on all see all keys
+            edge = tl.minimum(tl.maximum((first + tl.minimum(window, T)) // BQ, whole), end)  # from here on not any more
+        else:
+            whole, edge = end, end
         keys = load_rows(k + bg * S * DK, s, live, DK, PK, DK)  # (BN, PK)
         keys2 = load_rows(k2 + (bg // G * G2 + bg % G2) * S * D2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
         values = keys if SHARED else load_rows(v + bg * S * DV, s, live, DV, PV, DV)  # (BN, PV)
@@ -251,32 +247,41 @@ if triton is not None:
         gk2 = tl.zeros((BN, P2), tl.float32)
         gv = tl.zeros((BN, PV), tl.float32)
         m = tl.arange(0, BM)
-        inside, head = m % R // HP, m % HP
+        inside, head, group = m % R // HP, m % HP, bg * h * T
+        q, dout, lse, delta = q + group * (DK + D2), dout + group * DV, lse + group, delta + group
         unit = scale * 0.6931471805599453
-        for start in range(begin, end, BM // R):
-            i = start + m // R
-            if LISTED:
-                word = tl.load(units + i, mask=i < end, other=0)
-                tile, bits = word >> 8, word & 255
-            else:
-                tile, bits = i, i
-            t = (tile * BQ + inside).to(tl.int32)
-            ok, row = (head < h) & (t < T) & (i < end), (bg * h + head) * T + t
-            low, high = span(t, S, l, d, window)  # (BM,)
-            queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
-            queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
-            douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
-            norm, inner = tl.load(lse + row, mask=ok, other=float("inf")), tl.load(delta + row, mask=ok, other=0)  # (BM,)
-            see = sees(s[:, None], bits[None, :], low[None, :], high[None, :], inside[None, :] // (BQ // LISTS), LISTED)
-            p = tl.where(see, tl.exp2(dot(keys, queries, keys2, queries2, D2 > 0) * scale - norm[None, :]), 0.0)  # (BN, BM)
-            ds = (p * unit * (dot(values, douts, values, douts, False) - inner[None, :])).to(queries.dtype)  # (BN, BM)
-            if SHARED:
-                gk = tl.dot(p.to(douts.dtype), douts, gk, input_precision="ieee")
-            else:
-                gv = tl.dot(p.to(douts.dtype), douts, gv, input_precision="ieee")
-            gk = tl.dot(ds, queries, gk, input_precision="ieee")
-            if D2 > 0:
-                gk2 = tl.dot(ds, queries2, gk2, input_precision="ieee")
+        for phase in tl.static_range(1 if LISTED else 3):  # masked, all see all, masked
+            x, y = begin, whole
+            if phase == 1:
+                x, y = whole, edge
+            if phase == 2:
+                x, y = edge, end
+            for start in range(x, y, BM // R):
+                i = (start + m // R).to(tl.int32)
+                if not LISTED:
+                    t = i * BQ + inside
+                elif BM == R:  # one tile of queries
+                    t = tl.load(readers + start) * BQ + inside
+                else:
+                    t = tl.load(readers + i, mask=i < end, other=0) * BQ + inside
+                ok, row = (head < h) & (t < T) & (i < end), head * T + t
+                queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+                queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+                douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
+                norm, inner = tl.load(lse + row, mask=ok, other=float("inf")), tl.load(delta + row, mask=ok, other=0)  # (BM,)
+                p = tl.exp2(dot(keys, queries, keys2, queries2, D2 > 0) * scale - norm[None, :])  # (BN, BM)
+                if phase != 1:
+                    low, high = span(t, S, l, d, window)  # (BM,)
+                    see = (s[:, None] >= low[None, :]) & (s[:, None] < high[None, :])
+                    p = tl.where(see, p, 0.0)
+                ds = (p * unit * (dot(values, douts, values, douts, False) - inner[None, :])).to(queries.dtype)  # (BN, BM)
+                if SHARED:
+                    gk = tl.dot(p.to(douts.dtype), douts, gk, input_precision="ieee")
+                else:
+                    gv = tl.dot(p.to(douts.dtype), douts, gv, input_precision="ieee")
+                gk = tl.dot(ds, queries, gk, input_precision="ieee")
+                if D2 > 0:
+                    gk2 = tl.dot(ds, queries2, gk2, input_precision="ieee")
         to = piece * BN + tl.arange(0, BN) if PIECES else bg * S + s
         live = live | PIECES
         store_rows(dk, to, live, gk, DK, PK, DK)
@@ -311,7 +316,8 @@ if triton is not None:
         bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
         m = tl.arange(0, BM)
         t, head = (row0 + tile * BQ + m // HP) * every, m % HP
-        ok, row = (head < h) & (t < T), (bg * h + head) * T + t
+        ok, row = (head < h) & (t < T), head * T + t
+        q, lse = q + bg * h * T * (DK + D2), lse + bg * h * T
         _, high = span(t, S, l, d, T)  # (BM,)
         queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
         queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
@@ -345,10 +351,11 @@ if triton is not None:
         bits = tl.where((j == 0) | (j >= mine - 1), 0x7F800000, bits)  # forced: infinity
         bits = tl.where(j > mine, -1, bits)
         low, high = 0, 0x7F800001  # at least n reach low (or low is 0), fewer than n reach high
-        for _ in range(31):
+        while high - low > 1:
             middle = low + (high - low) // 2
-            enough = tl.sum((bits >= middle).to(tl.int32), 0) >= n
-            low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+            reach = tl.sum((bits >= middle).to(tl.int32), 0)
+            low = tl.where(reach >= n, middle, low)
+            high = tl.where(reach > n, high, tl.where(reach == n, middle + 1, middle))  # exactly n: found
         better, equal = (bits > low).to(tl.int32), (bits == low).to(tl.int32)
         room = n - tl.sum(better, 0)
         chosen = better + equal * (tl.cumsum(equal, 0) <= room).to(tl.int32)  # of equals the first
@@ -367,23 +374,6 @@ if triton is not None:
         if OVERLAP > 0:
             score += tl.load(over + at - 1, mask=(j > 0) & (j < mine - 1), other=0)
         choose(score, j, mine, lists + (bg * all_rows + row0 + r) * n, n, NP)
-
-    @triton.jit
-    def unite_kernel(lists, words, rows, tiles, n, LISTS: tl.constexpr, NP: tl.constexpr):
-        """One program: the union of LISTS neighbouring lists, ascending: words of block << 8 | which lists hold it; then -1."""
-        tile, bg, e = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, NP)
-        row = tile * LISTS + e // n
-        block = tl.load(lists + bg * rows * n + tile * LISTS * n + e, mask=(e < LISTS * n) & (row < rows), other=-1)
-        block = tl.where(block < 0, 2**22 + e, block)  # none: behind all others
-        same = block[:, None] == block[None, :]  # (NP, NP)
-        bits = tl.sum(tl.where(same, (1 << (e // n))[None, :], 0), 1)  # (NP,)
-        first = tl.sum((same & (e[None, :] < e[:, None])).to(tl.int32), 1) == 0  # (NP,) rows: not in an earlier list
-        fresh = tl.sum((same & (e[:, None] < e[None, :])).to(tl.int32), 0) == 0  # (NP,) the same by columns
-        place = tl.sum(((block[None, :] < block[:, None]) & fresh[None, :]).to(tl.int32), 1)  # (NP,)
-        first = first & (block < 2**22)
-        to = words + (bg * tiles + tile) * LISTS * n
-        tl.store(to + place, (block << 8) | bits, mask=first)
-        tl.store(to + e, -1, mask=(e >= tl.sum(first.to(tl.int32), 0)) & (e < LISTS * n))
 
     # -----------------------------------------------------------------------------------------------------------------------------
     # 4) mix
@@ -688,21 +678,23 @@ def rope(x, pos, base=10000.0):
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
 
 
-def tile(kind, rows, width, dtype):
+def tile(kind, rows, width, dtype, block=0):
     """(rows of queries at once, keys at once, warps, stages) of the attention kernels: the only numbers that were tuned, on an H200.
 
-    rows: those that a list joins (0: as many as one likes); width: of a key. fp32 has no tensor cores here, only small tiles fit.
+    rows: those that a list of blocks joins (0: as many as one likes); width: of a key. In fp32 only small tiles fit.
     """
     if dtype == torch.float32:
-        return max(rows, 32), 32, 4, 1
-    wide = width > 192
+        return max(rows, 16 if rows else 32), block or 32, 4, 1
+    if rows:
+        warps = 4 if rows >= 64 or block >= 64 and kind == "dkv" else 2 if width > 96 else 1
+        return (max(rows, 16) if kind != "dkv" or rows >= 16 else 64), block, warps, 3
     if kind == "forward":
-        return (max(rows, 16), 64, 4, 3) if rows else (128, 64, 8, 2 if wide else 3)
-    if kind == "dq":
-        return (max(rows, 16), 64, 4, 2) if rows else (64 if wide else 128, 64, 8, 2)
+        return 128, 64, 4 if width <= 96 else 8, 2 if width > 192 else 3
     if kind == "scores":
-        return 64, 64, 4, 3
-    return (max(rows, 64), 64, 4, 2) if rows else (64, 64 if wide else 128, 8, 2)  # dkv
+        return 128, 64, 8, 3
+    if kind == "dq":
+        return (64, 32, 8, 2) if width > 192 else (128, 64, 8, 2)
+    return 64, 64 if width > 192 else 128, 8, 2
 
 
 def sizes(q, k, k2, v):
@@ -714,85 +706,83 @@ def sizes(q, k, k2, v):
 class Walk(torch.autograd.Function):
     """Attention of q (B, H, T, DK + D2) to keys [k ; k2] (B, G, S, DK), (B, 1 or G, S, D2) and values v (B, G, S, DV), None: k itself.
 
-    words None: key i stands at position i d + l - 1, and a query reads those among its last `window` positions. Otherwise each tile of
-    `share` x `lists` queries reads the blocks of its words (B, G, tiles, n) up to its own position. -> o (B, H, T, DV), lse (B, H, T).
+    lists None: key i stands at position i d + l - 1, and a query reads those among its last `window` positions. With lists (B, G,
+    ceil(T / share), n), `share` queries read the blocks of theirs, up to their own position. -> o (B, H, T, DV), lse (B, H, T).
     """
 
     @staticmethod
-    def forward(ctx, q, k, k2, v, words, scale, l, d, window, block, share, lists):
+    def forward(ctx, q, k, k2, v, lists, scale, l, d, window, block, share):
         (B, H, T, _), (_, G, S, _) = q.shape, k.shape
-        w = sizes(q, k, k2, v)
-        w.update(LISTED=words is not None, LISTS=lists)
-        rows = share * lists * w["HP"] if w["LISTED"] else 0
-        BM, BN, warps, stages = tile("forward", rows, w["DK"] + w["D2"], q.dtype)
-        BQ = share * lists if rows else max(1, BM // w["HP"])
-        w.update(WORDS=power(words.shape[3]) if rows else 1, BLOCK=block)
-        n = words.shape[3] if rows else 0
+        w, n = sizes(q, k, k2, v), 0 if lists is None else lists.shape[3]
+        rows = share * w["HP"] if n else 0
+        BM, BN, warps, stages = tile("forward", rows, w["DK"] + w["D2"], q.dtype, block)
+        BQ = share if n else max(1, BM // w["HP"])
+        w.update(LISTED=n > 0, NP=power(n), BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN)
         out = torch.empty(B, H, T, w["DV"], dtype=q.dtype, device=q.device)
         lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
         plain = (scale * LOG2_E, T, S, G, 1 if k2 is None else k2.shape[1], l, d, window)
-        forward_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k if k2 is None else k2, k if v is None else v, words, out, lse, *plain, n,
-                                                    **w, BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
-        ctx.save_for_backward(q, k, k2, v, words, out, lse)
-        ctx.plain, ctx.sizes, ctx.rows, ctx.tile = plain, w, rows, BQ
+        forward_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k if k2 is None else k2, k if v is None else v, lists, out, lse, *plain, n, **w,
+                                                    num_warps=warps, num_stages=stages)  # fmt: skip
+        ctx.save_for_backward(q, k, k2, v, lists, out, lse)
+        ctx.plain, ctx.sizes, ctx.rows, ctx.block = plain, w, rows, block
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _):
-        q, k, k2, v, words, out, lse = ctx.saved_tensors
+        q, k, k2, v, lists, out, lse = ctx.saved_tensors
         (B, H, T, _), (_, G, S, _), w, rows, dout = q.shape, k.shape, dict(ctx.sizes), ctx.rows, dout.contiguous()
-        width, n, k2_, v_ = w["DK"] + w["D2"], words.shape[3] if rows else 0, k if k2 is None else k2, k if v is None else v
+        width, k2_, v_ = w["DK"] + w["D2"], k if k2 is None else k2, k if v is None else v
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
-        BM, BN, warps, stages = tile("dq", rows, width, q.dtype)
-        BQ = ctx.tile if rows else max(1, BM // w["HP"])
-        dq_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k2_, v_, words, out, lse, dout, delta, dq, *ctx.plain, n, **w, BQ=BQ,
-                                               BM=max(BM, BQ * w["HP"]), BN=BN, num_warps=warps, num_stages=stages)  # fmt: skip
+        BM, BN, warps, stages = tile("dq", rows, width, q.dtype, ctx.block)
+        BQ = w["BQ"] if rows else max(1, BM // w["HP"])
+        w.update(BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN)
+        dq_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k2_, v_, lists, out, lse, dout, delta, dq, *ctx.plain, lists.shape[3] if rows else 0,
+                                               **w, num_warps=warps, num_stages=stages)  # fmt: skip
 
-        BM, BN, warps, stages = tile("dkv", rows, width, q.dtype)
-        BN = w.pop("BLOCK") if rows else BN
-        BQ = ctx.tile if rows else max(1, BM // w["HP"])
-        blocks, units, owners, starts = triton.cdiv(S, BN), None, None, None
-        if rows:  # pieces of at most twice the average number of entries: a popular block is many pieces
-            parts = max(1, 2 * n * BN // BQ)
-            units, owners, firsts, starts = invert(words, blocks, parts)
+        BM, BN, warps, stages = tile("dkv", rows, width, q.dtype, ctx.block)
+        BQ, blocks, readers, owners, starts = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN), None, None, None
+        if rows:  # pieces of at most twice the average number of readers: a popular block is many pieces
+            parts = max(1, 2 * lists.shape[3] * BN // BQ)
+            readers, owners, firsts, starts = invert(lists, blocks, parts)
             pieces = len(owners)
         else:
             parts = min(triton.cdiv(528, B * G * blocks), triton.cdiv(T, 16 * BQ)) if B * G * blocks < 264 else 1  # enough to fill a GPU
             pieces, firsts = B * G * blocks * parts, torch.arange(0, B * G * blocks * parts + 1, parts, device=q.device)
         split = pieces > B * G * blocks
-        new = lambda x, heads: torch.empty((pieces, BN, x.shape[3]) if split else (B, heads, S, x.shape[3]),
-                                           dtype=torch.float32 if split else x.dtype, device=x.device)  # fmt: skip
-        grads = [new(k, G), None if k2 is None else new(k2, G), None if v is None else new(v, G)]
+        new = lambda x: torch.empty((pieces, BN, x.shape[3]) if split else (B, G, S, x.shape[3]),
+                                    dtype=torch.float32 if split else x.dtype, device=x.device)  # fmt: skip
+        grads = [None if x is None else new(x) for x in (k, k2, v)]
         gk, gk2, gv = (grads[0] if g is None else g for g in grads)
-        w = {name: w[name] for name in w if name != "WORDS"}
-        dkv_kernel[(pieces,)](q, k, k2_, v_, lse, dout, delta, gk, gk2, gv, units, owners, firsts, starts, *ctx.plain, blocks, parts, **w,
-                              BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, PIECES=split, num_warps=warps, num_stages=stages)  # fmt: skip
+        w.update(BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, PIECES=split)
+        w.pop("NP")
+        dkv_kernel[(pieces,)](q, k, k2_, v_, lse, dout, delta, gk, gk2, gv, readers, owners, firsts, starts, *ctx.plain, blocks, parts, **w,
+                              num_warps=warps, num_stages=stages)  # fmt: skip
         for i, x in enumerate((k, k2, v)):
             if split and x is not None:
                 pieced, grads[i] = grads[i], torch.empty(B, G, S, x.shape[3], dtype=x.dtype, device=x.device)
                 sum_kernel[(B * G * blocks,)](pieced, firsts, grads[i], S, blocks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
         if k2 is not None and k2.shape[1] < G:
             grads[1] = grads[1].sum(1, keepdim=True)  # one rotary key for all groups
-        return dq, *grads, *[None] * 8
+        return dq, *grads, *[None] * 7
 
 
-def invert(words, blocks, parts):
-    """Which tiles read a block: the lists (B, G, tiles, n) sorted by block, in pieces of at most `parts` entries.
+def invert(lists, blocks, parts):
+    """Who reads a block: the entries of the lists (B, G, tiles, n) sorted by block, in pieces of at most `parts` readers.
 
-    -> units (entries,) tile << 8 | bits; owners (pieces,) whose piece it is; firsts (B G blocks + 1,) the first piece of each block, and
-    starts (B G blocks + 1,) its first entry. Nothing is read back to the host: there are as many pieces as there may be.
+    -> readers (entries,) tiles of queries; owners (pieces,) whose piece it is; firsts (B G blocks + 1,) the first piece of each block,
+    and starts (B G blocks + 1,) its first reader. Nothing is read back to the host: there are as many pieces as there may be.
     """
-    B, G, tiles, n = words.shape
-    total, place = B * G * blocks, lambda size, shape: torch.arange(size, dtype=torch.int32, device=words.device).view(shape)
-    owner = place(B * G, (B, G, 1, 1)) * blocks + (words >> 8)  # (B, G, tiles, n)
-    owner, order = owner.masked_fill(words < 0, total).flatten().sort(stable=True)
-    units = (place(tiles, (tiles, 1)) << 8 | words & 255).flatten()[order]
-    starts = torch.searchsorted(owner, torch.arange(total + 1, dtype=torch.int32, device=words.device))  # (total + 1,)
+    B, G, tiles, n = lists.shape
+    total, place = B * G * blocks, lambda size: torch.arange(size, dtype=torch.int32, device=lists.device)
+    owner = place(B * G).view(B, G, 1, 1) * blocks + lists  # (B, G, tiles, n)
+    owner, order = owner.masked_fill(lists < 0, total).flatten().sort(stable=True)
+    readers = (order // n % tiles).to(torch.int32)
+    starts = torch.searchsorted(owner, place(total + 1))  # (total + 1,)
     firsts = F.pad(((starts.diff() + parts - 1) // parts).cumsum(0), (1, 0))  # (total + 1,)
-    pieces = torch.arange(total + words.numel() // parts, device=words.device)
+    pieces = torch.arange(total + lists.numel() // parts, device=lists.device)
     owners = (torch.searchsorted(firsts, pieces, right=True) - 1).clamp(max=total - 1)  # a piece too many is an empty one of the last block
-    return units, owners, firsts, starts
+    return readers, owners, firsts, starts
 
 
 def complaint(q, k, v=None, k2=None):
@@ -819,12 +809,12 @@ def split_key(k, k2, shared):
     return k, k2
 
 
-def attend(what, q, k, v, words, scale, k2, l=1, d=1, window=None, block=1, share=1, lists=1):
+def attend(what, q, k, v, lists, scale, k2, l=1, d=1, window=None, block=0, share=1):
     refuse(what, q, k, v, k2)
     shared = v is k
     k, k2 = split_key(k, k2, shared)
     q, k, k2, v = (x if x is None else x.contiguous() for x in (q, k, k2, None if shared else v))
-    return Walk.apply(q, k, k2, v, words, scale, l, d, window or q.shape[2], block, share, lists)
+    return Walk.apply(q, k, k2, v, lists, scale, l, d, window or q.shape[2], block, share)
 
 
 def window_attention(q, k, v, window, scale, k2=None):
@@ -871,22 +861,11 @@ def select(q, k, lse, l, d, block, n, scale, k2=None, every=1):
     return lists
 
 
-def unite(lists, count):
-    """Unions of `count` neighbouring lists (B, G, rows, n) -> words (B, G, ceil(rows / count), count n) for `Walk`."""
-    B, G, rows, n = lists.shape
-    tiles = triton.cdiv(rows, count)
-    words = torch.empty(B, G, tiles, count * n, dtype=torch.int32, device=lists.device)
-    unite_kernel[(tiles, B * G)](lists.contiguous(), words, rows, tiles, n, LISTS=count, NP=power(count * n))
-    return words
-
-
-def selected_attention(q, k, v, lists, block, scale, k2=None, share=1, together=1):
-    """nsa.selected_attention where lists (B, G, ceil(T / share), n) serve `share` queries each: valid blocks up to the queries' own, then -1.
-
-    `together` neighbouring lists are walked as their union: blocks that several of them hold are fetched once.
-    """
-    words = unite(lists.to(torch.int32), together)
-    return attend("selected_attention", q, k, v, words, scale, k2, block=block, share=share, lists=together)[0]
+def selected_attention(q, k, v, lists, block, scale, k2=None, share=1):
+    """nsa.selected_attention where lists (B, G, ceil(T / share), n) serve `share` queries each: ascending, the last one their own, then -1."""
+    if block not in (16, 32, 64, 128) or block % share:
+        raise ValueError(f"selected_attention: blocks of {block} tokens and lists for {share} queries: 16, 32, 64 or 128, a multiple of the second")
+    return attend("selected_attention", q, k, v, lists.to(torch.int32).contiguous(), scale, k2, block=block, share=share)[0]
 
 
 class Mix(torch.autograd.Function):
