@@ -327,19 +327,23 @@ if triton is not None:
         to = (bg * rows + i[:, None]) * J + j[None, :]  # (BQ, BN / FOLD)
         place = tl.arange(0, BN) % FOLD
         beyond = tl.maximum(place + OVERLAP - (FOLD - 1), 0).to(tl.float32)  # (BN,) strides in the next block
+        _, whole = span((row0 + tile * BQ) * every, S, l, d, T)
         _, end = span(tl.minimum((row0 + tile * BQ + BQ - 1) * every, T - 1), S, l, d, T)
-        for start in range(0, end, BN):
-            s = start + tl.arange(0, BN)
-            keys = load_rows(k, s, s < S, DK, PK, DK)  # (BN, PK)
-            keys2 = load_rows(k2, s, s < S, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
-            p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
-            p = tl.where(s[None, :] < high[:, None], p, 0.0)
-            p = tl.sum(tl.reshape(p, (BQ, HP, BN)), 1)  # (BQ, BN)
-            ok2 = (i < rows)[:, None] & (start // FOLD + j < J)[None, :]
-            mine = tl.sum(tl.reshape(p * (OVERLAP + 1 - beyond)[None, :], (BQ, BN // FOLD, FOLD)), 2)  # (BQ, BN / FOLD)
-            tl.store(own + to + start // FOLD, mine, mask=ok2)
-            if OVERLAP > 0:
-                tl.store(over + to + start // FOLD, tl.sum(tl.reshape(p * beyond[None, :], (BQ, BN // FOLD, FOLD)), 2), mask=ok2)
+        whole = whole // BN * BN  # so far all queries read all entries
+        for phase in tl.static_range(2):
+            for start in range(0 if phase == 0 else whole, whole if phase == 0 else end, BN):
+                s = start + tl.arange(0, BN)
+                keys = load_rows(k, s, s < S, DK, PK, DK, phase == 0)  # (BN, PK)
+                keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 0) if D2 > 0 else keys  # (BN, P2)
+                p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
+                if phase == 1:
+                    p = tl.where(s[None, :] < high[:, None], p, 0.0)
+                p = tl.sum(tl.reshape(p, (BQ, HP, BN)), 1)  # (BQ, BN)
+                ok2 = (i < rows)[:, None] & (start // FOLD + j < J)[None, :]
+                mine = tl.sum(tl.reshape(p * (OVERLAP + 1 - beyond)[None, :], (BQ, BN // FOLD, FOLD)), 2)  # (BQ, BN / FOLD)
+                tl.store(own + to + start // FOLD, mine, mask=ok2)
+                if OVERLAP > 0:
+                    tl.store(over + to + start // FOLD, tl.sum(tl.reshape(p * beyond[None, :], (BQ, BN // FOLD, FOLD)), 2), mask=ok2)
 
     @triton.jit
     def choose(score, j, mine, to, n, NP: tl.constexpr):
