@@ -1,19 +1,37 @@
-"""The fast path on a GPU, in Triton: what a decoding step does once per layer, and once per round.
+"""The fast path on a GPU, in Triton: window, compressed and selected attention with their gradients, and what a decoding step does.
 
-A step of a small model is bound by the number of kernels, not by their work: one token through one layer in plain PyTorch is about 85
-launches. Those below replace about 60 of them; they never change what is computed, only how often memory is touched.
+The definition is the PyTorch code in latent_attention.py, nsa.py and mtp.py; these kernels never change what is computed, only how often
+memory is touched. test_all.py compares them with it, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 
     1) rope               angles, rotation and halves in one pass over x; its gradient is the rotation back
-    2) append             keys, values and positions of new tokens to their slots, each row at its own length
-    3) decode_attention   a few queries per row against its slots, up to the row's length, masked by position, split over the slots
-    4) draw               softmax and one sample of it
-    5) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
+    2) walk               attention: a tile of queries walks through keys, or through the blocks of its list; forward, dq, dk and dv
+    3) select             block scores from the compressed branch's lse, and the n best of them, never T x T / d numbers in memory
+    4) mix                the gates, and the heads merged
+    5) append             keys, values and positions of new tokens to their slots, each row at its own length
+    6) decode_attention   a few queries per row against its slots, or those of its list's blocks, split over the slots
+    7) draw               softmax and one sample of it
+    8) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
-The definition is the PyTorch code in latent_attention.py and mtp.py; test_all.py compares, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
-Does NOT include yet: kernels for training and for NSA's and ASA's branches.
-Not to be confused with the package `kernels` on PyPI.
+Training: one walk serves three branches. The rows of a tile are BQ queries x the h heads of a group, which read the same keys:
 
-Letters as in latent_attention.py.
+    window       key i stands at position i, the last W are read            many queries; tiles of keys between two diagonals
+    compressed   entry i stands at position i d + l - 1, all before         many queries; tiles of keys up to a stair
+    selected     the blocks of a list                                       the 1 (NSA) or 4 (ASA) queries of a list; a block a step
+
+    forward   s = scale q k, lse = log sum exp s, o = sum exp(s - lse) v, with a running maximum (FlashAttention, arXiv 2205.14135)
+    backward  p = exp(s - lse), delta = do . o, ds = p (do . v - delta); dq = scale ds k walks as the forward pass does; for
+              dk = scale ds q and dv = p do a tile of keys walks through the tiles of queries that read it. Which those are follows from
+              the positions, or, with lists, from sorting their entries by block.
+
+Sums are taken in a fixed order, never by atomics: two runs give the same bits. A key may be [k ; k2] with k2 shared by all groups (the
+rotary key), and the value may be the key's first part (a latent): then one load serves both. Widths that are no power of 2 are padded.
+A block's tokens are fetched anew by every list that holds it: at 64k and n l' = 1024 that is 137 GB per layer at 4 groups of width 128,
+which is why lists shared by 4 queries pay. What lies behind the end of a shorter row is never read by what lies before it.
+
+Limits: widths up to 256, up to 64 heads in a group, blocks of 16 to 128 tokens. Does NOT include: FP8, paging, packed texts.
+`python kernels.py` compares them with dense attention, `--bench` times them. Not to be confused with the package `kernels` on PyPI.
+
+Letters as in latent_attention.py and nsa.py.
 """
 import os
 import sys
@@ -31,10 +49,28 @@ except ImportError:  # no Triton, no fast path
     triton = None
 
 
-def fast(x, k=None, v=None):
-    """Whether the kernels can take x, or queries x with these keys and values: on a GPU, with Triton, in 16 or 32 bits."""
+def fast(x, k=None, v=None, block=16):
+    """Whether the kernels can take x, or queries x with these keys, values and blocks: on a GPU, with Triton, in 16 or 32 bits."""
     able = triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return able and (k is None or complaint(x, k, v) is None)
+    return able and (k is None or complaint(x, k, v, block=block) is None)
+
+
+def complaint(q, k, v=None, k2=None, block=16):
+    """What the attention kernels cannot do, as one clear line, or None."""
+    h, given = q.shape[1] // k.shape[1], [x for x in (q, k, k2, v) if x is not None]
+    if h > 64 or q.shape[1] % k.shape[1]:
+        return f"{q.shape[1]} heads in {k.shape[1]} groups: a group has 1 to 64 heads"
+    if max(x.shape[3] for x in given[1:]) > 256:
+        return f"widths {[x.shape[3] for x in given[1:]]}: at most 256"
+    if len({x.dtype for x in given}) > 1:
+        return "queries, keys and values must be of one dtype"
+    if block not in (16, 32, 64, 128):
+        return f"blocks of {block} tokens: 16, 32, 64 or 128"
+
+
+def refuse(what, *args, **more):
+    if line := complaint(*args, **more):
+        raise ValueError(f"{what}: {line}")
 
 
 if triton is not None:
@@ -210,8 +246,8 @@ if triton is not None:
             store_rows(dq + DK, row, ok, grad2 * unit, D2, P2, DK + D2)
 
     @triton.jit
-    def dkv_kernel(q, k, k2, v, lse, dout, delta, dk, dk2, dv, readers, owners, firsts, starts, scale, T, S, G, G2, l, d, window, blocks, parts,
-                   h: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+    def dkv_kernel(q, k, k2, v, lse, dout, delta, dk, dk2, dv, readers, owners, firsts, starts, scale, T, S, G, G2, l, d, window, blocks,
+                   parts, h: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
                    DV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr,
                    BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
         """One program: BN keys of a group (one block of the lists) against one piece of the query tiles that read them.
@@ -417,7 +453,7 @@ if triton is not None:
             ungate(z, dz, gate + 2 * H, dgate + 2 * H, douts, row, ok, D, P)
 
     # -----------------------------------------------------------------------------------------------------------------------------
-    # 2) append
+    # 5) append
 
     @triton.jit
     def write_row(new, buffer, b, head, take, slot, nb, nh, nt, heads, S, WIDTH: tl.constexpr, PADDED: tl.constexpr):
@@ -442,7 +478,7 @@ if triton is not None:
                 tl.store(pos_buf + (b * pos_heads + head) * S + slot, tl.load(pos + b * pb + take * pt).to(tl.int32))
 
     # -----------------------------------------------------------------------------------------------------------------------------
-    # 3) decode_attention
+    # 6) decode_attention
 
     @triton.jit
     def decode_kernel(q, k, k2, v, out, stats, raw, lists, q_pos, k_pos, length, scale, window, T, TQ, h, S, G, pos_heads, splits, n_list,
@@ -533,7 +569,7 @@ if triton is not None:
     @triton.jit
     def decode_select_kernel(raw, pos, length, lists, G, h, T, S, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
                              BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):  # fmt: skip
-        """One program: the list of one query and group, from the raw scores (B, H, T, S) of the compressed blocks: eqs 8 to 11 of nsa.py."""
+        """One program: the list of one query and group, from the scores raw (B, H, T, S) of the compressed blocks: eqs 8 to 11."""
         which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
         bg, t = which // T, which % T
         count = tl.minimum(tl.load(length + bg // G), S)
@@ -556,7 +592,7 @@ if triton is not None:
         choose(score, j, own, lists + which * n, n, NP)
 
     # -----------------------------------------------------------------------------------------------------------------------------
-    # 4) draw
+    # 7) draw
 
     @triton.jit
     def draw_kernel(logits, noise, p, token, V, scale, HOT: tl.constexpr, NOISE: tl.constexpr, BV: tl.constexpr):
@@ -587,7 +623,7 @@ if triton is not None:
         tl.store(token + row, at)
 
     # -----------------------------------------------------------------------------------------------------------------------------
-    # 5) commit
+    # 8) commit
 
     @triton.jit
     def commit_kernel(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, take_out, width, stop, g, V, K,
@@ -789,22 +825,6 @@ def invert(lists, blocks, parts):
     return readers, owners, firsts, starts
 
 
-def complaint(q, k, v=None, k2=None):
-    """What the attention kernels cannot do, as one clear line, or None."""
-    h, given = q.shape[1] // k.shape[1], [x for x in (q, k, k2, v) if x is not None]
-    if h > 64 or q.shape[1] % k.shape[1]:
-        return f"{q.shape[1]} heads in {k.shape[1]} groups: a group has 1 to 64 heads"
-    if max(x.shape[3] for x in given[1:]) > 256:
-        return f"widths {[x.shape[3] for x in given[1:]]}: at most 256"
-    if len({x.dtype for x in given}) > 1:
-        return "queries, keys and values must be of one dtype"
-
-
-def refuse(what, *args):
-    if line := complaint(*args):
-        raise ValueError(f"{what}: {line}")
-
-
 def split_key(k, k2, shared):
     """A key whose width is no power of 2 as two of them, such as 192 = 128 + 64: padding would waste up to half of the work."""
     low = power(k.shape[3] + 1) // 2
@@ -814,7 +834,7 @@ def split_key(k, k2, shared):
 
 
 def attend(what, q, k, v, lists, scale, k2, l=1, d=1, window=None, block=0, share=1):
-    refuse(what, q, k, v, k2)
+    refuse(what, q, k, v, k2, block or 16)
     shared = v is k
     k, k2 = split_key(k, k2, shared)
     q, k, k2, v = (x if x is None else x.contiguous() for x in (q, k, k2, None if shared else v))
@@ -837,7 +857,7 @@ def select(q, k, lse, l, d, block, n, scale, k2=None, every=1):
 
     The scores of a few thousand lists at a time lie in memory, never those of all.
     """
-    refuse("select", q, k, k, k2)
+    refuse("select", q, k, k, k2, block)
     k, k2 = split_key(k, k2, False)
     q, k, k2 = (x if x is None else x.contiguous() for x in (q, k, k2))
     (B, H, T, _), (_, G, S, _) = q.shape, k.shape
@@ -866,9 +886,9 @@ def select(q, k, lse, l, d, block, n, scale, k2=None, every=1):
 
 
 def selected_attention(q, k, v, lists, block, scale, k2=None, share=1):
-    """nsa.selected_attention where lists (B, G, ceil(T / share), n) serve `share` queries each: ascending, the last one their own, then -1."""
-    if block not in (16, 32, 64, 128) or block % share:
-        raise ValueError(f"selected_attention: blocks of {block} tokens and lists for {share} queries: 16, 32, 64 or 128, a multiple of the second")
+    """nsa.selected_attention where lists (B, G, ceil(T / share), n) serve `share` queries each: ascending, their own block last, then -1."""
+    if block % share:
+        raise ValueError(f"selected_attention: {share} queries with one list must lie in one block of {block}")
     return attend("selected_attention", q, k, v, lists.to(torch.int32).contiguous(), scale, k2, block=block, share=share)[0]
 
 
@@ -879,8 +899,8 @@ class Mix(torch.autograd.Function):
         ctx.save_for_backward(gates, *branches)
         out = torch.empty(B, T, H, D, dtype=branches[0].dtype, device=gates.device)
         x, y, z = (branches + branches[:1])[:3]
-        mix_kernel[(triton.cdiv(T, 16), B * H)](x, y, z, gates, out, H, T, gates.stride(0), gates.stride(1), N=len(branches), D=D, P=power(D),
-                                                BT=16)  # fmt: skip
+        mix_kernel[(triton.cdiv(T, 16), B * H)](x, y, z, gates, out, H, T, gates.stride(0), gates.stride(1), N=len(branches), D=D,
+                                                P=power(D), BT=16)  # fmt: skip
         return out.transpose(1, 2)
 
     @staticmethod
@@ -1146,7 +1166,8 @@ def main(argv):
         return 0
     torch.manual_seed(0)
     device, T, D = "cuda" if torch.cuda.is_available() else "cpu", 64, 16
-    print(f"Triton {triton.__version__}, {'compiled for ' + torch.cuda.get_device_name() if device == 'cuda' else 'interpreted on the CPU'}\n")
+    where = f"compiled for {torch.cuda.get_device_name()}" if device == "cuda" else "interpreted on the CPU"
+    print(f"Triton {triton.__version__}, {where}\n")
     q, k, v = (torch.randn(1, heads, T, D, device=device) for heads in (4, 2, 2))
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     t = torch.arange(T, device=device)

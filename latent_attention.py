@@ -8,7 +8,7 @@ which keys and values are made again: one latent for all heads (MLA) or one per 
     3) attend       a query reads every filled slot whose position is not after its own
     4) absorb       latents are read as they lie: W_UK moves to the query, W_UV behind the sum, no key or value is ever made
 
-Does NOT include: speed (kernels), quantised caches, paging, packing of several texts in one row.
+Does NOT include: speed (that is kernels.py, used on a GPU), quantised caches, paging, packing of several texts in one row.
 Run `python latent_attention.py` for the cache table, counted from allocated tensors, and one identity.
 Read on: MLA is DeepSeek-V2, arXiv 2405.04434, eqs 9-19; GLA is arXiv 2505.21487; GQA is arXiv 2305.13245. Then nsa.py.
 

@@ -16,7 +16,7 @@ compressed entry stands at the position of its block's last token.
 Ours, where the papers' bodies are not available or silent: every width; ASA's block 16 and lists shared by 4 queries follow secondary
 sources; where rotation stands to compression (content pools un-rotated, the key turns once, at its block's middle); NSA's phi is the mean
 plus an MLP; ASA's phi a learned weighted mean; the 0-based form of NSA's eq. 9; NSA's gate is one linear layer.
-Does NOT include: speed (the reference scores every key and masks), packed texts. Top-n passes no gradient: phi and the block scores learn
+Does NOT include: packed texts. The reference scores every key and masks; on a GPU kernels.py is used. Top-n passes no gradient: phi and the block scores learn
 through the compressed branch's output.
 Run `python nsa.py` for a map of what one query reads. Read first: latent_attention.py.
 
@@ -28,7 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from latent_attention import LatentAttention, SlotCache, attend, cache_bytes, join, merge_heads, read_slots, rope, split_heads, visible, window_attention
+from latent_attention import LatentAttention, SlotCache, attend, cache_bytes, join, merge_heads, read_slots, rope, split_heads, visible
+from latent_attention import window_attention
 
 SHARE = 4  # ASA: consecutive queries that share one block list
 ASA_BLOCK = 16  # ASA: l = d = l'
@@ -143,7 +144,7 @@ def few(q, k, v, cache):
 
 
 def read_blocks(q, k, v, end, pos, tokens, l, d, block, n, scale, k2=None, every=1, cache=None):
-    """1) and 2): attention to the compressed entries [k ; k2], v, which stand at `end`, and the lists of every `every`-th query (1 or SHARE).
+    """1) and 2): attention to the compressed entries [k ; k2], v, which stand at `end`; the lists of every `every`-th query (1 or SHARE).
 
     tokens: how many can be chosen from; cache: where the tokens lie, None for a whole text, position t at row t
     -> o (B, H, T, Dv), lists (B, G, ceil(T / every), n).
@@ -151,7 +152,7 @@ def read_blocks(q, k, v, end, pos, tokens, l, d, block, n, scale, k2=None, every
     shared = v is k
     k, v, k2 = (x if x is None else x.to(q.dtype) for x in (k, v, k2))
     v = k if shared else v
-    if cache is None and kernels.fast(q, k, v):
+    if cache is None and kernels.fast(q, k, v, block):
         o, lse = kernels.compressed_attention(q, k, v, l, d, scale, k2)
         return o, kernels.select(q.detach(), k.detach(), lse, l, d, block, n, scale, k2, every)
     if cache is not None and few(q, k, v, cache):
@@ -178,7 +179,7 @@ def selected_attention(q, k, v, lists, pos, k_pos, block, scale, k2=None, every=
     q (B, H, T, Dk), k (B, G, S, Dk), k2 (B, 1, S, P) or None, v (B, G, S, Dv), lists (B, G, ceil(T / every), n) that serve `every`
     queries each, pos (B or 1, T), k_pos (B or 1, heads, S); cache as in read_blocks -> (B, H, T, Dv).
     """
-    if cache is None and kernels.fast(q, k, v):
+    if cache is None and kernels.fast(q, k, v, block):
         return kernels.selected_attention(q, k, v, lists, block, scale, k2, every)
     if cache is not None and few(q, k, v, cache):
         return kernels.decode_attention(q, k, v, pos, k_pos, cache["tokens"].length, scale, k2=k2, lists=lists, block=block)

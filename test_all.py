@@ -531,7 +531,10 @@ def kernels_in_use(yes=True):
     """Let the attention files use the kernels wherever Triton can run them, in the interpreter too, or nowhere."""
     if kernels.triton is None:
         raise unittest.SkipTest("needs Triton")
-    with swapped(kernels, "fast", lambda x, k=None, v=None: yes and x.dtype != torch.float64 and (k is None or not kernels.complaint(x, k, v))):
+    def able(x, k=None, v=None, block=16):
+        return yes and x.dtype != torch.float64 and (k is None or not kernels.complaint(x, k, v, None, block))
+
+    with swapped(kernels, "fast", able):
         yield
 
 
@@ -671,8 +674,9 @@ def test_kernels_compiled_in_bf16():
     if not CUDA:
         raise unittest.SkipTest("needs CUDA")
     asa = dict(l=16, block=16, n=12, every=4, dtype=torch.bfloat16)
-    for sizes in [(1000, 16, 4, 128, 128, {}), (1000, 4, 4, 64, 64, {}), (257, 1, 2, 64, 64, {}), (257, 3, 1, 96, 96, {}), (257, 16, 1, 192, 128, {}),
-                  (257, 1, 8, 64, 64, dict(P=32)), (1000, 4, 4, 120, None, dict(P=32, **asa)), (1000, 16, 2, 240, None, dict(P=64, **asa))]:  # fmt: skip
+    for sizes in [(1000, 16, 4, 128, 128, {}), (1000, 4, 4, 64, 64, {}), (257, 1, 2, 64, 64, {}), (257, 3, 1, 96, 96, {}),
+                  (257, 16, 1, 192, 128, {}), (257, 1, 8, 64, 64, dict(P=32)), (1000, 4, 4, 120, None, dict(P=32, **asa)),
+                  (1000, 16, 2, 240, None, dict(P=64, **asa))]:  # fmt: skip
         s = Sizes(*sizes[:5], **{"W": 200, "dtype": torch.bfloat16, **sizes[5]})
         for branch in ("window", "compressed", "selected"):
             leaves = s.leaves(s.entries if branch == "compressed" else s.tokens)
