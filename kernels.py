@@ -886,7 +886,7 @@ def select(q, k, lse, l, d, block, n, scale, k2=None, every=1):
 
 
 def selected_attention(q, k, v, lists, block, scale, k2=None, share=1):
-    """nsa.selected_attention where lists (B, G, ceil(T / share), n) serve `share` queries each: ascending, their own block last, then -1."""
+    """nsa.selected_attention where lists (B, G, ceil(T / share), n) serve `share` queries each: ascending, their own block last, -1."""
     if block % share:
         raise ValueError(f"selected_attention: {share} queries with one list must lie in one block of {block}")
     return attend("selected_attention", q, k, v, lists.to(torch.int32).contiguous(), scale, k2, block=block, share=share)[0]

@@ -16,8 +16,8 @@ compressed entry stands at the position of its block's last token.
 Ours, where the papers' bodies are not available or silent: every width; ASA's block 16 and lists shared by 4 queries follow secondary
 sources; where rotation stands to compression (content pools un-rotated, the key turns once, at its block's middle); NSA's phi is the mean
 plus an MLP; ASA's phi a learned weighted mean; the 0-based form of NSA's eq. 9; NSA's gate is one linear layer.
-Does NOT include: packed texts. The reference scores every key and masks; on a GPU kernels.py is used. Top-n passes no gradient: phi and the block scores learn
-through the compressed branch's output.
+Does NOT include: packed texts. The reference scores every key and masks; on a GPU kernels.py is used. Top-n passes no gradient: phi and the
+block scores learn through the compressed branch's output.
 Run `python nsa.py` for a map of what one query reads. Read first: latent_attention.py.
 
 Letters as in latent_attention.py, and N compressed blocks, l block length, d stride between block starts, l' (code: block) selection
