@@ -1002,7 +1002,7 @@ RATE, BANDWIDTH = 790e12, 4.3e12  # bf16 products and bytes per second, measured
 
 
 class Timed:
-    """Milliseconds of f() and of its backward pass, beside its floors: `flop` of the forward pass, every tensor moved once."""
+    """Milliseconds of f() and of its backward pass, beside its floors: `flop` of the forward pass, every tensor moved once; peak bytes."""
 
     def __init__(self, f, leaves=(), flop=0.0):
         with torch.no_grad():
@@ -1011,8 +1011,12 @@ class Timed:
         bytes = sum(x.nbytes for x in (*leaves, o))
         self.floors = [(flop / RATE, bytes / BANDWIDTH), (2.5 * flop / RATE, 2 * bytes / BANDWIDTH)]  # backward: 5 products, not 2
         if leaves:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
             o, grad = f(), torch.randn_like(o)
             backward = lambda: torch.autograd.grad(o, leaves, grad, retain_graph=True)
+            backward()
+            self.peak = torch.cuda.max_memory_allocated() - before
             self.ms.append(triton.testing.do_bench(backward, warmup=20, rep=100, return_mode="median"))
 
     def __str__(self):
@@ -1100,6 +1104,14 @@ def bench(lengths=(4096, 8192, 16384, 32768, 65536)):
             print(f"  {'asa, mean':10} {ratio(*((a + b) / 2 for a, b in zip(layers['asa local'], layers['asa global'])))}")
 
 
+def bench_memory(lengths=(16384, 32768, 65536, 131072, 262144), H=16, G=4, D=64):
+    """What a layer needs beside its inputs, forward and backward: linear in T."""
+    print(f"\npeak memory of one layer, MiB per 1024 tokens, {H}/{G} heads, D {D}, bf16, at {', '.join(map(str, lengths))} tokens")
+    for kind in ("nsa", "asa local", "asa global"):
+        peaks = [bench_layer(kind, T, H, G, D)["layer"].peak / 2**20 / (T / 1024) for T in lengths]
+        print(f"  {kind:10} " + ", ".join(f"{peak:.2f}" for peak in peaks), flush=True)
+
+
 def in_graph(f, repeats=10):
     """Milliseconds of f() inside a CUDA graph: without the time that launching takes."""
     f()
@@ -1163,6 +1175,7 @@ def main(argv):
         with torch.no_grad():
             bench_decoding()
         bench()
+        bench_memory()
         return 0
     torch.manual_seed(0)
     device, T, D = "cuda" if torch.cuda.is_available() else "cpu", 64, 16
