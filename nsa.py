@@ -47,21 +47,21 @@ def blocks_done(tokens, l, d):
 def compressed_entries(compress, parts, k_pos, pos, l, d, cache=None, count=None):
     """One entry per finished block, made from its l tokens: eq. 7. Without a cache of all blocks, with one of those just finished.
 
-    compress: callable on one (B, G, N, l, width) per part -> one (B, G, N, width) per part; parts (B, G, S, width) lie at positions
-    k_pos (B, heads, S). A block is made from its tokens' cache entries alone, so there is nothing to carry along or to take back.
+    compress: callable on one (B, G, N, l, width) per part and the positions of the blocks' last tokens (B or 1, N) -> one (B, G, N,
+    width) per part; parts (B, G, S, width) lie at positions k_pos (B, heads, S). A block is made from its tokens' cache entries alone, so there is nothing to carry along or to take back.
     -> (*entries (B, G, N, width), positions (B or 1, heads or 1, N)): the position of a block is that of its last token.
     """
     if cache is None:
-        ids = torch.arange(blocks_done(pos.shape[1], l, d), device=pos.device)  # (N,)
-        return [*compress(*(blocks_of(x, l, d) for x in parts)), (ids * d + l - 1)[None, None]]
+        end = torch.arange(blocks_done(pos.shape[1], l, d), device=pos.device)[None] * d + l - 1  # (1, N)
+        return [*compress(*(blocks_of(x, l, d) for x in parts), end), end[:, None]]
     if count is None:
         return [*cache.data, cache.pos]
     first = blocks_done(pos[:, 0], l, d)  # (B,) blocks finished before this call
     done = blocks_done(pos[:, 0] + count, l, d) - first  # (B,)
     ids = first[:, None] + torch.arange(-(-pos.shape[1] // d), device=pos.device)  # (B, N): T tokens finish at most ceil(T / d) blocks
     slot = find(k_pos[:, 0], ids[..., None] * d + torch.arange(l, device=pos.device))  # (B, N, l)
-    entries = compress(*(pick(x, slot) for x in parts))  # (B, G, N, width) each
-    return cache.append(*entries, pos=ids * d + l - 1, count=done)
+    end = ids * d + l - 1  # (B, N)
+    return cache.append(*compress(*(pick(x, slot) for x in parts), end), pos=end, count=done)
 
 
 def blocks_of(x, l, d):
@@ -241,9 +241,9 @@ class NSA(nn.Module):
             "window": SlotCache(batch, max_len, kv, window=self.window, margin=margin, **kind),
         }
 
-    def compress(self, k, v):
-        """Blocks of un-rotated k, v (B, G, N, l, D) -> one entry each (B, G, N, D), not rotated yet."""
-        return self.phi_k(k), self.phi_v(v)
+    def compress(self, k, v, end):
+        """Blocks of un-rotated k, v (B, G, N, l, D) -> one entry each (B, G, N, D); the key turns once, at the middle of its block."""
+        return rope(self.phi_k(k), end - (self.l - 1) / 2, self.base), self.phi_v(v)
 
     def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
         q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
@@ -256,9 +256,8 @@ class NSA(nn.Module):
             k2, v2, pos2 = cache["window"].append(k2, v2, pos=pos, count=count)
         blocks = cache and cache["blocks"]
 
-        # 1) compress: keys are cached un-rotated and turn at the middle of their block
+        # 1) compress
         k, v, end = compressed_entries(self.compress, (k0, v0), pos0, pos, self.l, self.d, blocks, count)  # (B, G, N, D) twice, (B, 1, N)
-        k = rope(k, end[:, 0] - (self.l - 1) / 2, self.base)
 
         # 2) attend to them, select, attend to the blocks selected
         sizes = (self.l, self.d, self.block, self.n, self.scale)
@@ -307,7 +306,7 @@ class ASAGlobal(LatentAttention):
             "lists": SlotCache(batch, max_len, lists, window=2, margin=margin // SHARE + 1, dtype=torch.int32, device=device),
         }
 
-    def compress(self, c, k_r):
+    def compress(self, c, k_r, end=None):
         """Latents (B, G, N, 16, R) -> weighted means (B, G, N, R); rotary keys (B, 1, N, 16, P) -> their mean, turned to the middle.
 
         Turning the rotated key of place i by 7.5 - i undoes the rotation within the block, so fast frequencies do not average out:

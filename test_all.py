@@ -451,7 +451,7 @@ def compressed_rotation():
 
 def test_rotation_and_pooling():
     compressed_rotation()
-    with swapped(ASAGlobal, "compress", lambda self, c, k_r: (c.mean(-2), k_r.mean(-2))):  # pooling after rotation
+    with swapped(ASAGlobal, "compress", lambda self, c, k_r, end=None: (c.mean(-2), k_r.mean(-2))):  # pooling after rotation
         fails(compressed_rotation)
 
 
