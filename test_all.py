@@ -599,7 +599,7 @@ def kernels_equal_attend(s, branch):
     kv = s.entries if branch == "compressed" else s.tokens
     ours, want = with_gradients(s.fast(branch), s.leaves(kv)), with_gradients(*s.plain(branch, torch.float64))
     for what, a, b in zip(("output", "dq", "dk", "dk2" if kv[1] is not None else "dv", "dv"), ours, want):
-        assert off(a, b) < 2e-6, f"{branch} attention, {s.name}: {what} is off by {off(a, b):.1e}"
+        assert off(a, b) < 1e-5, f"{branch} attention, {s.name}: {what} is off by {off(a, b):.1e}"
 
 
 def test_attention_kernels_equal_attend_with_gradients():
