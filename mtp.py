@@ -665,7 +665,7 @@ def main(argv=None):
     parser.add_argument("--equip", metavar="RUN", help="train a module for the run in this folder, e.g. out/base-gqa; writes RUN/mtp.pt")
     parser.add_argument("--bench", metavar="RUN", help="time generation with and without drafts")
     parser.add_argument("--depths", type=int, default=8, help="K of --equip [8]")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps of --equip, 32 texts each [3000]")
+    parser.add_argument("--steps", type=int, default=2700, help="training steps of --equip, 32 texts each [2700]")
     samples = "texts that the trunk writes for --equip [16384]; on a CPU try 512, with 300 steps"
     parser.add_argument("--samples", type=int, default=16384, help=samples)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="batch sizes of --bench [1 16 64 256]")
