@@ -100,7 +100,7 @@ def soft_ce(z, p):
 
 def tv(z, p):
     """Total variation 1 - sum min(p, q) = the probability that a sampled draft is refused. Its gradient is proportional to q: dead from a
-    cold start, so CE comes first."""
+    cold start, so soft CE comes first."""
     return 1 - torch.minimum(p, z.softmax(-1)).sum(-1)
 
 

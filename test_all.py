@@ -944,9 +944,8 @@ def decoding_is_lossless(K, greedy, temperature, draws=DRAWS, new=3, rows=12_000
 
 
 def test_decoding_is_lossless():
-    for K, greedy, temperature, draws in ((3, False, 1.0, DRAWS), (2, True, 0.7, 40_000),
-                                          (1, False, 0.7, 40_000), (4, True, 1.0, 40_000), (5, False, 0.7, 40_000)):  # fmt: skip
-        decoding_is_lossless(K, greedy, temperature, draws)
+    for K, greedy, temperature in ((1, False, 0.7), (2, True, 0.7), (3, False, 1.0), (4, True, 1.0), (5, False, 0.7)):
+        decoding_is_lossless(K, greedy, temperature)
     stays = mutant(mtp.Decoder.round, "rollback(self.known - 1)", "rollback(self.known)")  # a refused draft, in the cache
     with swapped(mtp.Decoder, "round", stays):
         fails(decoding_is_lossless, 3, False, 1.0, 40_000)
