@@ -1,22 +1,46 @@
-"""The fast path on a GPU, in Triton: what a decoding step does once per layer, and once per round.
+"""The fast path on a GPU, in Triton: window, compressed and selected attention with their gradients, and what a decoding step does.
 
-A step of a small model is bound by the number of kernels, not by their work: one token through one layer in plain PyTorch is about 85
-launches. Those below replace about 60 of them; they never change what is computed, only how often memory is touched.
+The definition is the PyTorch code in latent_attention.py, nsa.py and mtp.py; these kernels never change what is computed, only how often
+memory is touched. test_all.py compares them with it, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 
     1) rope               angles, rotation and halves in one pass over x; its gradient is the rotation back
-    2) append             keys, values and positions of new tokens to their slots, each row at its own length
-    3) decode_attention   a few queries per row against its slots, up to the row's length, masked by position, split over the slots
-    4) draw               softmax and one sample of it
-    5) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
+    2) walk               attention: a tile of queries walks through keys, or through the blocks of its list; forward, dq, dk and dv
+    3) select             block scores from the compressed branch's lse, and the n best of them, never T x T / d numbers in memory
+    4) mix                the gates, and the heads merged
+    5) append             keys, values and positions of new tokens to their slots, each row at its own length
+    6) decode_attention   a few queries per row against its slots, or those of its list's blocks, split over the slots
+    7) draw               softmax and one sample of it
+    8) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
-The definition is the PyTorch code in latent_attention.py and mtp.py. test_all.py compares: on a GPU compiled, on a CPU in Triton's
-interpreter (TRITON_INTERPRET=1, set before this file is imported).
-Does NOT include yet: kernels for training and for NSA's and ASA's branches.
-Not to be confused with the package `kernels` on PyPI.
+Training: one walk serves three branches. The rows of a tile are BQ queries x the h heads of a group, which read the same keys:
 
-Letters as in latent_attention.py.
+    window       key i stands at position i, the last W are read            many queries; tiles of keys between two diagonals
+    compressed   entry i stands at position i d + l - 1, all before         many queries; tiles of keys up to a stair
+    selected     the blocks of a list                                       the 1 (NSA) or 4 (ASA) queries of a list; a block a step
+
+    forward   s = scale q k, lse = log sum exp s, o = sum exp(s - lse) v, with a running maximum (FlashAttention, arXiv 2205.14135)
+    backward  p = exp(s - lse), delta = do . o, ds = p (do . v - delta); dq = scale ds k walks as the forward pass does; for
+              dk = scale ds q and dv = p do a tile of keys walks through the tiles of queries that read it. Which those are follows from
+              the positions, or, with lists, from sorting their entries by block.
+
+Sums are taken in a fixed order, never by atomics: two runs give the same bits. A key may be [k ; k2] with k2 shared by all groups (the
+rotary key), and the value may be the key's first part (a latent): then one load serves both. Widths that are no power of 2 are padded.
+A block's tokens are fetched anew by every list that holds it: at 64k and n l' = 1024 that is 137 GB per layer at 4 groups of width 128,
+which is why lists shared by 4 queries pay. What lies behind the end of a shorter row is never read by what lies before it.
+
+Limits: widths up to 256, up to 64 heads in a group, blocks of 16 to 128 tokens. Does NOT include: FP8, paging, packed texts.
+`python kernels.py` compares them with dense attention, `--bench` times them. Not to be confused with the package `kernels` on PyPI.
+
+Letters as in latent_attention.py and nsa.py.
 """
+import os
+import sys
+
 import torch
+import torch.nn.functional as F
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU
 
 try:
     import triton
@@ -25,9 +49,28 @@ except ImportError:  # no Triton, no fast path
     triton = None
 
 
-def fast(x):
-    """Whether the kernels can take x: on a GPU, with Triton, in 16 or 32 bits."""
-    return triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+def fast(x, k=None, v=None, block=16):
+    """Whether the kernels can take x, or queries x with these keys, values and blocks: on a GPU, with Triton, in 16 or 32 bits."""
+    able = triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return able and (k is None or complaint(x, k, v, block=block) is None)
+
+
+def complaint(q, k, v=None, k2=None, block=16):
+    """What the attention kernels cannot do, as one clear line, or None."""
+    h, given = q.shape[1] // k.shape[1], [x for x in (q, k, k2, v) if x is not None]
+    if h > 64 or q.shape[1] % k.shape[1]:
+        return f"{q.shape[1]} heads in {k.shape[1]} groups: a group has 1 to 64 heads"
+    if max(x.shape[3] for x in given[1:]) > 256:
+        return f"widths {[x.shape[3] for x in given[1:]]}: at most 256"
+    if len({x.dtype for x in given}) > 1:
+        return "queries, keys and values must be of one dtype"
+    if block not in (16, 32, 64, 128):
+        return f"blocks of {block} tokens: 16, 32, 64 or 128"
+
+
+def refuse(what, *args, **more):
+    if line := complaint(*args, **more):
+        raise ValueError(f"{what}: {line}")
 
 
 if triton is not None:
@@ -52,7 +95,365 @@ if triton is not None:
         tl.store(to + P // 2, (v * cos + u * sin).to(out.dtype.element_ty), mask=ok)
 
     # -----------------------------------------------------------------------------------------------------------------------------
-    # 2) append
+    # 2) attention as a walk
+
+    @triton.jit
+    def load_rows(x, row, ok, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr, ALL: tl.constexpr = False):
+        """Rows of a matrix, padded with zeros to P columns: x[row, :D] -> (rows, P); only rows that are `ok`, or ALL."""
+        d = tl.arange(0, P)
+        at = x + row.to(tl.int64)[:, None] * STRIDE + d[None, :]
+        if ALL and D == P:
+            return tl.load(at)
+        elif ALL:
+            return tl.load(at, mask=(d < D)[None, :], other=0)
+        elif D == P:
+            return tl.load(at, mask=ok[:, None], other=0)
+        else:
+            return tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0)
+
+    @triton.jit
+    def store_rows(x, row, ok, value, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr):
+        d = tl.arange(0, P)
+        tl.store(x + row.to(tl.int64)[:, None] * STRIDE + d[None, :], value.to(x.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+
+    @triton.jit
+    def dot(a, b, a2, b2, TWO: tl.constexpr):
+        """a b^T, and with TWO [a ; a2] [b ; b2]^T; in fp32 without tf32."""
+        c = tl.dot(a, tl.trans(b), input_precision="ieee")
+        if TWO:
+            c = tl.dot(a2, tl.trans(b2), c, input_precision="ieee")
+        return c
+
+    @triton.jit
+    def span(t, S, l, d, window):
+        """Entry i stands at position i d + l - 1: the query at t reads the entries [low, high) of S."""
+        high = tl.minimum(tl.maximum(t + 1 - l + d, 0) // d, S)
+        low = tl.minimum(tl.maximum(t - window - l + 1 + d, 0) // d, high)
+        return low, high
+
+    @triton.jit
+    def limits(lists, first, T, S, l, d, window, n, BQ: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr, LISTED: tl.constexpr):
+        """Of the walk of queries first .. first + BQ - 1: its beginning, from where on all of them read all keys, until where, its end.
+
+        A walk through keys counts keys, a walk through a list counts blocks, of which the last is the queries' own.
+        """
+        if LISTED:
+            i = tl.arange(0, NP)
+            count = tl.sum((tl.load(lists + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
+            return 0, 0, tl.maximum(count - 1, 0), count
+        else:
+            low, high = span(first, S, l, d, window)
+            last_low, end = span(tl.minimum(first + BQ, T) - 1, S, l, d, window)
+            whole = low + tl.cdiv(tl.maximum(last_low - low, 0), BN) * BN
+            return low, whole, whole + tl.maximum(high - whole, 0) // BN * BN, end
+
+    @triton.jit
+    def forward_kernel(q, k, k2, v, lists, out, lse, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
+                       DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
+                       SHARED: tl.constexpr, LISTED: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr):  # fmt: skip
+        """One program: BQ queries x the h heads of a group, against the keys of their walk: online softmax, base 2."""
+        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)  # long walks first
+        m = tl.arange(0, BM)
+        t, head, group = tile * BQ + m // HP, m % HP, bg * h * T
+        ok, row = (head < h) & (m // HP < BQ) & (t < T), head * T + t
+        q, out, lse = q + group * (DK + D2), out + group * DV, lse + group
+        low, high = span(t, S, l, d, window)  # (BM,)
+        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
+        if LISTED:
+            lists += (bg * tl.num_programs(0) + tile) * n
+
+        top = tl.full((BM,), -1e30, tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        mean = tl.zeros((BM, PV), tl.float32)
+        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, LISTED)
+        for phase in tl.static_range(1 if LISTED else 0, 3):  # masked, all read all, masked
+            a, b = begin, tl.minimum(whole, end)
+            if phase == 1:
+                a, b = whole, edge
+            if phase == 2:
+                a, b = tl.maximum(whole, edge), end
+            for i in range(a, b, 1 if LISTED else BN):
+                s = (tl.load(lists + i) * BN if LISTED else i) + tl.arange(0, BN)  # (BN,) where the keys lie
+                keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
+                keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
+                score = dot(queries, keys, queries2, keys2, D2 > 0)  # (BM, BN)
+                if phase != 1:
+                    see = (s[None, :] >= low[:, None]) & (s[None, :] < high[:, None])
+                    score = tl.where(see, score, -1e30)
+                new = tl.maximum(top, tl.max(score, 1) * scale)  # scale includes log2(e)
+                p = tl.exp2(score * scale - new[:, None])  # (BM, BN)
+                if phase != 1:
+                    p = tl.where(see, p, 0.0)
+                fade = tl.exp2(top - new)
+                total, top = total * fade + tl.sum(p, 1), new
+                values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
+                mean = tl.dot(p.to(values.dtype), values, mean * fade[:, None], input_precision="ieee")
+        some = total > 0
+        store_rows(out, row, ok, mean / tl.where(some, total, 1.0)[:, None], DV, PV, DV)
+        tl.store(lse + row, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf")), mask=ok)  # empty: all weights are 0
+
+    @triton.jit
+    def dq_kernel(q, k, k2, v, lists, out, lse, dout, delta, dq, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
+                  DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
+                  SHARED: tl.constexpr, LISTED: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr):  # fmt: skip
+        """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j with delta = do . o, which is kept for the keys' turn."""
+        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
+        m = tl.arange(0, BM)
+        t, head, group = tile * BQ + m // HP, m % HP, bg * h * T
+        ok, row = (head < h) & (m // HP < BQ) & (t < T), head * T + t
+        q, out, lse = q + group * (DK + D2), out + group * DV, lse + group
+        low, high = span(t, S, l, d, window)  # (BM,)
+        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        dout, delta, dq = dout + group * DV, delta + group, dq + group * (DK + D2)
+        douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
+        inner = tl.sum(douts.to(tl.float32) * load_rows(out, row, ok, DV, PV, DV).to(tl.float32), 1)  # (BM,)
+        tl.store(delta + row, inner, mask=ok)
+        norm = tl.load(lse + row, mask=ok, other=float("inf"))  # (BM,)
+        k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
+        if LISTED:
+            lists += (bg * tl.num_programs(0) + tile) * n
+
+        grad = tl.zeros((BM, PK), tl.float32)
+        grad2 = tl.zeros((BM, P2), tl.float32)
+        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, LISTED)
+        for phase in tl.static_range(1 if LISTED else 0, 3):
+            a, b = begin, tl.minimum(whole, end)
+            if phase == 1:
+                a, b = whole, edge
+            if phase == 2:
+                a, b = tl.maximum(whole, edge), end
+            for i in range(a, b, 1 if LISTED else BN):
+                s = (tl.load(lists + i) * BN if LISTED else i) + tl.arange(0, BN)  # (BN,) where the keys lie
+                keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
+                keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
+                values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
+                p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
+                if phase != 1:
+                    see = (s[None, :] >= low[:, None]) & (s[None, :] < high[:, None])
+                    p = tl.where(see, p, 0.0)
+                ds = (p * (dot(douts, values, douts, values, False) - inner[:, None])).to(keys.dtype)  # (BM, BN)
+                grad = tl.dot(ds, keys, grad, input_precision="ieee")
+                if D2 > 0:
+                    grad2 = tl.dot(ds, keys2, grad2, input_precision="ieee")
+        unit = scale * 0.6931471805599453  # without log2(e)
+        store_rows(dq, row, ok, grad * unit, DK, PK, DK + D2)
+        if D2 > 0:
+            store_rows(dq + DK, row, ok, grad2 * unit, D2, P2, DK + D2)
+
+    @triton.jit
+    def dkv_kernel(q, k, k2, v, lse, dout, delta, dk, dk2, dv, readers, owners, firsts, starts, scale, T, S, G, G2, l, d, window, blocks,
+                   parts, h: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+                   DV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr,
+                   BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+        """One program: BN keys of a group (one block of the lists) against one piece of the query tiles that read them.
+
+        dv = sum_i p_i do_i, dk = scale sum_i p_i (do_i . v - delta_i) q_i. A piece is one of `parts` equal parts of the tiles of queries
+        that see the keys; with lists it is up to `parts` entries of the inverted list. Pieces are added up by sum_kernel, in order.
+        """
+        piece = tl.program_id(0).to(tl.int64)
+        R: tl.constexpr = BQ * HP  # rows of a tile of queries; BM // R of them at once
+        if LISTED:
+            owner = tl.load(owners + piece).to(tl.int64)
+            begin = tl.load(starts + owner) + (piece - tl.load(firsts + owner)) * parts
+            end = tl.minimum(begin + parts, tl.load(starts + owner + 1))
+        else:
+            owner = piece // parts
+        bg, block = owner // blocks, (owner % blocks).to(tl.int32)
+        s = block * BN + tl.arange(0, BN)
+        live = s < S
+        if not LISTED:
+            first, last = block * BN * d + l - 1, ((block + 1) * BN - 1) * d + l - 1 + tl.minimum(window, T)
+            begin, end = first // BQ, tl.cdiv(tl.minimum(last, T), BQ)
+            share = tl.cdiv(tl.cdiv(end - begin, parts), BM // R) * (BM // R)
+            begin += (piece % parts).to(tl.int32) * share
+            end = tl.minimum(begin + share, end)
+            whole = tl.minimum(tl.maximum(tl.cdiv(((block + 1) * BN - 1) * d + l - 1, BQ), begin), end)  # from here on all see all keys
+            edge = tl.minimum(tl.maximum((first + tl.minimum(window, T)) // BQ, whole), end)  # from here on not any more
+        else:
+            whole, edge = end, end
+        keys = load_rows(k + bg * S * DK, s, live, DK, PK, DK)  # (BN, PK)
+        keys2 = load_rows(k2 + (bg // G * G2 + bg % G2) * S * D2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
+        values = keys if SHARED else load_rows(v + bg * S * DV, s, live, DV, PV, DV)  # (BN, PV)
+        gk = tl.zeros((BN, PK), tl.float32)
+        gk2 = tl.zeros((BN, P2), tl.float32)
+        gv = tl.zeros((BN, PV), tl.float32)
+        m = tl.arange(0, BM)
+        inside, head, group = m % R // HP, m % HP, bg * h * T
+        q, dout, lse, delta = q + group * (DK + D2), dout + group * DV, lse + group, delta + group
+        unit = scale * 0.6931471805599453
+        for phase in tl.static_range(1 if LISTED else 3):  # masked, all see all, masked
+            x, y = begin, whole
+            if phase == 1:
+                x, y = whole, edge
+            if phase == 2:
+                x, y = edge, end
+            for start in range(x, y, BM // R):
+                i = (start + m // R).to(tl.int32)
+                if not LISTED:
+                    t = i * BQ + inside
+                elif BM == R:  # one tile of queries
+                    t = tl.load(readers + start) * BQ + inside
+                else:
+                    t = tl.load(readers + i, mask=i < end, other=0) * BQ + inside
+                ok, row = (head < h) & (t < T) & (i < end), head * T + t
+                queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+                queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+                douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
+                norm, inner = tl.load(lse + row, mask=ok, other=float("inf")), tl.load(delta + row, mask=ok, other=0)  # (BM,)
+                p = tl.exp2(dot(keys, queries, keys2, queries2, D2 > 0) * scale - norm[None, :])  # (BN, BM)
+                if phase != 1:
+                    low, high = span(t, S, l, d, window)  # (BM,)
+                    see = (s[:, None] >= low[None, :]) & (s[:, None] < high[None, :])
+                    p = tl.where(see, p, 0.0)
+                ds = (p * unit * (dot(values, douts, values, douts, False) - inner[None, :])).to(queries.dtype)  # (BN, BM)
+                if SHARED:
+                    gk = tl.dot(p.to(douts.dtype), douts, gk, input_precision="ieee")
+                else:
+                    gv = tl.dot(p.to(douts.dtype), douts, gv, input_precision="ieee")
+                gk = tl.dot(ds, queries, gk, input_precision="ieee")
+                if D2 > 0:
+                    gk2 = tl.dot(ds, queries2, gk2, input_precision="ieee")
+        to = piece * BN + tl.arange(0, BN) if PIECES else bg * S + s
+        live = live | PIECES
+        store_rows(dk, to, live, gk, DK, PK, DK)
+        if D2 > 0:
+            store_rows(dk2, to, live, gk2, D2, P2, D2)
+        if not SHARED:
+            store_rows(dv, to, live, gv, DV, PV, DV)
+
+    @triton.jit
+    def sum_kernel(pieces, firsts, out, S, blocks, D: tl.constexpr, P: tl.constexpr, BN: tl.constexpr):
+        """One program: one block of keys; its pieces (BN, D) each, added in order."""
+        owner, n = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
+        total = tl.zeros((BN, P), tl.float32)
+        for piece in range(tl.load(firsts + owner), tl.load(firsts + owner + 1)):
+            total += load_rows(pieces, piece * BN + n, n >= 0, D, P, D)
+        s = owner % blocks * BN + n
+        store_rows(out, owner // blocks * S + s, s < S, total, D, P, D)
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 3) which blocks
+
+    @triton.jit
+    def score_kernel(q, k, k2, lse, own, over, scale, T, S, G, G2, l, d, every, row0, rows, J, h: tl.constexpr, HP: tl.constexpr,
+                     DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+        """One program: the lists row0 + .. of BM / HP queries. Their weights, made again from lse, summed over heads and over blocks.
+
+        FOLD = l' / d entries begin in a selection block; entry i counts once per stride of its l / d, OVERLAP = l / d - 1 of which may
+        lie in the next block: `own` (B G, rows, J) counts those in the block where it begins, `over` those in the next one.
+        """
+        BQ: tl.constexpr = BM // HP
+        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
+        m = tl.arange(0, BM)
+        t, head = (row0 + tile * BQ + m // HP) * every, m % HP
+        ok, row = (head < h) & (t < T), head * T + t
+        q, lse = q + bg * h * T * (DK + D2), lse + bg * h * T
+        _, high = span(t, S, l, d, T)  # (BM,)
+        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        norm = tl.load(lse + row, mask=ok, other=float("inf"))  # (BM,)
+        k, k2 = k + bg * S * DK, k2 + (bg // G * G2 + bg % G2) * S * D2
+        i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BN // FOLD)
+        to = (bg * rows + i[:, None]) * J + j[None, :]  # (BQ, BN / FOLD)
+        place = tl.arange(0, BN) % FOLD
+        beyond = tl.maximum(place + OVERLAP - (FOLD - 1), 0).to(tl.float32)  # (BN,) strides in the next block
+        _, whole = span((row0 + tile * BQ) * every, S, l, d, T)
+        _, end = span(tl.minimum((row0 + tile * BQ + BQ - 1) * every, T - 1), S, l, d, T)
+        whole = whole // BN * BN  # so far all queries read all entries
+        for phase in tl.static_range(2):
+            for start in range(0 if phase == 0 else whole, whole if phase == 0 else end, BN):
+                s = start + tl.arange(0, BN)
+                keys = load_rows(k, s, s < S, DK, PK, DK, phase == 0)  # (BN, PK)
+                keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 0) if D2 > 0 else keys  # (BN, P2)
+                p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
+                if phase == 1:
+                    p = tl.where(s[None, :] < high[:, None], p, 0.0)
+                p = tl.sum(tl.reshape(p, (BQ, HP, BN)), 1)  # (BQ, BN)
+                ok2 = (i < rows)[:, None] & (start // FOLD + j < J)[None, :]
+                mine = tl.sum(tl.reshape(p * (OVERLAP + 1 - beyond)[None, :], (BQ, BN // FOLD, FOLD)), 2)  # (BQ, BN / FOLD)
+                tl.store(own + to + start // FOLD, mine, mask=ok2)
+                if OVERLAP > 0:
+                    tl.store(over + to + start // FOLD, tl.sum(tl.reshape(p * beyond[None, :], (BQ, BN // FOLD, FOLD)), 2), mask=ok2)
+
+    @triton.jit
+    def choose(score, j, mine, to, n, NP: tl.constexpr):
+        """The n best of the blocks j <= mine into a list, ascending, then -1. Forced: 0, mine - 1 and mine, which is the query's own.
+
+        The n-th best score is found by bisection of its bits: floats >= 0 are ordered like their bits.
+        """
+        bits = score.to(tl.int32, bitcast=True)
+        bits = tl.where((j == 0) | (j >= mine - 1), 0x7F800000, bits)  # forced: infinity
+        bits = tl.where(j > mine, -1, bits)
+        low, high = 0, 0x7F800001  # at least n reach low (or low is 0), fewer than n reach high
+        while high - low > 1:
+            middle = low + (high - low) // 2
+            reach = tl.sum((bits >= middle).to(tl.int32), 0)
+            low = tl.where(reach >= n, middle, low)
+            high = tl.where(reach > n, high, tl.where(reach == n, middle + 1, middle))  # exactly n: found
+        better, equal = (bits > low).to(tl.int32), (bits == low).to(tl.int32)
+        room = n - tl.sum(better, 0)
+        chosen = better + equal * (tl.cumsum(equal, 0) <= room).to(tl.int32)  # of equals the first
+        tl.store(to + tl.cumsum(chosen, 0) - 1, j, mask=chosen > 0)
+        i = tl.arange(0, NP)
+        tl.store(to + i, -1, mask=(i >= tl.sum(chosen, 0)) & (i < n))
+
+    @triton.jit
+    def select_kernel(own, over, lists, every, row0, rows, all_rows, J, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, BJ: tl.constexpr,
+                      NP: tl.constexpr):  # fmt: skip
+        """One program: one list, from what score_kernel added up."""
+        r, bg, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BJ)
+        mine = (row0 + r) * every // BLOCK
+        at = (bg * rows + r) * J + j
+        score = tl.load(own + at, mask=j < mine - 1, other=0)
+        if OVERLAP > 0:
+            score += tl.load(over + at - 1, mask=(j > 0) & (j < mine - 1), other=0)
+        choose(score, j, mine, lists + (bg * all_rows + row0 + r) * n, n, NP)
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 4) mix
+
+    @triton.jit
+    def gated(branch, gate, row, ok, D: tl.constexpr, P: tl.constexpr):
+        return tl.load(gate, mask=ok, other=0).to(tl.float32)[:, None] * load_rows(branch, row, ok, D, P, D)
+
+    @triton.jit
+    def mix_kernel(x, y, z, g, out, H, T, gb, gt, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BT: tl.constexpr):
+        """One program: BT queries of one head. out (B, T, H, D) = sum of gate x branch; branches (B, H, T, D), g (B, T, N H)."""
+        bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BT + tl.arange(0, BT)
+        ok, row, gate = t < T, bh * T + t, g + bh // H * gb + t * gt + bh % H
+        mixed = gated(x, gate, row, ok, D, P) + gated(y, gate + H, row, ok, D, P)  # (BT, P)
+        if N == 3:
+            mixed += gated(z, gate + 2 * H, row, ok, D, P)
+        store_rows(out, (bh // H * T + t) * H + bh % H, ok, mixed, D, P, D)
+
+    @triton.jit
+    def ungate(branch, dbranch, gate, dgate, douts, row, ok, D: tl.constexpr, P: tl.constexpr):
+        store_rows(dbranch, row, ok, tl.load(gate, mask=ok, other=0).to(tl.float32)[:, None] * douts, D, P, D)
+        tl.store(dgate, tl.sum(douts * load_rows(branch, row, ok, D, P, D).to(tl.float32), 1).to(dgate.dtype.element_ty), mask=ok)
+
+    @triton.jit
+    def unmix_kernel(x, y, z, g, dout, dx, dy, dz, dg, H, T, gb, gt, ob, oh, ot, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+                     BT: tl.constexpr):  # fmt: skip
+        """Its gradient: a branch gets gate x dout, a gate branch . dout. dg (B, T, N H) dense, dout with strides."""
+        bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BT + tl.arange(0, BT)
+        ok, row, gate = t < T, bh * T + t, g + bh // H * gb + t * gt + bh % H
+        dgate = dg + (bh // H * T + t) * N * H + bh % H
+        d = tl.arange(0, P)
+        at = dout + bh // H * ob + bh % H * oh + t[:, None].to(tl.int64) * ot + d[None, :]
+        douts = tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0).to(tl.float32)  # (BT, P)
+        ungate(x, dx, gate, dgate, douts, row, ok, D, P)
+        ungate(y, dy, gate + H, dgate + H, douts, row, ok, D, P)
+        if N == 3:
+            ungate(z, dz, gate + 2 * H, dgate + 2 * H, douts, row, ok, D, P)
+
+    # -----------------------------------------------------------------------------------------------------------------------------
+    # 5) append
 
     @triton.jit
     def write_row(new, buffer, b, head, take, slot, nb, nh, nt, heads, S, WIDTH: tl.constexpr, PADDED: tl.constexpr):
@@ -77,38 +478,50 @@ if triton is not None:
                 tl.store(pos_buf + (b * pos_heads + head) * S + slot, tl.load(pos + b * pb + take * pt).to(tl.int32))
 
     # -----------------------------------------------------------------------------------------------------------------------------
-    # 3) decode_attention
+    # 6) decode_attention
 
     @triton.jit
-    def decode_kernel(q, k, k2, v, out, stats, q_pos, k_pos, length, scale, window, T, h, S, G, pos_heads, splits,
+    def decode_kernel(q, k, k2, v, out, stats, raw, lists, q_pos, k_pos, length, scale, window, T, TQ, h, S, G, pos_heads, splits, n_list,
                       qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
-                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-        """One program: the h T query rows of one group against one share of its slots; an online softmax, base 2.
+                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, LISTED: tl.constexpr,
+                      BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+        """One program: the h heads of one group x TQ queries against one share of its slots; an online softmax, base 2.
 
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. Writes the share's weighted mean and (max, sum); out is
         (B, T, H, DV) dense, as the output matrix will read it.
+        LISTED: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S).
         """
-        bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        bg, first = which // (T // TQ), (which % (T // TQ) * TQ).to(tl.int32)
         b, g = bg // G, bg % G
-        m, n = tl.arange(0, BM), tl.arange(0, BN)  # query rows: head m // T, token m % T
+        m, n = tl.arange(0, BM), tl.arange(0, BN)
+        head, t = m // TQ, first + m % TQ  # of the query rows
         dk, dv = tl.arange(0, PK), tl.arange(0, PV)
-        rows = (m < h * T)[:, None]
-        at = q + b * qb + (g * h + m // T)[:, None] * qh + (m % T)[:, None] * qt
+        rows = (m < h * TQ)[:, None]
+        row = (bg * h + head) * T + t
+        at = q + b * qb + (g * h + head)[:, None] * qh + t[:, None] * qt
         queries = tl.load(at + dk[None, :], mask=rows & (dk < DK)[None, :], other=0)  # (BM, PK)
         if D2 > 0:
             d2 = tl.arange(0, P2)
             queries2 = tl.load(at + DK + d2[None, :], mask=rows & (d2 < D2)[None, :], other=0)  # (BM, P2)
-        where = tl.load(q_pos + b * pb + (m % T) * pt, mask=m < h * T, other=0)  # (BM,)
+        where = tl.load(q_pos + b * pb + t * pt, mask=m < h * TQ, other=0)  # (BM,)
 
         filled = tl.minimum(tl.load(length + b), S).to(tl.int32)
-        share = tl.cdiv(tl.cdiv(filled, splits), BN) * BN
-        first = split * share
+        keys_all = filled
+        if LISTED:
+            lists += (bg * T + first) * n_list
+            keys_all = n_list * BLOCK
+        share = tl.cdiv(tl.cdiv(keys_all, splits), BN) * BN
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         mean = tl.zeros((BM, PV), tl.float32)
-        for start in range(first, tl.minimum(first + share, filled), BN):
+        for start in range(split * share, tl.minimum((split + 1) * share, keys_all), BN):
             s = start + n
-            ok = s < filled
+            ok = s < keys_all
+            if LISTED:
+                block = tl.load(lists + s // BLOCK, mask=ok, other=-1)
+                s = block * BLOCK + s % BLOCK
+                ok = (block >= 0) & (s < filled)
             slot = (bg * S + s).to(tl.int64)  # in k, v and their positions
             keys = tl.load(k + slot[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0)  # (BN, PK)
             score = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (BM, BN)
@@ -119,6 +532,8 @@ if triton is not None:
             lies = tl.load(k_pos + (b * pos_heads + g % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
             see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
             score = tl.where(see, score * scale, -1e30)  # scale includes log2(e)
+            if RAW:
+                tl.store(raw + row[:, None] * S + s[None, :], score, mask=rows & ok[None, :])
             high = tl.maximum(top, tl.max(score, 1))
             p = tl.where(see, tl.exp2(score - high[:, None]), 0.0)  # (BM, BN)
             fade = tl.exp2(top - high)
@@ -130,31 +545,57 @@ if triton is not None:
             mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         mean = mean / tl.where(total > 0, total, 1.0)[:, None]
         if WHOLE:  # one share is all
-            to = out + (((b * T + m % T) * G + g) * h + m // T)[:, None] * DV + dv[None, :]
+            to = out + (((b * T + t) * G + g) * h + head)[:, None] * DV + dv[None, :]
             tl.store(to, mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
         else:
-            part = (bg * splits + split) * BM + m
+            part = (which * splits + split) * BM + m
             tl.store(out + part[:, None] * PV + dv[None, :], mean)
             tl.store(stats + part * 2, top)
             tl.store(stats + part * 2 + 1, total)
 
     @triton.jit
-    def combine_kernel(part, stats, out, T, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
+    def combine_kernel(part, stats, out, T, TQ, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
         """One program: one query row; the shares' means, weighted by their sums."""
-        bg, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        which, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
         i, d = tl.arange(0, SPLITS), tl.arange(0, PV)
-        at = (bg * splits + i) * BM + m
+        at = (which * splits + i) * BM + m
         top = tl.load(stats + at * 2, mask=i < splits, other=-1e30)
         total = tl.load(stats + at * 2 + 1, mask=i < splits, other=0)
         weight = total * tl.exp2(top - tl.max(top, 0))  # (SPLITS,)
         means = tl.load(part + at[:, None] * PV + d[None, :], mask=(i < splits)[:, None], other=0)  # (SPLITS, PV)
         norm = tl.sum(weight, 0)
         o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)
-        to = (((bg // G) * T + m % T) * G + bg % G) * h + m // T
+        bg, query = which // (T // TQ), which % (T // TQ) * TQ + m % TQ
+        to = (((bg // G) * T + query) * G + bg % G) * h + m // TQ
         tl.store(out + to * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
 
+    @triton.jit
+    def decode_select_kernel(raw, pos, length, lists, G, h, T, S, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
+                             BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):  # fmt: skip
+        """One program: the list of one query and group, from the scores raw (B, H, T, S) of the compressed blocks: eqs 8 to 11."""
+        which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
+        bg, t = which // T, which % T
+        count = tl.minimum(tl.load(length + bg // G), S)
+        score = tl.zeros((BJ,), tl.float32)
+        for head in range(h):
+            z = raw + ((bg * h + head) * T + t) * S
+            top = tl.full((BJ,), -1e29, tl.float32)  # above what is masked
+            for m in tl.static_range(FOLD):
+                top = tl.maximum(top, tl.load(z + j * FOLD + m, mask=j * FOLD + m < count, other=-1e30))
+            high, total, mine = tl.max(top, 0), tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
+            for m in tl.static_range(-OVERLAP, FOLD):
+                i = j * FOLD + m
+                p = tl.exp2(tl.load(z + i, mask=(i >= 0) & (i < count), other=-1e30) - high)  # (BJ,)
+                if m >= 0:
+                    total += p
+                mine += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)  # strides that block i shares with j
+            total = tl.sum(total, 0)
+            score += mine / tl.where(total > 0, total, 1.0)
+        own = tl.load(pos + bg // G * pb + t * pt).to(tl.int32) // BLOCK
+        choose(score, j, own, lists + which * n, n, NP)
+
     # -----------------------------------------------------------------------------------------------------------------------------
-    # 4) draw
+    # 7) draw
 
     @triton.jit
     def draw_kernel(logits, noise, p, token, V, scale, HOT: tl.constexpr, NOISE: tl.constexpr, BV: tl.constexpr):
@@ -183,7 +624,7 @@ if triton is not None:
         tl.store(token + row, at)
 
     # -----------------------------------------------------------------------------------------------------------------------------
-    # 5) commit
+    # 8) commit
 
     @triton.jit
     def commit_kernel(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, take_out, width, stop, g, V, K,
@@ -275,10 +716,216 @@ def rope(x, pos, base=10000.0):
     return Rope.apply(x, pos, base, 1)
 
 
+LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
+
+
+def tile(kind, rows, width, dtype, block=0):
+    """(rows of queries at once, keys at once, warps, stages) of the attention kernels: the only numbers that were tuned, on an H200.
+
+    rows: those that a list of blocks joins (0: as many as one likes); width: of a key. In fp32 only small tiles fit.
+    """
+    if dtype == torch.float32:
+        return max(rows, 16 if rows else 32), block or 32, 4, 1
+    if rows:
+        warps = 4 if rows >= 64 or block >= 64 and kind == "dkv" else 2 if width > 96 else 1
+        return (max(rows, 16) if kind != "dkv" or rows >= 16 else 64), block, warps, 3
+    if kind == "forward":
+        return 128, 64, 4 if width <= 96 else 8, 2 if width > 192 else 3
+    if kind == "scores":
+        return 128, 64, 8, 3
+    if kind == "dq":
+        return (64, 32, 8, 2) if width > 192 else (128, 64, 8, 2)
+    return 64, 64 if width > 192 else 128, 8, 2
+
+
+def sizes(q, k, k2, v):
+    """Widths of keys [k ; k2] and values as the kernels want them: each padded to a power of 2."""
+    h, DK, D2, DV = q.shape[1] // k.shape[1], k.shape[3], 0 if k2 is None else k2.shape[3], (k if v is None else v).shape[3]
+    return dict(h=h, HP=power(h), DK=DK, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is None)
+
+
+class Walk(torch.autograd.Function):
+    """Attention of q (B, H, T, DK + D2) to keys [k ; k2] (B, G, S, DK), (B, 1 or G, S, D2) and values v (B, G, S, DV), None: k itself.
+
+    lists None: key i stands at position i d + l - 1, and a query reads those among its last `window` positions. With lists (B, G,
+    ceil(T / share), n), `share` queries read the blocks of theirs, up to their own position. -> o (B, H, T, DV), lse (B, H, T).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, k2, v, lists, scale, l, d, window, block, share):
+        (B, H, T, _), (_, G, S, _) = q.shape, k.shape
+        w, n = sizes(q, k, k2, v), 0 if lists is None else lists.shape[3]
+        rows = share * w["HP"] if n else 0
+        BM, BN, warps, stages = tile("forward", rows, w["DK"] + w["D2"], q.dtype, block)
+        BQ = share if n else max(1, BM // w["HP"])
+        w.update(LISTED=n > 0, NP=power(n), BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN)
+        out = torch.empty(B, H, T, w["DV"], dtype=q.dtype, device=q.device)
+        lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+        plain = (scale * LOG2_E, T, S, G, 1 if k2 is None else k2.shape[1], l, d, window)
+        forward_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k if k2 is None else k2, k if v is None else v, lists, out, lse, *plain, n, **w,
+                                                    num_warps=warps, num_stages=stages)  # fmt: skip
+        ctx.save_for_backward(q, k, k2, v, lists, out, lse)
+        ctx.plain, ctx.sizes, ctx.rows, ctx.block = plain, w, rows, block
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        q, k, k2, v, lists, out, lse = ctx.saved_tensors
+        (B, H, T, _), (_, G, S, _), w, rows, dout = q.shape, k.shape, dict(ctx.sizes), ctx.rows, dout.contiguous()
+        width, k2_, v_ = w["DK"] + w["D2"], k if k2 is None else k2, k if v is None else v
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
+        BM, BN, warps, stages = tile("dq", rows, width, q.dtype, ctx.block)
+        BQ = w["BQ"] if rows else max(1, BM // w["HP"])
+        w.update(BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN)
+        dq_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k2_, v_, lists, out, lse, dout, delta, dq, *ctx.plain, lists.shape[3] if rows else 0,
+                                               **w, num_warps=warps, num_stages=stages)  # fmt: skip
+
+        BM, BN, warps, stages = tile("dkv", rows, width, q.dtype, ctx.block)
+        BQ, blocks, readers, owners, starts = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN), None, None, None
+        if rows:  # pieces of at most twice the average number of readers: a popular block is many pieces
+            parts = max(1, 2 * lists.shape[3] * BN // BQ)
+            readers, owners, firsts, starts = invert(lists, blocks, parts)
+            pieces = len(owners)
+        else:
+            parts = min(triton.cdiv(528, B * G * blocks), triton.cdiv(T, 16 * BQ)) if B * G * blocks < 264 else 1  # enough to fill a GPU
+            pieces, firsts = B * G * blocks * parts, torch.arange(0, B * G * blocks * parts + 1, parts, device=q.device)
+        split = pieces > B * G * blocks
+        new = lambda x: torch.empty((pieces, BN, x.shape[3]) if split else (B, G, S, x.shape[3]),
+                                    dtype=torch.float32 if split else x.dtype, device=x.device)  # fmt: skip
+        grads = [None if x is None else new(x) for x in (k, k2, v)]
+        gk, gk2, gv = (grads[0] if g is None else g for g in grads)
+        w.update(BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, PIECES=split)
+        w.pop("NP")
+        dkv_kernel[(pieces,)](q, k, k2_, v_, lse, dout, delta, gk, gk2, gv, readers, owners, firsts, starts, *ctx.plain, blocks, parts, **w,
+                              num_warps=warps, num_stages=stages)  # fmt: skip
+        for i, x in enumerate((k, k2, v)):
+            if split and x is not None:
+                pieced, grads[i] = grads[i], torch.empty(B, G, S, x.shape[3], dtype=x.dtype, device=x.device)
+                sum_kernel[(B * G * blocks,)](pieced, firsts, grads[i], S, blocks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
+        if k2 is not None and k2.shape[1] < G:
+            grads[1] = grads[1].sum(1, keepdim=True)  # one rotary key for all groups
+        return dq, *grads, *[None] * 7
+
+
+def invert(lists, blocks, parts):
+    """Who reads a block: the entries of the lists (B, G, tiles, n) sorted by block, in pieces of at most `parts` readers.
+
+    -> readers (entries,) tiles of queries; owners (pieces,) whose piece it is; firsts (B G blocks + 1,) the first piece of each block,
+    and starts (B G blocks + 1,) its first reader. Nothing is read back to the host: there are as many pieces as there may be.
+    """
+    B, G, tiles, n = lists.shape
+    total, place = B * G * blocks, lambda size: torch.arange(size, dtype=torch.int32, device=lists.device)
+    owner = place(B * G).view(B, G, 1, 1) * blocks + lists  # (B, G, tiles, n)
+    owner, order = owner.masked_fill(lists < 0, total).flatten().sort(stable=True)
+    readers = (order // n % tiles).to(torch.int32)
+    starts = torch.searchsorted(owner, place(total + 1))  # (total + 1,)
+    firsts = F.pad(((starts.diff() + parts - 1) // parts).cumsum(0), (1, 0))  # (total + 1,)
+    pieces = torch.arange(total + lists.numel() // parts, device=lists.device)
+    owners = (torch.searchsorted(firsts, pieces, right=True) - 1).clamp(max=total - 1)  # a piece too many is an empty one of the last block
+    return readers, owners, firsts, starts
+
+
+def split_key(k, k2, shared):
+    """A key whose width is no power of 2 as two of them, such as 192 = 128 + 64: padding would waste up to half of the work."""
+    low = power(k.shape[3] + 1) // 2
+    if k2 is None and not shared and low < k.shape[3]:
+        return k[..., :low], k[..., low:]
+    return k, k2
+
+
+def attend(what, q, k, v, lists, scale, k2, l=1, d=1, window=None, block=0, share=1):
+    refuse(what, q, k, v, k2, block or 16)
+    shared = v is k
+    k, k2 = split_key(k, k2, shared)
+    q, k, k2, v = (x if x is None else x.contiguous() for x in (q, k, k2, None if shared else v))
+    return Walk.apply(q, k, k2, v, lists, scale, l, d, window or q.shape[2], block, share)
+
+
+def window_attention(q, k, v, window, scale, k2=None):
+    """latent_attention.window_attention on keys [k ; k2]; k2 (B, 1 or G, T, P) or None."""
+    return attend("window_attention", q, k, v, None, scale, k2, window=min(window, q.shape[2]))[0]
+
+
+def compressed_attention(q, k, v, l, d, scale, k2=None):
+    """nsa.compressed_attention where entry i stands at position i d + l - 1 -> o (B, H, T, Dv), lse in base 2 (B, H, T) for `select`."""
+    return attend("compressed_attention", q, k, v, None, scale, k2, l, d)
+
+
+@torch.no_grad()
+def select(q, k, lse, l, d, block, n, scale, k2=None, every=1):
+    """nsa.block_importance and select_blocks for every `every`-th query -> lists (B, G, ceil(T / every), min(n, blocks)), ascending.
+
+    The scores of a few thousand lists at a time lie in memory, never those of all.
+    """
+    refuse("select", q, k, k, k2, block)
+    k, k2 = split_key(k, k2, False)
+    q, k, k2 = (x if x is None else x.contiguous() for x in (q, k, k2))
+    (B, H, T, _), (_, G, S, _) = q.shape, k.shape
+    w = sizes(q, k, k2, k)
+    blocks, rows = triton.cdiv(T, block), triton.cdiv(T, every)
+    if blocks > 2**15:
+        raise ValueError(f"select: {blocks} blocks; at most {2**15} are ranked at once")
+    n, overlap = min(n, blocks), l // d - 1
+    BM, BN, warps, stages = tile("scores", 0, w["DK"] + w["D2"], q.dtype)
+    BQ = max(1, BM // w["HP"])
+    chunk = min(rows, triton.cdiv(2**25 // (B * G * blocks), BQ) * BQ)
+    lists = torch.empty(B, G, rows, n, dtype=torch.int32, device=q.device)
+    own = torch.empty(B * G, chunk, blocks, dtype=torch.float32, device=q.device)
+    over = torch.empty_like(own) if overlap else own
+    w = {name: w[name] for name in ("h", "HP", "DK", "PK", "D2", "P2")}
+    for row0 in range(0, rows, chunk):
+        score_kernel[(triton.cdiv(min(chunk, rows - row0), BQ), B * G)](
+            q, k, k if k2 is None else k2, lse, own, over, scale * LOG2_E, T, S, G, 1 if k2 is None else k2.shape[1], l, d, every, row0,
+            chunk, blocks, **w, FOLD=block // d, OVERLAP=overlap, BM=max(BM, w["HP"]), BN=max(BN, block // d), num_warps=warps,
+            num_stages=stages)  # fmt: skip
+        seen = triton.cdiv(min(T, (row0 + chunk) * every), block)  # blocks that the last of these queries may see
+        select_kernel[(min(chunk, rows - row0), B * G)](own, over, lists, every, row0, chunk, rows, blocks, n, BLOCK=block,
+                                                        OVERLAP=overlap, BJ=power(seen, 16), NP=power(n),
+                                                        num_warps=max(1, min(8, power(seen) // 1024)))  # fmt: skip
+    return lists
+
+
+def selected_attention(q, k, v, lists, block, scale, k2=None, share=1):
+    """nsa.selected_attention where lists (B, G, ceil(T / share), n) serve `share` queries each: ascending, their own block last, -1."""
+    if block % share:
+        raise ValueError(f"selected_attention: {share} queries with one list must lie in one block of {block}")
+    return attend("selected_attention", q, k, v, lists.to(torch.int32).contiguous(), scale, k2, block=block, share=share)[0]
+
+
+class Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates, *branches):
+        B, H, T, D = branches[0].shape
+        ctx.save_for_backward(gates, *branches)
+        out = torch.empty(B, T, H, D, dtype=branches[0].dtype, device=gates.device)
+        x, y, z = (branches + branches[:1])[:3]
+        mix_kernel[(triton.cdiv(T, 16), B * H)](x, y, z, gates, out, H, T, gates.stride(0), gates.stride(1), N=len(branches), D=D,
+                                                P=power(D), BT=16)  # fmt: skip
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, dout):
+        gates, *branches = ctx.saved_tensors
+        B, H, T, D = branches[0].shape
+        dout = dout if dout.stride(3) == 1 else dout.contiguous()
+        grads, dgates = [torch.empty_like(x) for x in branches], torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+        x, y, z = (branches + branches[:1])[:3]
+        dx, dy, dz = (grads + grads[:1])[:3]
+        unmix_kernel[(triton.cdiv(T, 16), B * H)](x, y, z, gates, dout, dx, dy, dz, dgates, H, T, gates.stride(0), gates.stride(1),
+                                                  *dout.stride()[:3], N=len(branches), D=D, P=power(D), BT=16)  # fmt: skip
+        return dgates, *grads
+
+
+def mix(gates, *branches):
+    """Sum of gate x branch: gates (B, T, N H), N = 2 or 3 branches (B, H, T, D) -> (B, H, T, D), lying in memory as (B, T, H, D)."""
+    return Mix.apply(gates if gates.stride(-1) == 1 else gates.contiguous(), *(x.contiguous() for x in branches))
+
+
 def append(data, pos_buffer, length, new, pos, count):
     """The writing half of SlotCache.append for one or two quantities: data and new lists of (B, heads, S or T, width)."""
     B, T = pos.shape
-    S = pos_buffer.shape[2]
+    S, count = pos_buffer.shape[2], count.contiguous()
     (x, x_buf), (y, y_buf) = zip((new * 2)[:2], (data * 2)[:2])  # a single quantity is written twice
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
     count = count.contiguous()  # it may be one number, expanded
@@ -288,36 +935,52 @@ def append(data, pos_buffer, length, new, pos, count):
                                               YP=power(y.shape[3]))  # fmt: skip
 
 
-def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None):
+def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None):
     """attend(q, [k ; k2], v, visible(q_pos, k_pos, window), scale) for a few queries, reading only the filled slots.
 
     q (B, H, T, Dk + D2), k (B, G, S, Dk), v (B, G, S, Dv), possibly k itself; k2 (B, 1, S, D2) or None; q_pos (B, T), k_pos (B, 1 or G,
     S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. Raises ValueError for more than 128 heads in a group.
+    lists (B, G, T, n): only the slots of these blocks, slot s holding position s. raw (B, H, T, S): receives the scores in base 2.
     """
     (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
-    h, D2 = H // G, 0 if k2 is None else k2.shape[3]
+    h, D2, TQ = H // G, 0 if k2 is None else k2.shape[3], T if lists is None else 1
     if h > 128:
         raise ValueError(f"decode_attention takes at most 128 heads per group, not {h}")
-    if h * T > 128:  # more rows than one tile: as many queries at a time as fit
-        parts = zip(q.split(128 // h, dim=2), q_pos.split(128 // h, dim=1))
-        return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2) for q_i, pos_i in parts], dim=2)
+    if h * TQ > 128:  # more rows than one tile: as many queries at a time as fit
+        parts = zip(*(x.split(128 // h, dim=i) for x, i in ((q, 2), (q_pos, 1), *(((raw, 2),) if raw is not None else ()))))
+        return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2, raw=raw_i[0] if raw_i else None)
+                          for q_i, pos_i, *raw_i in parts], dim=2)  # fmt: skip
     q = q if q.stride(-1) == 1 else q.contiguous()
-    BM, BN = power(h * T, 16), 64 if DK <= 128 else 32
-    splits = min(64, triton.cdiv(S, 4 * BN), triton.cdiv(132, B * G))  # enough programs to fill a GPU, not more
+    rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
+    BM, BN = power(h * TQ, 16), 64 if DK <= 128 else 32
+    splits = min(64, triton.cdiv(n * block if n else S, 4 * BN), triton.cdiv(132, rows))  # enough programs to fill a GPU, not more
     out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
     part, stats = out, out
     if splits > 1:
-        part = torch.empty(B * G, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
-        stats = torch.empty(B * G, splits, BM, 2, dtype=torch.float32, device=q.device)
-    log2_e = 1.4426950408889634
-    decode_kernel[(B * G, splits)](q, k, k2 if D2 else k, v, part, stats, q_pos, k_pos, length, scale * log2_e, window or 2**31 - 1, T, h,
-                                   S, G, k_pos.shape[1], splits, *q.stride()[:3], *q_pos.stride(), DK=DK, PK=power(DK, 16), D2=D2,
-                                   P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1, BM=BM, BN=BN,
-                                   num_warps=4)  # fmt: skip
+        part = torch.empty(rows, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
+        stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
+    decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
+                                  window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(), DK=DK,
+                                  PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1,
+                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=8 if DK > 256 else 4)  # fmt: skip
     if splits > 1:
-        combine_kernel[(B * G, h * T)](part, stats, out, T, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
+        combine_kernel[(rows, h * TQ)](part, stats, out, T, TQ, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
                                        num_warps=1)  # fmt: skip
     return out.transpose(1, 2)
+
+
+def decode_blocks(q, k, v, q_pos, cache, tokens, l, d, block, n, scale, k2=None):
+    """nsa.read_blocks for a few queries against the cache of compressed entries -> o (B, H, T, Dv), lists (B, G, T, min(n, blocks))."""
+    (B, H, T, _), (_, G, S, _), blocks = q.shape, k.shape, triton.cdiv(tokens, block)
+    if blocks > 2**15:
+        raise ValueError(f"decode_blocks: {blocks} blocks; at most {2**15} are ranked at once")
+    raw = torch.empty(B, H, T, S, dtype=torch.float32, device=q.device)
+    lists = torch.empty(B, G, T, min(n, blocks), dtype=torch.int32, device=q.device)
+    o = decode_attention(q, k, v, q_pos, cache.pos, cache.length, scale, k2=k2, raw=raw)
+    decode_select_kernel[(B * G * T,)](raw, q_pos, cache.length, lists, G, H // G, T, S, lists.shape[3], *q_pos.stride(), FOLD=block // d,
+                                       OVERLAP=l // d - 1, BLOCK=block, BJ=power(blocks, 16), NP=power(lists.shape[3]),
+                                       num_warps=max(1, min(8, power(blocks) // 512)))  # fmt: skip
+    return o, lists
 
 
 def draw(logits, temperature, noise=None):
@@ -336,3 +999,206 @@ def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, coun
     commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, take, text.shape[1], stop, n - 1, V,
                         counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
     return take
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# what it is worth
+
+RATE, BANDWIDTH = 790e12, 4.3e12  # bf16 products and bytes per second, measured on an H200: the two floors
+
+
+class Timed:
+    """Milliseconds of f() and of its backward pass, beside its floors: `flop` of the forward pass, every tensor moved once; peak bytes."""
+
+    def __init__(self, f, leaves=(), flop=0.0):
+        with torch.no_grad():
+            o = f()
+            self.ms = [triton.testing.do_bench(f, warmup=20, rep=100, return_mode="median")]
+        bytes = sum(x.nbytes for x in (*leaves, o))
+        self.floors = [(flop / RATE, bytes / BANDWIDTH), (2.5 * flop / RATE, 2 * bytes / BANDWIDTH)]  # backward: 5 products, not 2
+        if leaves:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            o, grad = f(), torch.randn_like(o)
+            backward = lambda: torch.autograd.grad(o, leaves, grad, retain_graph=True)
+            backward()
+            self.peak = torch.cuda.max_memory_allocated() - before
+            self.ms.append(triton.testing.do_bench(backward, warmup=20, rep=100, return_mode="median"))
+
+    def __str__(self):
+        shares = [f"{a * 1e3 / ms:.0%} {b * 1e3 / ms:.0%}" for ms, (a, b) in zip(self.ms, self.floors)]
+        return " / ".join(f"{ms:.2f}" for ms in self.ms) + f" ({' / '.join(shares)})"
+
+
+def bench_layer(kind, T, H, G, D):
+    """The branches of a layer, and the layer without the matrices around it, on random data: {name: Timed}."""
+    import nsa  # not at import: nsa imports this file
+    from latent_attention import LatentAttention
+
+    new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    P, W, t, pos = D // 2, 512, torch.arange(T), torch.arange(T, device="cuda")[None]
+    products = lambda reads, width: 2.0 * H * width * reads.clamp(min=0).double().sum().item()  # reads (T,): keys per query
+    windowed = (t + 1).clamp(max=W)
+    if kind == "asa local":
+        layer = LatentAttention(H * D, H, D, 1, 4 * D, P, window=W).cuda().bfloat16()
+        layer.out = torch.nn.Identity()
+        parts = q_c, q_r, c, k_r = new(1, H, T, D), new(1, H, T, P), new(1, 1, T, 4 * D), new(1, 1, T, P)
+        q, k, v = new(1, H, T, D + P), new(1, H, T, D), new(1, H, T, D)
+        return {"window": Timed(lambda: window_attention(q, k, v, W, layer.scale, k_r), (q, k, v, k_r), products(windowed, 2 * D + P)),
+                "layer": Timed(lambda: layer.materialised(*parts), parts)}  # fmt: skip
+
+    if kind == "nsa":
+        layer = nsa.NSA(H * D, H, G, D, W, n=16).cuda().bfloat16()
+        l, d, block, every, width, branches = layer.l, layer.d, layer.block, 1, 2 * D, 3
+        q, k0, v0, k1, v1, k2, v2 = leaves = new(1, H, T, D), *(new(1, G, T, D) for _ in range(6))
+        parts, tokens = (k0, v0), (k1, v1, None)
+    else:
+        R = 2 * D - P // G  # as wide as the keys and values of G groups
+        layer = nsa.ASAGlobal(H * D, H, D, G, R, P, n=128).cuda().bfloat16()
+        l = d = block = nsa.ASA_BLOCK
+        every, width, branches = nsa.SHARE, 2 * R + P, 2
+        q, c, k_r = leaves = new(1, H, T, R + P), new(1, G, T, R), new(1, 1, T, P)
+        parts, tokens = (c, k_r), (c, c, k_r)
+    n, scale, gates = layer.n, layer.scale, new(1, T, branches * H)
+
+    def compress():
+        a, b, end = nsa.compressed_entries(layer.compress, parts, pos[:, None], pos, l, d)
+        a, b = a.to(q.dtype), b.to(q.dtype)
+        return (a, b, None) if kind == "nsa" else (a, a, b)
+
+    def whole():
+        k, v, k_r = compress()
+        o, lists = nsa.read_blocks(q, k, v, None, pos, T, l, d, block, n, scale, k_r, every)
+        o = [o, nsa.selected_attention(q, *tokens[:2], lists, pos, None, block, scale, tokens[2], every)]
+        o += [window_attention(q, k2, v2, W, scale)] if kind == "nsa" else []
+        return nsa.mix(gates, *o)
+
+    entries = [x if x is None else x.detach().requires_grad_() for x in compress()]
+    k, v, k_r = entries if kind == "nsa" else (entries[0], entries[0], entries[2])
+    lse = compressed_attention(q, k, v, l, d, scale, k_r)[1]
+    choose = lambda: select(q, k, lse, l, d, block, n, scale, k_r, every)
+    lists, done = choose(), (t + 1 - l + d) // d
+    given = lambda k, v, k2: [x for x in (q, k, None if v is k else v, k2) if x is not None]
+    selected = lambda: selected_attention(q, *tokens[:2], lists, block, scale, tokens[2], every)
+    found = {"compressed": Timed(lambda: compressed_attention(q, k, v, l, d, scale, k_r)[0], given(k, v, k_r), products(done, width)),
+             "top-n": Timed(choose, flop=products(done[::every], q.shape[3])),
+             "selected": Timed(selected, given(*tokens), products((t + 1).clamp(max=n * block), width))}  # fmt: skip
+    if kind == "nsa":
+        found["window"] = Timed(lambda: window_attention(q, k2, v2, W, scale), (q, k2, v2), products(windowed, width))
+    o = [new(1, H, T, tokens[1].shape[3]) for _ in range(branches)]
+    found["gates"] = Timed(lambda: mix(gates, *o), (gates, *o))
+    found["layer"] = Timed(whole, (*leaves, gates))
+    return found
+
+
+def bench(lengths=(4096, 8192, 16384, 32768, 65536)):
+    """Our kernels beside torch's dense attention, in one process."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; bf16, batch 1, random data, own lists\n"
+          "ms forward / backward; in brackets the shares of the floors of each: products at 790 TFLOP/s, bytes at 4.3 TB/s")  # fmt: skip
+    for H, G, D in ((64, 4, 128), (16, 4, 64)):
+        for T in lengths:
+            q, k, v = (torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (H, G, G))
+            dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            dense = Timed(dense, (q, k, v), 2.0 * H * T * (T + 1) * D)
+            print(f"\n{H}/{G} heads, D {D}, {T} tokens: dense {dense}")
+            ratio = lambda f, b: f"{f:7.2f} / {b:7.2f} ms, dense is {dense.ms[0] / f:5.2f}x / {dense.ms[1] / b:5.2f}x"
+            layers = {}
+            for kind in ("nsa", "asa local", "asa global"):
+                found = bench_layer(kind, T, H, G, D)
+                layers[kind] = found.pop("layer").ms
+                print(f"  {kind:10} {ratio(*layers[kind])};  " + ", ".join(f"{name} {timed}" for name, timed in found.items()), flush=True)
+            print(f"  {'asa, mean':10} {ratio(*((a + b) / 2 for a, b in zip(layers['asa local'], layers['asa global'])))}")
+
+
+def bench_memory(lengths=(16384, 32768, 65536, 131072, 262144), H=16, G=4, D=64):
+    """What a layer needs beside its inputs, forward and backward: linear in T."""
+    print(f"\npeak memory of one layer, MiB per 1024 tokens, {H}/{G} heads, D {D}, bf16, at {', '.join(map(str, lengths))} tokens")
+    for kind in ("nsa", "asa local", "asa global"):
+        peaks = [bench_layer(kind, T, H, G, D)["layer"].peak / 2**20 / (T / 1024) for T in lengths]
+        print(f"  {kind:10} " + ", ".join(f"{peak:.2f}" for peak in peaks), flush=True)
+
+
+def in_graph(f, repeats=10):
+    """Milliseconds of f() inside a CUDA graph: without the time that launching takes."""
+    f()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            f()
+    return triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median") / repeats
+
+
+def bench_decoding(S=65536, batches=(1, 4, 16, 64)):
+    """The attention of one step, S tokens cached in every row: dense (the faster of SDPA and decode_attention) beside NSA and ASA."""
+    from latent_attention import SlotCache
+
+    print(f"\nattention of one decoding step at {S} tokens, CUDA graph, bf16: microseconds per layer")
+    for H, G, D in ((64, 4, 128), (16, 4, 64)):
+        for B in batches:
+            new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+            R, P, W, pos = 2 * D - D // 2 // G, D // 2, 512, torch.full((B, 1), S - 1, device="cuda")
+            def cache(heads, slots, stride=1, l=1):
+                c = SlotCache(B, slots, ((heads, 1), (1, 1)), device="cuda")
+                c.pos += torch.arange(slots, device="cuda", dtype=torch.int32) * stride + l
+                c.length += slots
+                return c
+            tokens, ring = cache(G, S), cache(1, W)
+            ring.pos += S - W
+            q, k, v = new(B, H, 1, D), new(B, G, S, D), new(B, G, S, D)
+            dense = min(in_graph(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
+                        in_graph(lambda: decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0)))  # fmt: skip
+            text = [f"dense {dense * 1e3:.1f} ({(k.nbytes + v.nbytes) / BANDWIDTH / dense * 1e3:.0%} of the byte floor)"]
+
+            def step(q, k, v, k2, entries, l, d, block, n):
+                blocks = cache(G, entries[0].shape[2], d, l)
+                def run():
+                    o, lists = decode_blocks(q, *entries[:2], pos, blocks, S, l, d, block, n, 1.0, entries[2])
+                    decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0, k2=k2, lists=lists, block=block)
+                return run
+
+            N = (S - 32) // 16 + 1
+            kw, vw = new(B, G, W, D), new(B, G, W, D)
+            wide = cache(G, W)
+            wide.pos += S - W
+            nsa = in_graph(step(q, k, v, None, (new(B, G, N, D), new(B, G, N, D), None), 32, 16, 64, 16)) \
+                + in_graph(lambda: decode_attention(q, kw, vw, pos, wide.pos, wide.length, 1.0, W))  # fmt: skip
+            del k, v
+            c, k_r, c_b, r_b = new(B, G, S, R), new(B, 1, S, P), new(B, G, S // 16, R), new(B, 1, S // 16, P)
+            local, k_r2 = new(B, 1, W, 4 * D), new(B, 1, W, P)
+            q_l = new(B, H, 1, local.shape[3] + P)
+            there = in_graph(step(new(B, H, 1, R + P), c, c, k_r, (c_b, c_b, r_b), 16, 16, 16, 128))
+            here = in_graph(lambda: decode_attention(q_l, local, local, pos, ring.pos, ring.length, 1.0, W, k_r2))
+            text += [f"nsa {nsa * 1e3:.1f} ({dense / nsa:.1f}x)", f"asa local {here * 1e3:.1f}, global {there * 1e3:.1f}",
+                     f"mean {(here + there) * 500:.1f} ({dense / (here + there) * 2:.1f}x)"]  # fmt: skip
+            print(f"  {H}/{G} heads, D {D}, batch {B:2}: " + ", ".join(text), flush=True)
+
+
+def main(argv):
+    if triton is None or (not torch.cuda.is_available() and "--bench" in argv):
+        print("error: " + ("Triton is not installed" if triton is None else "--bench needs a GPU"))
+        return 2
+    if "--bench" in argv:
+        with torch.no_grad():
+            bench_decoding()
+        bench()
+        bench_memory()
+        return 0
+    torch.manual_seed(0)
+    device, T, D = "cuda" if torch.cuda.is_available() else "cpu", 64, 16
+    where = f"compiled for {torch.cuda.get_device_name()}" if device == "cuda" else "interpreted on the CPU"
+    print(f"Triton {triton.__version__}, {where}\n")
+    q, k, v = (torch.randn(1, heads, T, D, device=device) for heads in (4, 2, 2))
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    t = torch.arange(T, device=device)
+    lists = torch.arange(4, device=device).expand(1, 2, T, 4).masked_fill(torch.arange(4, device=device) * 16 > t[:, None], -1)
+    print(f"{T} queries, 4 heads in 2 groups: largest difference to dense attention\n")
+    for what, o in {"a window of all tokens": window_attention(q, k, v, T, D**-0.5),
+                    "blocks of one token": compressed_attention(q, k, v, 1, 1, D**-0.5)[0],
+                    "lists of all blocks of 16": selected_attention(q, k, v, lists, 16, D**-0.5)}.items():  # fmt: skip
+        print(f"  {what:26} {(o - want).abs().max():.1e} (fp32)")
+    print("\n`python kernels.py --bench` on a GPU: milliseconds beside torch's dense attention")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

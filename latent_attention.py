@@ -8,7 +8,7 @@ which keys and values are made again: one latent for all heads (MLA) or one per 
     3) attend       a query reads every filled slot whose position is not after its own
     4) absorb       latents are read as they lie: W_UK moves to the query, W_UV behind the sum, no key or value is ever made
 
-Does NOT include: speed (kernels), quantised caches, paging, packing of several texts in one row.
+Does NOT include: speed (that is kernels.py, used on a GPU), quantised caches, paging, packing of several texts in one row.
 Run `python latent_attention.py` for the cache table, counted from allocated tensors, and one identity.
 Read on: MLA is DeepSeek-V2, arXiv 2405.04434, eqs 9-19; GLA is arXiv 2505.21487; GQA is arXiv 2305.13245. Then nsa.py.
 
@@ -71,6 +71,7 @@ class SlotCache:
     def __init__(self, batch, max_len, widths, window=None, margin=8, dtype=torch.float32, device="cpu"):
         S = max_len if window is None else min(max_len, window - 1 + margin)
         self.ring, self.margin = S < max_len, margin
+        self.in_order = not self.ring  # slot s holds position s, until something is evicted
         same = all(heads == widths[0][0] for heads, _ in widths)
         self.data = [torch.zeros(batch, heads, S, width, dtype=dtype, device=device) for heads, width in widths]
         self.pos = torch.full((batch, widths[0][0] if same else 1, S), -1, dtype=torch.int32, device=device)
@@ -130,6 +131,7 @@ class SlotCache:
         Ascending slots, then -1 for "none"; every head of a row keeps equally many. Not for rings.
         """
         n, real, index = index.shape[-1], index >= 0, index.clamp(min=0)
+        self.in_order = False
         for buffer in self.data:
             i = index[..., None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
             buffer[:, :, :n] = buffer.gather(2, i)
@@ -171,13 +173,17 @@ def attend(q, k, v, mask, scale):
     return F.scaled_dot_product_attention(q.reshape(B * G, h, T, -1), k, v, mask, scale=scale).reshape(B, H, T, -1)
 
 
+def join(k, k2):
+    """The key [k ; k2] of every group, its second part shared: (B, G, S, R), (B, 1, S, P) or None -> (B, G, S, R + P)."""
+    return k if k2 is None else torch.cat([k, k2.expand(-1, k.shape[1], -1, -1)], dim=-1)
+
+
 def read_slots(q, k, v, q_pos, k_pos, slots, scale, window=None, k2=None):
     """attend to what `slots` holds, keys [k ; k2] and values v as append returned them, with their positions k_pos."""
     rows = q.shape[1] // k.shape[1] * q.shape[2]  # that share a key; a long prompt is better off with torch's own kernel
     if kernels.fast(q) and k_pos is slots.pos and (rows <= 128 or q.shape[2] <= 16):
         return kernels.decode_attention(q, k, v, q_pos, k_pos, slots.length, scale, window, k2)
-    k = k if k2 is None else torch.cat([k, k2.expand(-1, k.shape[1], -1, -1)], dim=-1)  # (B, G, S, Dk)
-    return attend(q, k, v, visible(q_pos, k_pos, window), scale)
+    return attend(q, join(k, k2), v, visible(q_pos, k_pos, window), scale)
 
 
 def add_mass(mass, q, k, q_pos, k_pos, count, scale):
@@ -190,12 +196,16 @@ def add_mass(mass, q, k, q_pos, k_pos, count, scale):
     total += p.where(real[:, None, None, :, None], 0).sum(dim=(2, 3))[..., None]
 
 
-def window_attention(q, k, v, window, scale):
+def window_attention(q, k, v, window, scale, k2=None):
     """Causal attention to the last `window` positions of one text, itself included, in time and memory linear in T.
 
     W queries at a time meet the 2 W keys of their own chunk and the one before; position t lies in row t.
-    q (B, H, T, Dk), k (B, G, T, Dk), v (B, G, T, Dv) -> (B, H, T, Dv); equal to attend(..., visible(pos, pos, window), scale).
+    q (B, H, T, Dk), k (B, G, T, Dk) or, with k2 (B, 1, T, P), all but the last P of them, v (B, G, T, Dv) -> (B, H, T, Dv); equal to
+    attend(..., visible(pos, pos, window), scale).
     """
+    if kernels.fast(q, k, v):
+        return kernels.window_attention(q, k, v, window, scale, k2)
+    k = join(k, k2)  # (B, G, T, Dk)
     B, H, T, _ = q.shape
     W = min(window, T)
     n, pad = -(-T // W), -T % W  # chunks, rows to fill the last one
@@ -303,10 +313,6 @@ class LatentAttention(nn.Module):
         """Score q_c . (W_UK c) = (W_UK^T q_c) . c: the query that reads [c ; k_r] -> (B, H, T, R + P)."""
         return torch.cat([torch.einsum("bhtd,hdr->bhtr", q_c, self.k_up.to(q_c.dtype)), q_r], dim=-1)
 
-    def join(self, c, k_r):
-        """The key [c ; k_r] of every latent, the rotary part shared: (B, G, S, R), (B, 1, S, P) -> (B, G, S, R + P)."""
-        return torch.cat([c, k_r.expand(-1, c.shape[1], -1, -1)], dim=-1)
-
     def finish(self, o):
         """Weighted latents of every head -> values -> output: (B, H, T, R) -> (B, T, C)."""
         return self.out(merge_heads(torch.einsum("bhtr,hdr->bhtd", o, self.v_up.to(o.dtype))))
@@ -316,16 +322,16 @@ class LatentAttention(nn.Module):
         c = c.repeat_interleave(self.heads // self.latents, dim=1)  # (B, H, T, R)
         k = torch.einsum("bhsr,hdr->bhsd", c, self.k_up.to(c.dtype))  # (B, H, T, D)
         v = torch.einsum("bhsr,hdr->bhsd", c, self.v_up.to(c.dtype))  # (B, H, T, D)
-        q, k = torch.cat([q_c, q_r], dim=-1), torch.cat([k, k_r.expand(-1, self.heads, -1, -1)], dim=-1)  # (B, H, T, D + P)
+        q = torch.cat([q_c, q_r], dim=-1)  # (B, H, T, D + P)
         if self.window is None:
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, D)
+            o = F.scaled_dot_product_attention(q, join(k, k_r), v, is_causal=True, scale=self.scale)  # (B, H, T, D)
         else:
-            o = window_attention(q, k, v, self.window, self.scale)  # (B, H, T, D)
+            o = window_attention(q, k, v, self.window, self.scale, k_r)  # (B, H, T, D)
         return self.out(merge_heads(o))
 
     def absorbed(self, q_c, q_r, c, k_r, mask):
         """The same sum on the latents themselves -> (B, T, C)."""
-        return self.finish(attend(self.absorb(q_c, q_r).to(c.dtype), self.join(c, k_r), c, mask, self.scale))
+        return self.finish(attend(self.absorb(q_c, q_r).to(c.dtype), join(c, k_r), c, mask, self.scale))
 
     def forward(self, x, pos, cache=None, count=None, source=None):
         q_c, q_r, c, k_r = self.project(x, pos, source)

@@ -16,8 +16,8 @@ compressed entry stands at the position of its block's last token.
 Ours, where the papers' bodies are not available or silent: every width; ASA's block 16 and lists shared by 4 queries follow secondary
 sources; where rotation stands to compression (content pools un-rotated, the key turns once, at its block's middle); NSA's phi is the mean
 plus an MLP; ASA's phi a learned weighted mean; the 0-based form of NSA's eq. 9; NSA's gate is one linear layer.
-Does NOT include: speed (the reference scores every key and masks), packed texts. Top-n passes no gradient: phi and the block scores learn
-through the compressed branch's output.
+Does NOT include: packed texts. The reference scores every key and masks; on a GPU kernels.py is used. Top-n passes no gradient: phi and the
+block scores learn through the compressed branch's output.
 Run `python nsa.py` for a map of what one query reads. Read first: latent_attention.py.
 
 Letters as in latent_attention.py, and N compressed blocks, l block length, d stride between block starts, l' (code: block) selection
@@ -27,7 +27,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from latent_attention import LatentAttention, SlotCache, attend, cache_bytes, merge_heads, read_slots, rope, split_heads, visible, window_attention
+import kernels
+from latent_attention import LatentAttention, SlotCache, attend, cache_bytes, join, merge_heads, read_slots, rope, split_heads, visible
+from latent_attention import window_attention
 
 SHARE = 4  # ASA: consecutive queries that share one block list
 ASA_BLOCK = 16  # ASA: l = d = l'
@@ -45,24 +47,27 @@ def blocks_done(tokens, l, d):
 def compressed_entries(compress, parts, k_pos, pos, l, d, cache=None, count=None):
     """One entry per finished block, made from its l tokens: eq. 7. Without a cache of all blocks, with one of those just finished.
 
-    compress: callable on one (B, G, N, l, width) per part -> one (B, G, N, width) per part; parts (B, G, S, width) lie at positions
-    k_pos (B, heads, S). A block is made from its tokens' cache entries alone, so there is nothing to carry along or to take back.
+    compress: callable on one (B, G, N, l, width) per part and the positions of the blocks' last tokens (B or 1, N) -> one (B, G, N,
+    width) per part; parts (B, G, S, width) lie at positions k_pos (B, heads, S). A block is made from its tokens' cache entries alone, so there is nothing to carry along or to take back.
     -> (*entries (B, G, N, width), positions (B or 1, heads or 1, N)): the position of a block is that of its last token.
     """
-    T, inside = pos.shape[1], torch.arange(l, device=pos.device)
-    if cache is not None and count is None:
-        return [*cache.data, cache.pos]
     if cache is None:
-        ids = torch.arange(blocks_done(T, l, d), device=pos.device)[None]  # (1, N)
-        slot = ids[..., None] * d + inside  # (1, N, l): position t lies in row t
-    else:
-        first = blocks_done(pos[:, 0], l, d)  # (B,) blocks finished before this call
-        done = blocks_done(pos[:, 0] + count, l, d) - first  # (B,)
-        ids = first[:, None] + torch.arange(-(-T // d), device=pos.device)  # (B, N): T tokens finish at most ceil(T / d) blocks
-        slot = find(k_pos[:, 0], ids[..., None] * d + inside)  # (B, N, l)
-    entries = compress(*(pick(x, slot) for x in parts))  # (B, G, N, width) each
+        end = torch.arange(blocks_done(pos.shape[1], l, d), device=pos.device)[None] * d + l - 1  # (1, N)
+        return [*compress(*(blocks_of(x, l, d) for x in parts), end), end[:, None]]
+    if count is None:
+        return [*cache.data, cache.pos]
+    first = blocks_done(pos[:, 0], l, d)  # (B,) blocks finished before this call
+    done = blocks_done(pos[:, 0] + count, l, d) - first  # (B,)
+    ids = first[:, None] + torch.arange(-(-pos.shape[1] // d), device=pos.device)  # (B, N): T tokens finish at most ceil(T / d) blocks
+    slot = find(k_pos[:, 0], ids[..., None] * d + torch.arange(l, device=pos.device))  # (B, N, l)
     end = ids * d + l - 1  # (B, N)
-    return [*entries, end[:, None]] if cache is None else cache.append(*entries, pos=end, count=done)
+    return cache.append(*compress(*(pick(x, slot) for x in parts), end), pos=end, count=done)
+
+
+def blocks_of(x, l, d):
+    """The finished blocks of a whole text: (B, G, T, width) -> (B, G, N, l, width)."""
+    T = x.shape[2]
+    return F.pad(x, (0, 0, 0, max(0, l - T))).unfold(2, l, d)[:, :, : blocks_done(T, l, d)].transpose(-1, -2)
 
 
 def find(k_pos, want):
@@ -133,6 +138,31 @@ def share_lists(lists, pos, earlier=None, every=SHARE):
     return shared if earlier is None else torch.where((source < 0)[:, None, :, None], earlier, shared)
 
 
+def few(q, k, v, cache):
+    """Whether the decoding kernels can serve these queries: few of them, and a cache from which nothing was evicted."""
+    return kernels.fast(q, k, v) and q.shape[1] // k.shape[1] * q.shape[2] <= 128 and cache["tokens"].in_order
+
+
+def read_blocks(q, k, v, end, pos, tokens, l, d, block, n, scale, k2=None, every=1, cache=None):
+    """1) and 2): attention to the compressed entries [k ; k2], v, which stand at `end`; the lists of every `every`-th query (1 or SHARE).
+
+    tokens: how many can be chosen from; cache: where the tokens lie, None for a whole text, position t at row t
+    -> o (B, H, T, Dv), lists (B, G, ceil(T / every), n).
+    """
+    shared = v is k
+    k, v, k2 = (x if x is None else x.to(q.dtype) for x in (k, v, k2))
+    v = k if shared else v
+    if cache is None and kernels.fast(q, k, v, block):
+        o, lse = kernels.compressed_attention(q, k, v, l, d, scale, k2)
+        return o, kernels.select(q.detach(), k.detach(), lse, l, d, block, n, scale, k2, every)
+    if cache is not None and few(q, k, v, cache):
+        return kernels.decode_blocks(q, k, v, pos, cache["blocks"], tokens, l, d, block, n, scale, k2)
+    o, p = compressed_attention(q, join(k, k2), v, visible(pos, end), scale)  # (B, H, T, Dv), (B, H, T, N)
+    importance = block_importance(p.detach(), k.shape[1], l, d, block, tokens)  # (B, G, T, blocks)
+    lists = select_blocks(importance, pos, block, n)  # (B, G, T, n)
+    return o, lists if every == 1 else share_lists(lists, pos)[:, :, ::every]
+
+
 def chosen_tokens(lists, k_pos, block, see):
     """Which tokens a query's blocks hold: lists (B, G, T, n), k_pos (B or 1, heads, S), see (B or 1, heads, T, S) -> (B, G, T, S) bool."""
     B, G, T, _ = lists.shape
@@ -143,12 +173,26 @@ def chosen_tokens(lists, k_pos, block, see):
     return chosen.gather(-1, key_block) & see
 
 
-def selected_attention(q, k, v, lists, pos, k_pos, block, scale):
-    """Attention to the tokens of each query's blocks: eq. 12. The reference reads every key and masks what was not chosen.
+def selected_attention(q, k, v, lists, pos, k_pos, block, scale, k2=None, every=1, cache=None):
+    """Attention to the tokens of each query's blocks: eq. 12. The reference reads every key [k ; k2] and masks what was not chosen.
 
-    q (B, H, T, Dk), k (B, G, S, Dk), v (B, G, S, Dv), lists (B, G, T, n), pos (B or 1, T), k_pos (B or 1, heads, S) -> (B, H, T, Dv).
+    q (B, H, T, Dk), k (B, G, S, Dk), k2 (B, 1, S, P) or None, v (B, G, S, Dv), lists (B, G, ceil(T / every), n) that serve `every`
+    queries each, pos (B or 1, T), k_pos (B or 1, heads, S); cache as in read_blocks -> (B, H, T, Dv).
     """
-    return attend(q, k, v, chosen_tokens(lists, k_pos, block, visible(pos, k_pos)), scale)
+    if cache is None and kernels.fast(q, k, v, block):
+        return kernels.selected_attention(q, k, v, lists, block, scale, k2, every)
+    if cache is not None and few(q, k, v, cache):
+        return kernels.decode_attention(q, k, v, pos, k_pos, cache["tokens"].length, scale, k2=k2, lists=lists, block=block)
+    lists = lists.repeat_interleave(every, 2)[:, :, : q.shape[2]]  # (B, G, T, n)
+    return attend(q, join(k, k2), v, chosen_tokens(lists, k_pos, block, visible(pos, k_pos)), scale)
+
+
+def mix(gates, *branches):
+    """The sum of gate x branch: eq. 5. gates (B, T, N H), N branches (B, H, T, D) -> (B, H, T, D)."""
+    if kernels.fast(branches[0]):
+        return kernels.mix(gates.to(branches[0].dtype), *branches)
+    gates = split_heads(gates, len(branches) * branches[0].shape[1]).to(branches[0].dtype).chunk(len(branches), dim=1)  # (B, H, T, 1) each
+    return sum(g * o for g, o in zip(gates, branches))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -197,9 +241,9 @@ class NSA(nn.Module):
             "window": SlotCache(batch, max_len, kv, window=self.window, margin=margin, **kind),
         }
 
-    def compress(self, k, v):
-        """Blocks of un-rotated k, v (B, G, N, l, D) -> one entry each (B, G, N, D), not rotated yet."""
-        return self.phi_k(k), self.phi_v(v)
+    def compress(self, k, v, end):
+        """Blocks of un-rotated k, v (B, G, N, l, D) -> one entry each (B, G, N, D); the key turns once, at the middle of its block."""
+        return rope(self.phi_k(k), end - (self.l - 1) / 2, self.base), self.phi_v(v)
 
     def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
         q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
@@ -212,16 +256,13 @@ class NSA(nn.Module):
             k2, v2, pos2 = cache["window"].append(k2, v2, pos=pos, count=count)
         blocks = cache and cache["blocks"]
 
-        # 1) compress: keys are cached un-rotated and turn at the middle of their block
+        # 1) compress
         k, v, end = compressed_entries(self.compress, (k0, v0), pos0, pos, self.l, self.d, blocks, count)  # (B, G, N, D) twice, (B, 1, N)
-        k = rope(k, end[:, 0] - (self.l - 1) / 2, self.base)
-        see = visible(pos, end)  # (B, 1, T, N)
-        o_cmp, p = compressed_attention(q, k.to(q.dtype), v.to(q.dtype), see, self.scale)  # (B, H, T, D), (B, H, T, N)
 
-        # 2) select
-        importance = block_importance(p.detach(), self.groups, self.l, self.d, self.block, pos1.shape[-1])  # (B, G, T, blocks)
-        lists = select_blocks(importance, pos, self.block, self.n)  # (B, G, T, n)
-        o_slc = selected_attention(q.to(k1.dtype), k1, v1, lists, pos, pos1, self.block, self.scale)  # (B, H, T, D)
+        # 2) attend to them, select, attend to the blocks selected
+        sizes = (self.l, self.d, self.block, self.n, self.scale)
+        o_cmp, lists = read_blocks(q, k, v, end, pos, pos1.shape[-1], *sizes, cache=cache)  # (B, H, T, D), ..
+        o_slc = selected_attention(q.to(k1.dtype), k1, v1, lists, pos, pos1, self.block, self.scale, cache=cache)  # (B, H, T, D)
 
         # 3) slide
         if cache is None:
@@ -230,10 +271,9 @@ class NSA(nn.Module):
             o_win = read_slots(q.to(k2.dtype), k2, v2, pos, pos2, cache["window"], self.scale, self.window)  # (B, H, T, D)
 
         # 4) gate
-        g = split_heads(self.gate(x).sigmoid(), 3 * self.heads).chunk(3, dim=1)  # (B, H, T, 1) each
-        o = g[0] * o_cmp + g[1] * o_slc + g[2] * o_win  # (B, H, T, D)
+        o = mix(self.gate(x).sigmoid(), o_cmp, o_slc, o_win)  # (B, H, T, D)
         if trace is not None:
-            trace.update(lists=lists, blocks=see, importance=importance)
+            trace.update(lists=lists, blocks=visible(pos, end))
         return self.out(merge_heads(o.to(x.dtype)))
 
 
@@ -266,7 +306,7 @@ class ASAGlobal(LatentAttention):
             "lists": SlotCache(batch, max_len, lists, window=2, margin=margin // SHARE + 1, dtype=torch.int32, device=device),
         }
 
-    def compress(self, c, k_r):
+    def compress(self, c, k_r, end=None):
         """Latents (B, G, N, 16, R) -> weighted means (B, G, N, R); rotary keys (B, 1, N, 16, P) -> their mean, turned to the middle.
 
         Turning the rotated key of place i by 7.5 - i undoes the rotation within the block, so fast frequencies do not average out:
@@ -282,27 +322,28 @@ class ASAGlobal(LatentAttention):
         q_c, q_r, c, k_r = self.project(x, pos, source)
         q = self.absorb(q_c, q_r)  # (B, H, T, R + P)
         k_pos = pos[:, None]  # (1, 1, T)
-        if cache is not None:
+        if cache is None:
+            c, k_r = c.to(q.dtype), k_r.to(q.dtype)
+        else:
             c, k_r, k_pos = cache["tokens"].append(c, k_r, pos=pos, count=count)  # (B, G, S, R), (B, 1, S, P), (B, 1, S)
+            q = q.to(c.dtype)
         blocks = cache and cache["blocks"]
-        q = q.to(c.dtype)
+        every = SHARE if cache is None else 1
 
         # 1) compress
         c_b, r_b, end = compressed_entries(self.compress, (c, k_r), k_pos, pos, ASA_BLOCK, ASA_BLOCK, blocks, count)  # (B, G, N, R), ..
-        see = visible(pos, end)  # (B, 1, T, N)
-        o_cmp, p = compressed_attention(q, self.join(c_b, r_b), c_b, see, self.scale)  # (B, H, T, R), (B, H, T, N)
 
-        # 2) select: one list for 4 queries
-        importance = block_importance(p.detach(), self.groups, ASA_BLOCK, ASA_BLOCK, ASA_BLOCK, c.shape[2])  # (B, G, T, blocks)
-        lists = select_blocks(importance, pos, ASA_BLOCK, self.n)  # (B, G, T, n)
-        lists = share_lists(lists, pos) if cache is None else self.cached_lists(lists, pos, count, cache["lists"])
-        o_slc = selected_attention(q, self.join(c, k_r), c, lists, pos, k_pos, ASA_BLOCK, self.scale)  # (B, H, T, R)
+        # 2) attend to them, select one list for 4 queries, attend to the blocks selected
+        sizes = (ASA_BLOCK, ASA_BLOCK, ASA_BLOCK, self.n, self.scale)
+        o_cmp, lists = read_blocks(q, c_b, c_b, end, pos, c.shape[2], *sizes, r_b, every, cache)  # (B, H, T, R), (B, G, T / every, n)
+        if cache is not None:
+            lists = self.cached_lists(lists, pos, count, cache["lists"])
+        o_slc = selected_attention(q, c, c, lists, pos, k_pos, ASA_BLOCK, self.scale, k_r, every, cache)  # (B, H, T, R)
 
         # 4) gate, still on latents: W_UV is linear and comes last
-        g = split_heads(self.gate(x).sigmoid(), 2 * self.heads).to(c.dtype).chunk(2, dim=1)  # (B, H, T, 1) each
         if trace is not None:
-            trace.update(lists=lists, blocks=see, importance=importance)
-        return self.finish(g[0] * o_cmp + g[1] * o_slc).to(x.dtype)
+            trace.update(lists=lists, blocks=visible(pos, end))
+        return self.finish(mix(self.gate(x).sigmoid(), o_cmp, o_slc)).to(x.dtype)
 
     def cached_lists(self, lists, pos, count, cache):
         """share_lists when the first queries' list was made in an earlier call: read it from the cache, then store this call's."""

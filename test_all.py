@@ -49,7 +49,8 @@ from sparse_rl import Compressor
 from train_lm import LM, Config
 
 HERE = pathlib.Path(__file__).resolve().parent
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 KINDS = ("gqa", "nsa", "asa")
 
 
@@ -468,7 +469,7 @@ def compressed_rotation():
 
 def test_rotation_and_pooling():
     compressed_rotation()
-    with swapped(ASAGlobal, "compress", lambda self, c, k_r: (c.mean(-2), k_r.mean(-2))):  # pooling after rotation
+    with swapped(ASAGlobal, "compress", lambda self, c, k_r, end=None: (c.mean(-2), k_r.mean(-2))):  # pooling after rotation
         fails(compressed_rotation)
 
 
@@ -537,14 +538,192 @@ def test_nsa_branches_have_keys_and_values_of_their_own():
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# kernels.py: on a GPU compiled, on a CPU in Triton's interpreter
+# kernels.py: on a CPU in Triton's interpreter, fp32; on a GPU compiled
 
-
-def in_kernels(wanted):
-    """The fast path for a while, or the reference."""
+@contextlib.contextmanager
+def kernels_in_use(yes=True):
+    """Let the attention files use the kernels wherever Triton can run them, in the interpreter too, or nowhere."""
     if kernels.triton is None:
         raise unittest.SkipTest("needs Triton")
-    return swapped(kernels, "fast", lambda x: wanted and x.dtype in (torch.float32, torch.bfloat16))
+    def able(x, k=None, v=None, block=16):
+        return yes and x.dtype != torch.float64 and (k is None or not kernels.complaint(x, k, v, None, block))
+
+    with swapped(kernels, "fast", able):
+        yield
+
+
+class Sizes:
+    """One attention problem: queries, and keys [k ; k2] and values (v is k: latents) of tokens and of compressed blocks."""
+
+    def __init__(self, T, h, G, D, Dv=None, P=0, l=32, d=16, block=64, n=4, W=20, every=1, B=1, dtype=torch.float32):
+        self.T, self.l, self.d, self.block, self.n, self.W, self.every, self.G, self.scale = T, l, d, block, n, W, every, G, (D + P) ** -0.5
+        new = lambda heads, S, width: torch.randn(B, heads, S, width, dtype=dtype, device=DEVICE, requires_grad=True)
+        keys = lambda S: (k := new(G, S, D), new(1, S, P) if P else None, new(G, S, Dv) if Dv else k)
+        self.q, self.tokens, self.entries = new(h * G, T, D + P), keys(T), keys(int(nsa.blocks_done(T, l, d)))
+        self.pos = torch.arange(T, device=DEVICE)[None]
+        self.end = (torch.arange(self.entries[0].shape[2], device=DEVICE) * d + l - 1)[None, None]
+        lists = nsa.select_blocks(torch.rand(B, G, T, -(-T // block), device=DEVICE), self.pos, block, n)
+        lists = lists[:, :, ::every].masked_fill(lists[:, :, ::every] < 0, 2**20).sort(-1)[0]  # ascending, (B, G, ceil(T / every), n)
+        self.lists = lists.masked_fill(lists == 2**20, -1)
+        self.name = f"T {T}, {h} x {G} heads, widths {D}/{P}/{Dv}, blocks {l}/{d}/{block}"
+
+    def leaves(self, kv):
+        k, k2, v = kv
+        return [x for x in (self.q, k, k2, None if v is k else v) if x is not None]
+
+    def masks(self):
+        """What each branch may read (1, 1 or G, T, S), for the reference."""
+        lists = self.lists.repeat_interleave(self.every, 2)[:, :, : self.T]
+        tokens = self.pos[:, None]
+        return {"window": visible(self.pos, tokens, self.W), "compressed": visible(self.pos, self.end),
+                "selected": nsa.chosen_tokens(lists, tokens, self.block, visible(self.pos, tokens))}  # fmt: skip
+
+    def fast(self, branch):
+        k, k2, v = self.entries if branch == "compressed" else self.tokens
+        if branch == "window":
+            return kernels.window_attention(self.q, k, v, self.W, self.scale, k2)
+        if branch == "compressed":
+            return kernels.compressed_attention(self.q, k, v, self.l, self.d, self.scale, k2)[0]
+        return kernels.selected_attention(self.q, k, v, self.lists, self.block, self.scale, k2, self.every)
+
+    def plain(self, branch, dtype):
+        """The same by attend, with copies of the leaves in another dtype -> (o, leaves)."""
+        kv = self.entries if branch == "compressed" else self.tokens
+        copies = [x.detach().to(dtype).requires_grad_() for x in self.leaves(kv)]
+        q, k = copies[:2]
+        k2, v = copies[2] if kv[1] is not None else None, k if kv[2] is kv[0] else copies[-1]
+        mask = self.masks()[branch]
+        none = ~mask.any(-1, keepdim=True)  # queries before the first block: exactly 0
+        o = attend(q, la.join(k, k2), v, mask | none, self.scale)
+        return o.masked_fill(none.expand(-1, q.shape[1] if none.shape[1] == 1 else none.shape[1], -1, -1)
+                             if none.shape[1] == 1 else none.repeat_interleave(q.shape[1] // self.G, 1), 0), copies  # fmt: skip
+
+
+def with_gradients(o, leaves, weight=None):
+    weight = torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o) if weight is None else weight
+    return [o, *torch.autograd.grad((o * weight.to(o.dtype)).sum(), leaves)]
+
+
+def off(a, b):
+    """|a - b| / |b|."""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+def kernels_equal_attend(s, branch):
+    kv = s.entries if branch == "compressed" else s.tokens
+    ours, want = with_gradients(s.fast(branch), s.leaves(kv)), with_gradients(*s.plain(branch, torch.float64))
+    for what, a, b in zip(("output", "dq", "dk", "dk2" if kv[1] is not None else "dv", "dv"), ours, want):
+        assert off(a, b) < 1e-5, f"{branch} attention, {s.name}: {what} is off by {off(a, b):.1e}"
+
+
+def test_attention_kernels_equal_attend_with_gradients():
+    with kernels_in_use():
+        for T, h, G, D, Dv, more in [
+            (31, 1, 2, 16, 16, {}), (31, 2, 1, 24, 16, {}), (31, 3, 1, 16, 48, dict(P=8)), (50, 16, 1, 16, 16, {}), (31, 5, 1, 96, 64, {}),
+            (31, 8, 1, 192, 128, {}), (31, 4, 1, 64, 64, dict(n=3, W=33)), (31, 12, 1, 16, 16, {}), (31, 1, 1, 128, 128, dict(B=2)),
+            (100, 2, 1, 16, 16, dict(l=16, d=8, block=32, n=3)), (31, 1, 2, 64, 64, dict(P=32, W=7)),  # NSA, MLA
+            (257, 4, 1, 24, None, dict(P=8, l=16, block=16, every=4)), (50, 16, 2, 30, None, dict(P=16, l=16, block=16, every=4)),  # ASA
+        ]:  # fmt: skip
+            s = Sizes(T, h, G, D, Dv, **{**more, "block": more.get("block", 32)})
+            for branch in ("window", "selected") + ("compressed",) * (s.entries[0].shape[2] > 0):
+                kernels_equal_attend(s, branch)
+        s = Sizes(31, 2, 2, 16, 16)
+        assert (s.fast("compressed") == 0).all(), "before the first block: exactly 0"
+        k, _, v = s.tokens
+        late = lambda q, k, v, W, scale, k2=None: kernels.attend("late", q, k, v, None, scale, k2, window=W + 1)[0]
+        with swapped(kernels, "window_attention", late):
+            fails(kernels_equal_attend, s, "window")
+
+
+def test_selection_kernels_equal_the_reference():
+    with kernels_in_use():
+        for T, h, G, more in [(100, 2, 1, dict(n=3, block=32)), (257, 4, 1, dict(n=4, every=4, l=16, block=16)),
+                              (31, 3, 2, dict(n=9, block=16, l=16)), (70, 1, 1, dict(n=3, l=32, d=8, block=32))]:  # fmt: skip
+            s = Sizes(T, h, G, 16, None, P=8, **more)
+            k, k2, v = s.entries
+            _, lse = kernels.compressed_attention(s.q, k, v, s.l, s.d, s.scale, k2)
+            lists = kernels.select(s.q, k, lse, s.l, s.d, s.block, s.n, s.scale, k2, s.every).long()
+            p = nsa.compressed_attention(s.q, la.join(k, k2), v, visible(s.pos, s.end), s.scale)[1]
+            score = nsa.block_importance(p, s.G, s.l, s.d, s.block, T)
+            want = nsa.select_blocks(score, s.pos, s.block, s.n)[:, :, :: s.every]
+            value = lambda x: torch.where(x >= 0, score[:, :, :: s.every].gather(-1, x.clamp(min=0)), 0).sum(-1)
+            close(value(lists), value(want), 1e-5, f"{s.name}: score of the chosen blocks")  # near ties may be decided otherwise
+            assert torch.equal((lists >= 0).sum(-1), (want >= 0).sum(-1)) and torch.equal(lists[..., 0], want[..., 0] * 0)
+            valid = lists.masked_fill(lists < 0, 2**20)
+            assert ((valid.diff(dim=-1) > 0) | (valid[..., 1:] == 2**20)).all(), "ascending, each block once, then -1"
+            own = s.pos[:, None, :: s.every, None] // s.block
+            for forced in (0, own - 1, own):
+                assert (lists == torch.as_tensor(forced).clamp(min=0)).any(-1).all(), f"{s.name}: a forced block is missing"
+
+
+def test_layers_on_kernels_equal_the_reference():
+    pos = torch.arange(50, device=DEVICE)[None]
+    for attn, depth in (("nsa", 0), ("asa", 0), ("asa", 1)):
+        layer, x = lm(attn).to(DEVICE).float().blocks[depth].attn, torch.randn(1, 50, 32, device=DEVICE)
+        names, leaves = zip(*layer.named_parameters())
+        results = []
+        for use in (True, False):
+            with kernels_in_use(use):
+                results.append(with_gradients(layer(x, pos), leaves))
+        for name, a, b in zip(("output", *names), *results):
+            assert off(a, b) < 1e-5, f"{attn}, layer {depth}: {name} is off by {off(a, b):.1e}"
+
+
+def test_kernels_refuse_what_they_cannot_do():
+    with kernels_in_use():
+        q = lambda heads, width=16, **kind: torch.randn(1, heads, 8, width, device=DEVICE, **kind)
+        for what, args in {"1 to 64 heads": (q(130), q(1), q(1)), "at most 256": (q(2, 320), q(2, 320), q(2, 64)),
+                           "one dtype": (q(2), q(2, dtype=torch.float16), q(2))}.items():  # fmt: skip
+            try:
+                kernels.window_attention(*args, 4, 1.0)
+            except ValueError as e:
+                assert what in str(e) and "\n" not in str(e)
+            else:
+                raise AssertionError(f"not refused: {what}")
+            assert not kernels.fast(*args), "what is refused is left to the reference"
+
+
+def test_kernels_compiled_in_bf16():
+    """Against fp64, beside SDPA in bf16 on the same data; two runs have the same bits."""
+    if not CUDA:
+        raise unittest.SkipTest("needs CUDA")
+    asa = dict(l=16, block=16, n=12, every=4, dtype=torch.bfloat16)
+    for sizes in [(1000, 16, 4, 128, 128, {}), (1000, 4, 4, 64, 64, {}), (257, 1, 2, 64, 64, {}), (257, 3, 1, 96, 96, {}),
+                  (257, 16, 1, 192, 128, {}), (257, 1, 8, 64, 64, dict(P=32)), (1000, 4, 4, 120, None, dict(P=32, **asa)),
+                  (1000, 16, 2, 240, None, dict(P=64, **asa))]:  # fmt: skip
+        s = Sizes(*sizes[:5], **{"W": 200, "dtype": torch.bfloat16, **sizes[5]})
+        for branch in ("window", "compressed", "selected"):
+            leaves = s.leaves(s.entries if branch == "compressed" else s.tokens)
+            grad = torch.randn(*s.q.shape[:3], leaves[1 if sizes[4] is None else -1].shape[3], device="cuda")
+            one, two = (with_gradients(s.fast(branch), leaves, grad) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(one, two)), f"{branch}, {s.name}: two runs differ"
+            exact, sdpa = (with_gradients(*s.plain(branch, dtype), grad) for dtype in (torch.float64, torch.bfloat16))
+            for i, (a, b, c) in enumerate(zip(one, sdpa, exact)):
+                ours, theirs = off(a, c), off(b, c)
+                assert ours < 1.5 * theirs + 1e-4, f"{branch}, {s.name}: result {i} is off by {ours:.1e}, SDPA by {theirs:.1e}"
+
+
+def test_kernels_address_more_than_2_to_31_elements():
+    """A group of heads gives the same bits alone as behind 2^31 elements of other heads."""
+    if not CUDA:
+        raise unittest.SkipTest("needs CUDA")
+    T, h, G, D = 131072 + 64, 16, 5, 256
+    new = lambda heads, S: torch.randn(1, heads, S, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    q, k, v, N = new(h * G, T), new(G, T), new(G, T), (T - 32) // 16 + 1
+    assert q.numel() > 2**31
+    k_c, v_c, weight, results = new(G, N), new(G, N), torch.randn(1, 1, T, 1, device="cuda", dtype=torch.bfloat16), []
+    for only in (False, True):
+        pick = lambda x, heads: x.detach()[:, -heads:].contiguous().requires_grad_() if only else x
+        leaves = q_, k_, v_, kc_, vc_ = pick(q, h), pick(k, 1), pick(v, 1), pick(k_c, 1), pick(v_c, 1)
+        o, lse = kernels.compressed_attention(q_, kc_, vc_, 32, 16, D**-0.5)
+        lists = kernels.select(q_, kc_, lse, 32, 16, 64, 16, D**-0.5)
+        o = o + kernels.selected_attention(q_, k_, v_, lists, 64, D**-0.5) + kernels.window_attention(q_, k_, v_, 512, D**-0.5)
+        grads = torch.autograd.grad(o, leaves, weight.expand_as(o).contiguous())
+        results.append([x[:, -heads:].clone() for x, heads in zip((o, lists, *grads), (h, 1, h, 1, 1, 1, 1))])
+        del o, lse, lists, grads
+    for what, a, b in zip(("output", "lists", "dq", "dk", "dv", "dk of blocks", "dv of blocks"), *results):
+        same = off(a, b) < 5e-3 if "blocks" in what else torch.equal(a, b)  # few blocks are split over more programs when alone
+        assert same, f"{what}: the last group alone differs by {off(a, b):.1e}"
 
 
 def test_rope_kernel_equals_rope_with_gradient():
@@ -552,7 +731,7 @@ def test_rope_kernel_equals_rope_with_gradient():
     for at, part in ((pos, x), (pos[:1] + 0.5, x[..., 1:11]), (pos[:, ::2], x[:, :, ::2])):  # fractions, one row of positions, strides
         results = []
         for wanted in (True, False):
-            with in_kernels(wanted):
+            with kernels_in_use(wanted):
                 y = rope(part, at)
             weight = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)
             results.append([y, *torch.autograd.grad((y * weight).sum(), x, retain_graph=True)])
@@ -584,7 +763,7 @@ def decode_equals_attend(decode):
 
 
 def test_decode_attention_kernel_equals_attend():
-    with in_kernels(True):
+    with kernels_in_use(True):
         right = kernels.decode_attention
         decode_equals_attend(right)
         fails(decode_equals_attend, lambda q, k, v, q_pos, *rest: right(q, k, v, q_pos + 2, *rest))  # one entry too many is read
@@ -599,7 +778,7 @@ def test_decoding_on_kernels_equals_the_reference():
         model = lm(attn, layers=2).float().to(DEVICE)
         text, results = text_of(model, 2, T).to(DEVICE), []
         for wanted in (True, False):
-            with in_kernels(wanted):
+            with kernels_in_use(wanted):
                 cache, out = model.new_cache(2, T), []
                 for count in plan:
                     count = torch.as_tensor(count, device=DEVICE).expand(2)
@@ -613,10 +792,28 @@ def test_decoding_on_kernels_equals_the_reference():
             close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
 
 
+def test_decode_attention_splits_and_lists():
+    with kernels_in_use():
+        B, H, G, T, S, D = 2, 6, 2, 3, 600, 16
+        q, k, v = (torch.randn(B, h, n, w, device=DEVICE) for h, n, w in ((H, T, D + 8), (G, S, D), (G, S, 24)))
+        k2, length = torch.randn(B, 1, S, 8, device=DEVICE), torch.tensor([600, 333], device=DEVICE)
+        k_pos = torch.arange(S, device=DEVICE).expand(B, G, S).masked_fill(torch.arange(S, device=DEVICE) >= length[:, None, None], -1)
+        pos = length[:, None] - T + torch.arange(T, device=DEVICE)
+        for window in (None, 70):
+            for shared in (False, True):
+                want = attend(q, la.join(k, k2), k if shared else v, visible(pos, k_pos, window), 0.3)
+                got = kernels.decode_attention(q, k, k if shared else v, pos, k_pos, length, 0.3, window, k2)
+                close(got, want, 1e-5, f"decode_attention, window {window}, values = keys: {shared}")
+        lists = nsa.select_blocks(torch.rand(B, G, T, 38, device=DEVICE), pos, 16, 20)
+        with kernels_in_use(False):
+            want = nsa.selected_attention(q, k, v, lists, pos, k_pos, 16, 0.3, k2)
+        close(kernels.decode_attention(q, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=16), want, 1e-5, "slots of a list")
+
+
 def test_draws_and_commits_on_kernels_equal_mtp():
     B, V, K, width = 9, 37, 4, 20
     to = lambda x: x.to(DEVICE)
-    with in_kernels(False):
+    with kernels_in_use(False):
         for temperature in (0, 0.7, 1.0):
             logits, noise = to(torch.randn(B, 2, V) * 3), to(torch.empty(B, 2, V).exponential_())
             p, token = kernels.draw(logits, temperature, noise)

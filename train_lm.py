@@ -12,7 +12,7 @@
     4) evaluation bits per byte, also by position in the context; recall accuracy by distance; bytes of the cache, counted
 
 The batch of a step is a function of (seed, step, row) alone: that makes runs resumable, and equal on any number of processes.
-Does NOT include: speed (kernels), dropout, packing with masks between documents, tensor parallelism.
+Does NOT include: dropout, packing with masks between documents, tensor parallelism.
 Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
 """
 import argparse
