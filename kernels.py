@@ -132,15 +132,15 @@ if triton is not None:
         return low, high
 
     @triton.jit
-    def limits(lists, first, T, S, l, d, window, n, BQ: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr, LISTED: tl.constexpr):
+    def limits(lists, first, T, S, l, d, window, n, BQ: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr):
         """Of the walk of queries first .. first + BQ - 1: its beginning, from where on all of them read all keys, until where, its end.
 
-        A walk through keys counts keys, a walk through a list counts blocks, of which the last is the queries' own.
+        A walk through keys counts keys, a walk through a list counts the keys of its blocks, of which the last is the queries' own.
         """
-        if LISTED:
+        if BLOCK > 0:
             i = tl.arange(0, NP)
             count = tl.sum((tl.load(lists + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
-            return 0, 0, tl.maximum(count - 1, 0), count
+            return 0, 0, tl.maximum(count - 1, 0) * BLOCK // BN * BN, count * BLOCK
         else:
             low, high = span(first, S, l, d, window)
             last_low, end = span(tl.minimum(first + BQ, T) - 1, S, l, d, window)
@@ -148,9 +148,19 @@ if triton is not None:
             return low, whole, whole + tl.maximum(high - whole, 0) // BN * BN, end
 
     @triton.jit
+    def where_keys_lie(lists, i, end, S, BN: tl.constexpr, BLOCK: tl.constexpr):
+        """The next BN keys of a walk -> (BN,): from i on, or those of the blocks in the list; S for "none"."""
+        j = tl.arange(0, BN)
+        s = i + j
+        for u in tl.static_range(BN // BLOCK if BLOCK > 0 else 0):  # one number per block: an address per row would be slow
+            block = tl.load(lists + i // BLOCK + u, mask=i + u * BLOCK < end, other=2**20)
+            s = tl.minimum(tl.where(j // BLOCK == u, block * BLOCK + j % BLOCK, s), S)
+        return s
+
+    @triton.jit
     def forward_kernel(q, k, k2, v, lists, out, lse, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
                        DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
-                       SHARED: tl.constexpr, LISTED: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
+                       SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
                        BN: tl.constexpr):  # fmt: skip
         """One program: BQ queries x the h heads of a group, against the keys of their walk: online softmax, base 2."""
         bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)  # long walks first
@@ -162,21 +172,21 @@ if triton is not None:
         queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
         queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
         k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
-        if LISTED:
+        if BLOCK > 0:
             lists += (bg * tl.num_programs(0) + tile) * n
 
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         mean = tl.zeros((BM, PV), tl.float32)
-        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, LISTED)
-        for phase in tl.static_range(1 if LISTED else 0, 3):  # masked, all read all, masked
+        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
+        for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):  # masked, all read all, masked
             a, b = begin, tl.minimum(whole, end)
             if phase == 1:
                 a, b = whole, edge
             if phase == 2:
                 a, b = tl.maximum(whole, edge), end
-            for i in range(a, b, 1 if LISTED else BN):
-                s = (tl.load(lists + i) * BN if LISTED else i) + tl.arange(0, BN)  # (BN,) where the keys lie
+            for i in range(a, b, BN):
+                s = where_keys_lie(lists, i, end, S, BN, BLOCK)  # (BN,)
                 keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
                 score = dot(queries, keys, queries2, keys2, D2 > 0)  # (BM, BN)
@@ -198,7 +208,7 @@ if triton is not None:
     @triton.jit
     def dq_kernel(q, k, k2, v, lists, out, lse, dout, delta, dq, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
                   DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
-                  SHARED: tl.constexpr, LISTED: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
+                  SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr):  # fmt: skip
         """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j with delta = do . o, which is kept for the keys' turn."""
         bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
@@ -215,20 +225,20 @@ if triton is not None:
         tl.store(delta + row, inner, mask=ok)
         norm = tl.load(lse + row, mask=ok, other=float("inf"))  # (BM,)
         k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
-        if LISTED:
+        if BLOCK > 0:
             lists += (bg * tl.num_programs(0) + tile) * n
 
         grad = tl.zeros((BM, PK), tl.float32)
         grad2 = tl.zeros((BM, P2), tl.float32)
-        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, LISTED)
-        for phase in tl.static_range(1 if LISTED else 0, 3):
+        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
+        for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):
             a, b = begin, tl.minimum(whole, end)
             if phase == 1:
                 a, b = whole, edge
             if phase == 2:
                 a, b = tl.maximum(whole, edge), end
-            for i in range(a, b, 1 if LISTED else BN):
-                s = (tl.load(lists + i) * BN if LISTED else i) + tl.arange(0, BN)  # (BN,) where the keys lie
+            for i in range(a, b, BN):
+                s = where_keys_lie(lists, i, end, S, BN, BLOCK)  # (BN,)
                 keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
                 values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
@@ -294,12 +304,10 @@ if triton is not None:
                 x, y = edge, end
             for start in range(x, y, BM // R):
                 i = (start + m // R).to(tl.int32)
-                if not LISTED:
-                    t = i * BQ + inside
-                elif BM == R:  # one tile of queries
-                    t = tl.load(readers + start) * BQ + inside
-                else:
-                    t = tl.load(readers + i, mask=i < end, other=0) * BQ + inside
+                t = i * BQ + inside
+                for u in tl.static_range(BM // R if LISTED else 0):
+                    reader = tl.load(readers + start + u, mask=start + u < end, other=0)
+                    t = tl.where(m // R == u, reader * BQ + inside, t)
                 ok, row = (head < h) & (t < T) & (i < end), head * T + t
                 queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
                 queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
@@ -342,27 +350,28 @@ if triton is not None:
     @triton.jit
     def score_kernel(q, k, k2, lse, own, over, scale, T, S, G, G2, l, d, every, row0, rows, J, h: tl.constexpr, HP: tl.constexpr,
                      DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
-                     BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                     BM: tl.constexpr, BN: tl.constexpr, LISTS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
         """One program: the lists row0 + .. of BM / HP queries. Their weights, made again from lse, summed over heads and over blocks.
 
         FOLD = l' / d entries begin in a selection block; entry i counts once per stride of its l / d, OVERLAP = l / d - 1 of which may
-        lie in the next block: `own` (B G, rows, J) counts those in the block where it begins, `over` those in the next one.
+        lie in the next block: `own` (B G, rows, J) counts those in the block where it begins, `over` those in the next one. A matrix
+        product sums over heads: adding across threads would cost as much as all the rest. All of it times 2^12, so that fp16 resolves it.
         """
         BQ: tl.constexpr = BM // HP
         bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
-        m = tl.arange(0, BM)
+        m, x = tl.arange(0, BM), tl.arange(0, LISTS)
         t, head = (row0 + tile * BQ + m // HP) * every, m % HP
         ok, row = (head < h) & (t < T), head * T + t
         q, lse = q + bg * h * T * (DK + D2), lse + bg * h * T
         _, high = span(t, S, l, d, T)  # (BM,)
         queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
         queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
-        norm = tl.load(lse + row, mask=ok, other=float("inf"))  # (BM,)
+        norm = tl.load(lse + row, mask=ok, other=float("inf")) - 12  # (BM,)
+        heads_of = (m[:, None] // HP == x[None, :]).to(tl.float16 if HALF else tl.float32)  # (BM, LISTS)
         k, k2 = k + bg * S * DK, k2 + (bg // G * G2 + bg % G2) * S * D2
-        i, j = tile * BQ + tl.arange(0, BQ), tl.arange(0, BN // FOLD)
-        to = (bg * rows + i[:, None]) * J + j[None, :]  # (BQ, BN / FOLD)
-        place = tl.arange(0, BN) % FOLD
-        beyond = tl.maximum(place + OVERLAP - (FOLD - 1), 0).to(tl.float32)  # (BN,) strides in the next block
+        j = tl.arange(0, BN // FOLD)
+        to = (bg * rows + tile * BQ + x[None, :]) * J + j[:, None]  # (BN / FOLD, LISTS)
+        beyond = tl.maximum(tl.arange(0, BN) % FOLD + OVERLAP - (FOLD - 1), 0).to(tl.float32)[:, None]  # (BN, 1) strides in the next block
         _, whole = span((row0 + tile * BQ) * every, S, l, d, T)
         _, end = span(tl.minimum((row0 + tile * BQ + BQ - 1) * every, T - 1), S, l, d, T)
         whole = whole // BN * BN  # so far all queries read all entries
@@ -371,15 +380,15 @@ if triton is not None:
                 s = start + tl.arange(0, BN)
                 keys = load_rows(k, s, s < S, DK, PK, DK, phase == 0)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 0) if D2 > 0 else keys  # (BN, P2)
-                p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
+                p = tl.exp2(dot(keys, queries, keys2, queries2, D2 > 0) * scale - norm[None, :])  # (BN, BM)
                 if phase == 1:
-                    p = tl.where(s[None, :] < high[:, None], p, 0.0)
-                p = tl.sum(tl.reshape(p, (BQ, HP, BN)), 1)  # (BQ, BN)
-                ok2 = (i < rows)[:, None] & (start // FOLD + j < J)[None, :]
-                mine = tl.sum(tl.reshape(p * (OVERLAP + 1 - beyond)[None, :], (BQ, BN // FOLD, FOLD)), 2)  # (BQ, BN / FOLD)
-                tl.store(own + to + start // FOLD, mine, mask=ok2)
+                    p = tl.where(s[:, None] < high[None, :], p, 0.0)
+                p = tl.dot(p.to(heads_of.dtype), heads_of, input_precision="ieee")  # (BN, LISTS)
+                live = (x < BQ)[None, :] & (tile * BQ + x < rows)[None, :] & (start // FOLD + j < J)[:, None]
+                mine = tl.sum(tl.reshape(p * (OVERLAP + 1 - beyond), (BN // FOLD, FOLD, LISTS)), 1)  # (BN / FOLD, LISTS)
+                tl.store(own + to + start // FOLD, mine, mask=live)
                 if OVERLAP > 0:
-                    tl.store(over + to + start // FOLD, tl.sum(tl.reshape(p * beyond[None, :], (BQ, BN // FOLD, FOLD)), 2), mask=ok2)
+                    tl.store(over + to + start // FOLD, tl.sum(tl.reshape(p * beyond, (BN // FOLD, FOLD, LISTS)), 1), mask=live)
 
     @triton.jit
     def choose(score, j, mine, to, n, NP: tl.constexpr):
@@ -725,17 +734,20 @@ def tile(kind, rows, width, dtype, block=0):
     rows: those that a list of blocks joins (0: as many as one likes); width: of a key. In fp32 only small tiles fit.
     """
     if dtype == torch.float32:
-        return max(rows, 16 if rows else 32), block or 32, 4, 1
+        return max(rows, 16 if rows else 32), block if kind == "dkv" and rows else max(block, 32), 4, 1
+    if rows and kind == "dkv":
+        return max(rows, 32 if block >= 64 else 16), block, 4 if block >= 64 else 2, 3 if width > 64 and rows < 64 else 2
+    if rows >= 64:
+        return rows, max(block, 32), 4, 2 if kind == "forward" else 1
     if rows:
-        warps = 4 if rows >= 64 or block >= 64 and kind == "dkv" else 2 if width > 96 else 1
-        return (max(rows, 16) if kind != "dkv" or rows >= 16 else 64), block, warps, 3
+        return max(rows, 16), max(block, 64 if kind == "forward" else 32), 2 if width > 96 and block >= 64 else 1, 2
     if kind == "forward":
         return 128, 64, 4 if width <= 96 else 8, 2 if width > 192 else 3
     if kind == "scores":
-        return 128, 64, 8, 3
+        return (64, 128, 8, 2) if width > 192 else (128, 64, 4, 3)
     if kind == "dq":
-        return (64, 32, 8, 2) if width > 192 else (128, 64, 8, 2)
-    return 64, 64 if width > 192 else 128, 8, 2
+        return (64, 64, 4, 2) if width <= 96 else (128, 64, 8, 3) if width <= 192 else (128, 32, 8, 3)
+    return (64, 64, 4, 2) if width <= 96 else (32, 128, 8, 3) if width <= 192 else (32, 128, 8, 2)
 
 
 def sizes(q, k, k2, v):
@@ -758,7 +770,7 @@ class Walk(torch.autograd.Function):
         rows = share * w["HP"] if n else 0
         BM, BN, warps, stages = tile("forward", rows, w["DK"] + w["D2"], q.dtype, block)
         BQ = share if n else max(1, BM // w["HP"])
-        w.update(LISTED=n > 0, NP=power(n), BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN)
+        w.update(BLOCK=block, NP=power(n), BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN)
         out = torch.empty(B, H, T, w["DV"], dtype=q.dtype, device=q.device)
         lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
         plain = (scale * LOG2_E, T, S, G, 1 if k2 is None else k2.shape[1], l, d, window)
@@ -795,8 +807,8 @@ class Walk(torch.autograd.Function):
                                     dtype=torch.float32 if split else x.dtype, device=x.device)  # fmt: skip
         grads = [None if x is None else new(x) for x in (k, k2, v)]
         gk, gk2, gv = (grads[0] if g is None else g for g in grads)
-        w.update(BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, PIECES=split)
-        w.pop("NP")
+        w.update(LISTED=rows > 0, BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, PIECES=split)
+        del w["NP"], w["BLOCK"]
         dkv_kernel[(pieces,)](q, k, k2_, v_, lse, dout, delta, gk, gk2, gv, readers, owners, firsts, starts, *ctx.plain, blocks, parts, **w,
                               num_warps=warps, num_stages=stages)  # fmt: skip
         for i, x in enumerate((k, k2, v)):
@@ -877,8 +889,8 @@ def select(q, k, lse, l, d, block, n, scale, k2=None, every=1):
     for row0 in range(0, rows, chunk):
         score_kernel[(triton.cdiv(min(chunk, rows - row0), BQ), B * G)](
             q, k, k if k2 is None else k2, lse, own, over, scale * LOG2_E, T, S, G, 1 if k2 is None else k2.shape[1], l, d, every, row0,
-            chunk, blocks, **w, FOLD=block // d, OVERLAP=overlap, BM=max(BM, w["HP"]), BN=max(BN, block // d), num_warps=warps,
-            num_stages=stages)  # fmt: skip
+            chunk, blocks, **w, FOLD=block // d, OVERLAP=overlap, BM=max(BM, w["HP"]), BN=max(BN, block // d), LISTS=power(BQ, 16),
+            HALF=q.dtype != torch.float32, num_warps=warps, num_stages=stages)  # fmt: skip
         seen = triton.cdiv(min(T, (row0 + chunk) * every), block)  # blocks that the last of these queries may see
         select_kernel[(min(chunk, rows - row0), B * G)](own, over, lists, every, row0, chunk, rows, blocks, n, BLOCK=block,
                                                         OVERLAP=overlap, BJ=power(seen, 16), NP=power(n),

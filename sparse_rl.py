@@ -297,6 +297,14 @@ def strict(log_xi, mask, least=1e-2):
     return reject(log_xi, mask, least)[0] * ratio(log_xi), mask
 
 
+def answer(log_xi, mask):
+    """Ours: one weight for the whole answer, the product of its xi, at most 1: how likely the dense policy would have said all of it.
+
+    Tokens before and after a slip of the compressed cache are not to blame for its reward; xi of their own is about 1 all the same.
+    """
+    return mask * ratio((log_xi * mask).sum(-1, keepdim=True).clamp(max=0)), mask  # (N, 1) -> (N, T)
+
+
 class Correction(NamedTuple):
     """A form of the objective: what train_rl.learn needs to know about it."""
 
@@ -306,11 +314,12 @@ class Correction(NamedTuple):
     level: str = "token"  # PPO's ratio of each "token", or of the whole "answer"
 
 
-CORRECTIONS = {f.__name__: Correction(f) for f in (none, reject, reweight, both, released, tis, mis, icepop, sequence_mask, strict)}
+CORRECTIONS = {f.__name__: Correction(f) for f in (none, reject, reweight, both, released, tis, mis, icepop, sequence_mask, strict, answer)}
 CORRECTIONS |= {
     "bypass": Correction(none, anchor="sampler"),  # naive with two policies: rho = pi / pi_s
     "gspo": Correction(none, level="answer"),  # GSPO (2507.18071): nothing corrected, clipped per answer, at about 4e-4: --clip
     "replay": Correction(none, reads=("kept",)),  # the compressed policy itself is trained: xi = 1 by construction
+    "twin_answer": Correction(answer, reads=("full", "kept")),
     "twin": Correction(both, reads=("full", "kept")),  # ours: the mean of the paper's loss and of replay's, where xi = 1
 }
 

@@ -20,21 +20,18 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
 
-# An arm's name is CORRECTION-BUDGET[-COMPRESSOR[-BUFFER]]; with a buffer of 4 the window is 4 as well.
-FIRST = ["dense", *(f"{c}-32" for c in "none bypass reject reweight both released tis mis replay twin".split()), "none-36", "both-36",
-         "none-32-snapkv", "both-32-snapkv", "none-32-rkv-4", "both-32-rkv-4", "twin-32-rkv-4"]  # fmt: skip
-THEN = ["icepop-32", "sequence_mask-32", "strict-32", "gspo-32", "both-26", "twin-26", "twin-32-snapkv", "both-32-streaming",
-        "both-32-value", "both-32-h2o", "twin-24"]  # fmt: skip
+# An arm's name is CORRECTION-BUDGET[-COMPRESSOR[-BUFFER[-RECENT]]], or dense-...: what dense rollouts train, read by that sampler.
+FIRST = ["dense-36", *(f"{c}-36" for c in "none both twin_answer".split()), "both-26-rkv-4-16"]
+THEN = [*(f"{c}-36" for c in "bypass reject reweight released tis mis replay twin answer icepop sequence_mask strict gspo".split()),
+        "none-28", "both-28", "twin_answer-28", "none-36-snapkv", "both-36-snapkv", "both-36-streaming", "both-36-h2o"]  # fmt: skip
 
 
 def options(arm):
-    if arm == "dense":
-        return ["--rollout", "dense"]
     correct, budget, *rest = arm.split("-")
-    compressor, buffer = (*rest, *("rkv", "8")[len(rest) :])
-    sinks, clip = 4 if compressor == "streaming" else 0, ["--clip", 4e-4] if correct == "gspo" else []
-    cache = ["--budget", budget, "--compressor", compressor, "--sinks", sinks, "--buffer", buffer, "--recent", buffer]
-    return ["--correct", correct, *cache, *clip]
+    compressor, buffer, recent = (*rest, *("rkv", "8", "8")[len(rest) :])
+    how = ["--rollout", "dense"] if correct == "dense" else ["--correct", correct]
+    cache = ["--budget", budget, "--compressor", compressor, "--buffer", buffer, "--recent", recent]
+    return [*how, *cache, *(["--sinks", 4] if compressor == "streaming" else []), *(["--clip", 4e-4] if correct == "gspo" else [])]
 
 
 def work(jobs, folder):
