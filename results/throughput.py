@@ -1,0 +1,84 @@
+"""Tokens per second of training at 340m, by attention and context, and what the GPU does meanwhile.
+
+    python results/throughput.py [--preset 340m] [--contexts 8192 32768] [--reference]
+
+Random bytes, 32,768 tokens a step in one pass, AdamW and clipping included, --recompute as the preset has it. The share of the matmul rate
+counts 6 products per weight and token, not attention nor recomputation, over 790 TFLOP/s (bf16, measured on an H200). --reference: without
+the kernels.
+"""
+import argparse
+import pathlib
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import kernels  # noqa: E402
+from train_lm import LM, PRESETS, Config, Objective, make_optimizer  # noqa: E402
+
+# a kernel's name -> what it is for; the first that fits
+KINDS = {"attention": ("flash", "fmha", "cudnn_generated", "forward_kernel", "dq_kernel", "dkv_kernel", "sum_kernel"),
+         "choosing blocks": ("score_kernel", "select_kernel", "sort", "Sort", "searchsorted", "scan"), "rope, gates": ("rope_kernel", "mix_kernel"),
+         "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"), "optimizer": ("multi_tensor", "Adam")}  # fmt: skip
+
+
+def measure(cfg, tokens=32768, steps=6):
+    """-> seconds of a step (median), weights, GiB at the peak, {kind: share of the GPU's time}."""
+    torch.manual_seed(0)
+    model = LM(cfg).cuda()
+    optimizer, run = make_optimizer(cfg, model, fused=True), Objective(model)
+    x = torch.randint(256, (tokens // cfg.context, cfg.context + 1), device="cuda")
+    weight = torch.ones_like(x[:, 1:], dtype=torch.float32)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            run(x[:, :-1], x[:, 1:], weight)[0].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+
+    step()
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        start = time.time()
+        step()
+        times.append(time.time() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    shares = {}
+    for e in profile.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if any(n in e.key for n in names)), "the rest")
+        shares[kind] = shares.get(kind, 0) + e.self_device_time_total
+    total = sum(shares.values())
+    return statistics.median(times), sum(p.numel() for p in model.parameters()), peak, {k: v / total for k, v in shares.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--preset", default="340m", choices=list(PRESETS))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--kinds", nargs="+", default=["gqa", "nsa", "asa"])
+    parser.add_argument("--reference", action="store_true", help="without the kernels")
+    given = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    if given.reference:
+        kernels.fast = lambda *x, **more: False
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {given.preset}, 32768 tokens a step, median of 6 steps")
+    for context in given.contexts:
+        for attn in given.kinds:
+            cfg = Config(**{**PRESETS[given.preset], "preset": given.preset, "attn": attn, "context": context, "vocab": 257})
+            seconds, weights, peak, shares = measure(cfg)
+            rate = 6 * weights * 32768 / seconds / 790e12
+            print(f"{context:6} {attn}: {32768 / seconds:9,.0f} tokens/s, {rate:.0%} of the matmul rate, {peak:.1f} GiB; GPU time: "
+                  + ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares.items(), key=lambda x: -x[1])), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
