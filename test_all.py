@@ -722,7 +722,9 @@ def test_kernels_address_more_than_2_to_31_elements():
         results.append([x[:, -heads:].clone() for x, heads in zip((o, lists, *grads), (h, 1, h, 1, 1, 1, 1))])
         del o, lse, lists, grads
     for what, a, b in zip(("output", "lists", "dq", "dk", "dv", "dk of blocks", "dv of blocks"), *results):
-        same = off(a, b) < 5e-3 if "blocks" in what else torch.equal(a, b)  # few blocks are split over more programs when alone
+        # Few blocks are split over more programs when alone. Where they are not, a sum runs over 2 million rows on the tensor cores, which
+        # truncate: 0.55 % were seen.
+        same = off(a, b) < 2e-2 if "blocks" in what else torch.equal(a, b)
         assert same, f"{what}: the last group alone differs by {off(a, b):.1e}"
 
 
