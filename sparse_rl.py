@@ -1,8 +1,8 @@
 """How few entries a sampler keeps, and the objective that corrects for it.
 
 Sampling answers fills the cache; a sampler that keeps only `budget` entries per head runs more answers in the same memory. But then it
-samples from another policy than the one that is trained. Training on its answers as if they were the policy's own collapses, the paper
-says; in our short runs it declined (README). Sparse-RL keeps three policies apart, and weighs each token by what separates the first two:
+samples from another policy than the one that is trained, and training on its answers as if they were the policy's own ends badly (the
+README shows it). Sparse-RL keeps three policies apart, and weighs each token by what separates the first two:
 
     pi_s   sampler     old weights, compressed history          log-probabilities recorded while sampling
     pi_o   dense old   the same weights, full history           one pass over the finished answers
@@ -292,11 +292,6 @@ def sequence_mask(log_xi, mask, high=3.0):
     return mask * weight * (weight <= high), mask
 
 
-def strict(log_xi, mask, least=1e-2):
-    """Ours: the paper's form with an earlier veto."""
-    return reject(log_xi, mask, least)[0] * ratio(log_xi), mask
-
-
 def answer(log_xi, mask):
     """Ours: one weight for the whole answer, the product of its xi, at most 1: how likely the dense policy would have said all of it.
 
@@ -314,7 +309,7 @@ class Correction(NamedTuple):
     level: str = "token"  # PPO's ratio of each "token", or of the whole "answer"
 
 
-CORRECTIONS = {f.__name__: Correction(f) for f in (none, reject, reweight, both, released, tis, mis, icepop, sequence_mask, strict, answer)}
+CORRECTIONS = {f.__name__: Correction(f) for f in (none, reject, reweight, both, released, tis, mis, icepop, sequence_mask, answer)}
 CORRECTIONS |= {
     "bypass": Correction(none, anchor="sampler"),  # naive with two policies: rho = pi / pi_s
     "gspo": Correction(none, level="answer"),  # GSPO (2507.18071): nothing corrected, clipped per answer, at about 4e-4: --clip

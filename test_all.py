@@ -2145,7 +2145,7 @@ def test_objective_identities():
     assert g[2] == 0 and abs(float(clipped) - 1 / 3) < 1e-6, "clipped"
     # all vetoed: loss 0, gradient 0, no NaN
     logp, old, sampler, advantage, mask = batch_of()
-    for name in ("reject", "both", "released", "strict"):
+    for name in ("reject", "both", "released"):
         loss = loss_of(name, logp, old, old + 30, advantage, mask)
         assert loss == 0 and (torch.autograd.grad(loss, logp)[0] == 0).all(), f"{name}: all vetoed"
 
@@ -2163,6 +2163,13 @@ def test_corrections_at_their_bounds():
     assert weights("mis")[1].sum() == 4 and weights("icepop")[1].sum() == 6, "MIS shortens the average, IcePop does not"
     close(weights("sequence_mask")[0][:, 0], l.sum().exp()[None], 1e-6, "product of 1.8")
     assert weights("sequence_mask", 2 * l)[0].max() == 0, "product of 3.24: rejected"
+    sampler, dense = (torch.rand(2, 3, 4).double().softmax(1) for _ in range(2))  # two tokens of three symbols each, independent
+    said = torch.cartesian_prod(torch.arange(3), torch.arange(3))  # (9, 2) all answers
+    p_s, p_o = (torch.stack([p[i, said[:, i], 0] for i in (0, 1)], -1) for p in (sampler, dense))  # (9, 2)
+    weight = sparse_rl.answer((p_o / p_s).log(), torch.ones(9, 2))[0]
+    close(weight * p_s.prod(-1, keepdim=True), torch.minimum(p_s.prod(-1), p_o.prod(-1))[:, None].expand(9, 2), 1e-12,
+          "answer: an answer counts as often as both policies say it")  # fmt: skip
+    assert weight.max() == 1 and weight.min() < 0.9
     raw = torch.tensor([[0.0, -9.3], [0.0, -9.1]]).double()  # log 1e-4 = -9.21
     assert weights("reject", raw)[0].sum(-1).tolist() == [0, 2], "veto below 1e-4"
     assert (sparse_rl.ratio(torch.tensor([1e4, -1e4])).isfinite()).all(), "xi stays finite"
