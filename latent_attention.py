@@ -319,9 +319,9 @@ class LatentAttention(nn.Module):
 
     def materialised(self, q_c, q_r, c, k_r):
         """Attention of a whole text on keys and values made for each head, eqs 10, 11, 16-18 -> (B, T, C)."""
-        c = c.repeat_interleave(self.heads // self.latents, dim=1)  # (B, H, T, R)
-        k = torch.einsum("bhsr,hdr->bhsd", c, self.k_up.to(c.dtype))  # (B, H, T, D)
-        v = torch.einsum("bhsr,hdr->bhsd", c, self.v_up.to(c.dtype))  # (B, H, T, D)
+        k_up, v_up = (w.to(c.dtype).unflatten(0, (self.latents, -1)) for w in (self.k_up, self.v_up))  # (G, H / G, D, R)
+        k = torch.einsum("bgsr,ghdr->bghsd", c, k_up).flatten(1, 2)  # (B, H, T, D)
+        v = torch.einsum("bgsr,ghdr->bghsd", c, v_up).flatten(1, 2)  # (B, H, T, D)
         q = torch.cat([q_c, q_r], dim=-1)  # (B, H, T, D + P)
         if self.window is None:
             o = F.scaled_dot_product_attention(q, join(k, k_r), v, is_causal=True, scale=self.scale)  # (B, H, T, D)

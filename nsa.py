@@ -48,7 +48,8 @@ def compressed_entries(compress, parts, k_pos, pos, l, d, cache=None, count=None
     """One entry per finished block, made from its l tokens: eq. 7. Without a cache of all blocks, with one of those just finished.
 
     compress: callable on one (B, G, N, l, width) per part and the positions of the blocks' last tokens (B or 1, N) -> one (B, G, N,
-    width) per part; parts (B, G, S, width) lie at positions k_pos (B, heads, S). A block is made from its tokens' cache entries alone, so there is nothing to carry along or to take back.
+    width) per part; parts (B, G, S, width) lie at positions k_pos (B, heads, S). A block is made from its tokens' cache entries alone, so
+    there is nothing to carry along or to take back.
     -> (*entries (B, G, N, width), positions (B or 1, heads or 1, N)): the position of a block is that of its last token.
     """
     if cache is None:

@@ -6,7 +6,7 @@
     python results/rl_arms.py --table FILE                      the table of what is there
 
 A step took about 0.2 s of an H200 that four runs shared: 100 steps x 29 arms x 3 seeds are 29 minutes; the warm start takes 2 more.
-FILE: the log.jsonl of every run, its lines with arm and seed; rewritten every 20 seconds, and the table printed every 60, so that a set
+FILE: of the log.jsonl of every run what KEPT names, with arm and seed; rewritten every 20 seconds, and the table printed every 60, so that a set
 that is cut off leaves what it had.
 """
 import argparse
@@ -42,6 +42,15 @@ def work(jobs, folder):
             train_rl.main([str(w) for w in ["--name", name, "--out", folder, *words]])
 
 
+# what is kept of a run's log, to 4 digits
+KEPT = ("step solved k3 vetoed xi_mean ess entropy length no_signal norm tokens_per_second dense_greedy sparse_greedy final seconds "
+        "cache_bytes dense_bytes").split()  # fmt: skip
+
+
+def short(entry):
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in entry.items() if k in KEPT}
+
+
 def gather(folder, jobs, out):
     lines = []
     for name, _ in jobs:
@@ -49,7 +58,7 @@ def gather(folder, jobs, out):
         arm, seed = name.rsplit("_", 1)
         for line in log.read_text().splitlines() if log.exists() else []:
             with contextlib.suppress(ValueError):  # the last line of a running one may be torn
-                lines.append(json.dumps({"arm": arm, "seed": int(seed), **json.loads(line)}) + "\n")
+                lines.append(json.dumps({"arm": arm, "seed": int(seed), **short(json.loads(line))}) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(lines))
 

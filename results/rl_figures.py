@@ -1,4 +1,4 @@
-"""Draws results/rl.png from results/rl-arms.jsonl (of rl_arms.py): `python results/rl_figures.py`. Needs matplotlib."""
+"""Draws rl-arms.png and rl-small.png from the logs of that name (of rl_arms.py): `python results/rl_figures.py`. Needs matplotlib."""
 import pathlib
 
 import matplotlib
@@ -10,7 +10,6 @@ import rl_arms  # noqa: E402
 HERE = pathlib.Path(__file__).resolve().parent
 PANELS = (("solved", "solved when sampling (T = 1)"), ("dense_greedy", "held out, greedy, full cache"),
           ("sparse_greedy", "held out, greedy, compressed cache"), ("k3", "KL(sampler || dense), k3"))  # fmt: skip
-ARMS = ("dense", "none-32", "bypass-32", "reject-32", "reweight-32", "both-32", "replay-32", "twin-32")
 
 
 def curve(entries, name, smooth=5):
@@ -22,16 +21,16 @@ def curve(entries, name, smooth=5):
     return points
 
 
-def main(source=HERE / "rl-arms.jsonl", target=HERE / "rl.png"):
-    arms = rl_arms.read(source)
+def draw(name):
+    arms = rl_arms.read(HERE / f"{name}.jsonl")
     figure, axes = plt.subplots(1, 4, figsize=(18, 4))
-    for color, arm in [(f"C{i}", a) for i, a in enumerate(ARMS) if a in arms]:
-        for axis, (name, _) in zip(axes, PANELS):
-            if (arm, name) == ("dense", "k3"):
+    for color, arm in [(f"C{i}", a) for i, a in enumerate(arms)]:
+        for axis, (what, _) in zip(axes, PANELS):
+            if arm.startswith("dense") and what == "k3":
                 continue  # 0 up to rounding
             by_step = {}
             for entries in arms[arm].values():
-                for step, value in curve(entries, name):
+                for step, value in curve(entries, what):
                     by_step.setdefault(step, []).append(value)
             steps = sorted(by_step)
             axis.plot(steps, [sum(by_step[s]) / len(by_step[s]) for s in steps], label=arm, color=color)
@@ -42,8 +41,9 @@ def main(source=HERE / "rl-arms.jsonl", target=HERE / "rl.png"):
     axes[3].set(yscale="log")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(target, dpi=110)
+    figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    for name in ("rl-arms", "rl-small"):
+        draw(name)
