@@ -1,22 +1,26 @@
-"""The fast path on a GPU, in Triton: window, compressed and selected attention with their gradients, and what a decoding step does.
+"""Attention on a GPU, in Triton: window, compressed and selected attention with their gradients, and what a decoding step does.
 
 The definition is the PyTorch code in latent_attention.py, nsa.py and mtp.py; these kernels never change what is computed, only how often
 memory is touched. test_all.py compares them with it, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 
+What moves: the h heads of a group read the same keys. One program keeps a tile of BQ queries x h heads on the chip and walks through the
+keys that they may read, BN at a time: load keys and values, multiply, add up. A key is loaded once for BQ h rows, and the T x S weights
+are never written: to memory go the output and one number per row, lse, from which the backward pass makes the weights again.
+
     1) rope               angles, rotation and halves in one pass over x; its gradient is the rotation back
-    2) walk               attention: a tile of queries walks through keys, or through the blocks of its list; forward, dq, dk and dv
-    3) select             block scores from the compressed branch's lse, and the n best of them, never T x T / d numbers in memory
+    2) walk               attention as above, over tokens, compressed entries or the blocks of a list; forward, dq, dk and dv
+    3) select             block scores, made again from the compressed branch's lse and summed over heads by a matrix product; the n best
     4) mix                the gates, and the heads merged
     5) append             keys, values and positions of new tokens to their slots, each row at its own length
     6) decode_attention   a few queries per row against its slots, or those of its list's blocks, split over the slots
     7) draw               softmax and one sample of it
     8) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
-Training: one walk serves three branches. The rows of a tile are BQ queries x the h heads of a group, which read the same keys:
+One walk serves three branches, which differ in the keys that a query reads and so in the tile:
 
     window       key i stands at position i, the last W are read            many queries; tiles of keys between two diagonals
     compressed   entry i stands at position i d + l - 1, all before         many queries; tiles of keys up to a stair
-    selected     the blocks of a list                                       the 1 (NSA) or 4 (ASA) queries of a list; a block a step
+    selected     the blocks of a list, the query's own block last           the 1 (NSA) or 4 (ASA) queries of a list; blocks, some a step
 
     forward   s = scale q k, lse = log sum exp s, o = sum exp(s - lse) v, with a running maximum (FlashAttention, arXiv 2205.14135)
     backward  p = exp(s - lse), delta = do . o, ds = p (do . v - delta); dq = scale ds k walks as the forward pass does; for
@@ -24,14 +28,15 @@ Training: one walk serves three branches. The rows of a tile are BQ queries x th
               the positions, or, with lists, from sorting their entries by block.
 
 Sums are taken in a fixed order, never by atomics: two runs give the same bits. A key may be [k ; k2] with k2 shared by all groups (the
-rotary key), and the value may be the key's first part (a latent): then one load serves both. Widths that are no power of 2 are padded.
-A block's tokens are fetched anew by every list that holds it: at 64k and n l' = 1024 that is 137 GB per layer at 4 groups of width 128,
-which is why lists shared by 4 queries pay. What lies behind the end of a shorter row is never read by what lies before it.
+rotary key), and the value may be the key's first part (a latent): then one load serves both. What lies behind the end of a shorter row is
+never read by what lies before it. A block's tokens are fetched anew by every list that holds it: at 64k and n l' = 1024 that is 137 GB per
+layer at 4 groups of width 128, which is why lists shared by 4 queries pay.
 
 Limits: widths up to 256, up to 64 heads in a group, blocks of 16 to 128 tokens. Does NOT include: FP8, paging, packed texts.
 `python kernels.py` compares them with dense attention, `--bench` times them. Not to be confused with the package `kernels` on PyPI.
 
-Letters as in latent_attention.py and nsa.py.
+Letters as in latent_attention.py and nsa.py. A tile has BM rows, BQ queries x HP: row m is query m // HP, head m % HP. Sizes must be powers
+of 2 here, and the rest is masked: HP is h padded, NP n, and PK, P2, PV are the widths DK, D2, DV of k, k2, v.
 """
 import os
 import sys
@@ -126,16 +131,17 @@ if triton is not None:
 
     @triton.jit
     def span(t, S, l, d, window):
-        """Entry i stands at position i d + l - 1: the query at t reads the entries [low, high) of S."""
+        """The entries [low, high) of S that the query at position t reads: entry i, at i d + l - 1, is among its last `window` positions."""
         high = tl.minimum(tl.maximum(t + 1 - l + d, 0) // d, S)
         low = tl.minimum(tl.maximum(t - window - l + 1 + d, 0) // d, high)
         return low, high
 
     @triton.jit
     def limits(lists, first, T, S, l, d, window, n, BQ: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr):
-        """Of the walk of queries first .. first + BQ - 1: its beginning, from where on all of them read all keys, until where, its end.
+        """Of the walk of queries first .. first + BQ - 1: the four bounds of its three phases, begin <= whole <= edge <= end.
 
-        A walk through keys counts keys, a walk through a list counts the keys of its blocks, of which the last is the queries' own.
+        Between whole and edge every query reads every key, and no mask is needed; before and after it is. Bounds count keys, or, with a
+        list, the keys of its blocks one behind the other: only the last block, the queries' own, needs the mask.
         """
         if BLOCK > 0:
             i = tl.arange(0, NP)
@@ -144,12 +150,12 @@ if triton is not None:
         else:
             low, high = span(first, S, l, d, window)
             last_low, end = span(tl.minimum(first + BQ, T) - 1, S, l, d, window)
-            whole = low + tl.cdiv(tl.maximum(last_low - low, 0), BN) * BN
+            whole = tl.minimum(low + tl.cdiv(tl.maximum(last_low - low, 0), BN) * BN, end)
             return low, whole, whole + tl.maximum(high - whole, 0) // BN * BN, end
 
     @triton.jit
     def where_keys_lie(lists, i, end, S, BN: tl.constexpr, BLOCK: tl.constexpr):
-        """The next BN keys of a walk -> (BN,): from i on, or those of the blocks in the list; S for "none"."""
+        """Rows of the keys i .. i + BN - 1 of a walk -> (BN,): the same numbers, or looked up in the list's blocks, S behind their end."""
         j = tl.arange(0, BN)
         s = i + j
         for u in tl.static_range(BN // BLOCK if BLOCK > 0 else 0):  # one number per block: an address per row would be slow
@@ -178,15 +184,10 @@ if triton is not None:
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         mean = tl.zeros((BM, PV), tl.float32)
-        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
-        for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):  # masked, all read all, masked
-            a, b = begin, tl.minimum(whole, end)
-            if phase == 1:
-                a, b = whole, edge
-            if phase == 2:
-                a, b = tl.maximum(whole, edge), end
-            for i in range(a, b, BN):
-                s = where_keys_lie(lists, i, end, S, BN, BLOCK)  # (BN,)
+        walk = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
+        for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):  # masked, all read all, masked; the first is empty for lists
+            for i in range(walk[phase], walk[phase + 1], BN):
+                s = where_keys_lie(lists, i, walk[3], S, BN, BLOCK)  # (BN,)
                 keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
                 score = dot(queries, keys, queries2, keys2, D2 > 0)  # (BM, BN)
@@ -230,15 +231,10 @@ if triton is not None:
 
         grad = tl.zeros((BM, PK), tl.float32)
         grad2 = tl.zeros((BM, P2), tl.float32)
-        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
+        walk = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
         for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):
-            a, b = begin, tl.minimum(whole, end)
-            if phase == 1:
-                a, b = whole, edge
-            if phase == 2:
-                a, b = tl.maximum(whole, edge), end
-            for i in range(a, b, BN):
-                s = where_keys_lie(lists, i, end, S, BN, BLOCK)  # (BN,)
+            for i in range(walk[phase], walk[phase + 1], BN):
+                s = where_keys_lie(lists, i, walk[3], S, BN, BLOCK)  # (BN,)
                 keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
                 values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
@@ -263,10 +259,11 @@ if triton is not None:
         """One program: BN keys of a group (one block of the lists) against one piece of the query tiles that read them.
 
         dv = sum_i p_i do_i, dk = scale sum_i p_i (do_i . v - delta_i) q_i. A piece is one of `parts` equal parts of the tiles of queries
-        that see the keys; with lists it is up to `parts` entries of the inverted list. Pieces are added up by sum_kernel, in order.
+        that see the keys; with lists it is up to `parts` of the block's readers, sorted by `invert`, where the arrays are explained.
+        With PIECES, dk, dk2 and dv are (pieces, BN, width) and sum_kernel adds them up, in order; without, a block is one piece.
         """
         piece = tl.program_id(0).to(tl.int64)
-        R: tl.constexpr = BQ * HP  # rows of a tile of queries; BM // R of them at once
+        R: tl.constexpr = BQ * HP  # rows of a tile of queries; BM // R of them at once, which is 1 without lists
         if LISTED:
             owner = tl.load(owners + piece).to(tl.int64)
             begin = tl.load(starts + owner) + (piece - tl.load(firsts + owner)) * parts
@@ -279,13 +276,14 @@ if triton is not None:
         if not LISTED:
             first, last = block * BN * d + l - 1, ((block + 1) * BN - 1) * d + l - 1 + tl.minimum(window, T)
             begin, end = first // BQ, tl.cdiv(tl.minimum(last, T), BQ)
-            share = tl.cdiv(tl.cdiv(end - begin, parts), BM // R) * (BM // R)
+            share = tl.cdiv(end - begin, parts)
             begin += (piece % parts).to(tl.int32) * share
             end = tl.minimum(begin + share, end)
             whole = tl.minimum(tl.maximum(tl.cdiv(((block + 1) * BN - 1) * d + l - 1, BQ), begin), end)  # from here on all see all keys
             edge = tl.minimum(tl.maximum((first + tl.minimum(window, T)) // BQ, whole), end)  # from here on not any more
+            walk = begin, whole, edge, end
         else:
-            whole, edge = end, end
+            walk = begin, end
         keys = load_rows(k + bg * S * DK, s, live, DK, PK, DK)  # (BN, PK)
         keys2 = load_rows(k2 + (bg // G * G2 + bg % G2) * S * D2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
         values = keys if SHARED else load_rows(v + bg * S * DV, s, live, DV, PV, DV)  # (BN, PV)
@@ -297,12 +295,7 @@ if triton is not None:
         q, dout, lse, delta = q + group * (DK + D2), dout + group * DV, lse + group, delta + group
         unit = scale * 0.6931471805599453
         for phase in tl.static_range(1 if LISTED else 3):  # masked, all see all, masked
-            x, y = begin, whole
-            if phase == 1:
-                x, y = whole, edge
-            if phase == 2:
-                x, y = edge, end
-            for start in range(x, y, BM // R):
+            for start in range(walk[phase], walk[phase + 1], BM // R):
                 i = (start + m // R).to(tl.int32)
                 t = i * BQ + inside
                 for u in tl.static_range(BM // R if LISTED else 0):
