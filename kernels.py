@@ -74,6 +74,7 @@ def complaint(q, k, v=None, k2=None, block=16):
 
 
 def refuse(what, *args, **more):
+    """Raises the complaint, if there is one."""
     if line := complaint(*args, **more):
         raise ValueError(f"{what}: {line}")
 
@@ -93,7 +94,7 @@ if triton is not None:
         angle = sign * p[:, None] * freq[None, :]  # (BT, HALF)
         cos, sin = tl.cos(angle), tl.sin(angle)
         ok = (t < T)[:, None] & (i < P // 2)[None, :]
-        at = x + b * xb + h * xh + t[:, None] * xt + i[None, :]
+        at = x + b * xb + h * xh + t[:, None].to(tl.int64) * xt + i[None, :]
         u, v = tl.load(at, mask=ok, other=0).to(tl.float32), tl.load(at + P // 2, mask=ok, other=0).to(tl.float32)
         to = out + (bh * T + t[:, None]) * P + i[None, :]
         tl.store(to, (u * cos - v * sin).to(out.dtype.element_ty), mask=ok)
@@ -118,6 +119,7 @@ if triton is not None:
 
     @triton.jit
     def store_rows(x, row, ok, value, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr):
+        """value (rows, P) -> x[row, :D]."""
         d = tl.arange(0, P)
         tl.store(x + row.to(tl.int64)[:, None] * STRIDE + d[None, :], value.to(x.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
@@ -422,6 +424,7 @@ if triton is not None:
 
     @triton.jit
     def gated(branch, gate, row, ok, D: tl.constexpr, P: tl.constexpr):
+        """gate x branch (rows, P)."""
         return tl.load(gate, mask=ok, other=0).to(tl.float32)[:, None] * load_rows(branch, row, ok, D, P, D)
 
     @triton.jit
@@ -436,13 +439,14 @@ if triton is not None:
 
     @triton.jit
     def ungate(branch, dbranch, gate, dgate, douts, row, ok, D: tl.constexpr, P: tl.constexpr):
+        """Writes one branch's gradient, gate x dout, and its gate's, branch . dout."""
         store_rows(dbranch, row, ok, tl.load(gate, mask=ok, other=0).to(tl.float32)[:, None] * douts, D, P, D)
         tl.store(dgate, tl.sum(douts * load_rows(branch, row, ok, D, P, D).to(tl.float32), 1).to(dgate.dtype.element_ty), mask=ok)
 
     @triton.jit
     def unmix_kernel(x, y, z, g, dout, dx, dy, dz, dg, H, T, gb, gt, ob, oh, ot, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
                      BT: tl.constexpr):  # fmt: skip
-        """Its gradient: a branch gets gate x dout, a gate branch . dout. dg (B, T, N H) dense, dout with strides."""
+        """Its gradient. dout (B, H, T, D) with strides, dg (B, T, N H) dense."""
         bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BT + tl.arange(0, BT)
         ok, row, gate = t < T, bh * T + t, g + bh // H * gb + t * gt + bh % H
         dgate = dg + (bh // H * T + t) * N * H + bh % H
@@ -469,7 +473,7 @@ if triton is not None:
     def append_kernel(x, x_buf, y, y_buf, pos, pos_buf, length, count, S, T, xb, xh, xt, yb, yh, yt, pb, pt, x_heads, y_heads, pos_heads,
                       XW: tl.constexpr, XP: tl.constexpr, YW: tl.constexpr, YP: tl.constexpr):  # fmt: skip
         """One program: one new token of one row and head; two quantities and the position. Only the last S tokens find room in a ring."""
-        b, j, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        j, b, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
         n = tl.load(count + b)
         take = j + tl.maximum(n - S, 0)
         if take < n:
@@ -690,10 +694,13 @@ if triton is not None:
 
 
 def power(n, least=1):
+    """The next power of 2, which is what Triton's tiles must be."""
     return max(least, triton.next_power_of_2(n))
 
 
 class Rope(torch.autograd.Function):
+    """rope, below; sign -1 turns backwards, which is its gradient."""
+
     @staticmethod
     def forward(ctx, x, pos, base, sign):
         ctx.save_for_backward(pos)
@@ -788,14 +795,15 @@ class Walk(torch.autograd.Function):
 
         BM, BN, warps, stages = tile("dkv", rows, width, q.dtype, ctx.block)
         BQ, blocks, readers, owners, starts = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN), None, None, None
+        total = B * G * blocks  # 0 where T < l: there is no entry yet
         if rows:  # pieces of at most twice the average number of readers: a popular block is many pieces
             parts = max(1, 2 * lists.shape[3] * BN // BQ)
             readers, owners, firsts, starts = invert(lists, blocks, parts)
             pieces = len(owners)
         else:
-            parts = min(triton.cdiv(528, B * G * blocks), triton.cdiv(T, 16 * BQ)) if B * G * blocks < 264 else 1  # enough to fill a GPU
-            pieces, firsts = B * G * blocks * parts, torch.arange(0, B * G * blocks * parts + 1, parts, device=q.device)
-        split = pieces > B * G * blocks
+            parts = min(triton.cdiv(528, total), triton.cdiv(T, 16 * BQ)) if 0 < total < 264 else 1  # 4 programs for each of 132 processors
+            pieces, firsts = total * parts, torch.arange(0, total * parts + 1, parts, device=q.device)
+        split = pieces > total
         new = lambda x: torch.empty((pieces, BN, x.shape[3]) if split else (B, G, S, x.shape[3]),
                                     dtype=torch.float32 if split else x.dtype, device=x.device)  # fmt: skip
         grads = [None if x is None else new(x) for x in (k, k2, v)]
@@ -807,7 +815,7 @@ class Walk(torch.autograd.Function):
         for i, x in enumerate((k, k2, v)):
             if split and x is not None:
                 pieced, grads[i] = grads[i], torch.empty(B, G, S, x.shape[3], dtype=x.dtype, device=x.device)
-                sum_kernel[(B * G * blocks,)](pieced, firsts, grads[i], S, blocks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
+                sum_kernel[(total,)](pieced, firsts, grads[i], S, blocks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
         if k2 is not None and k2.shape[1] < G:
             grads[1] = grads[1].sum(1, keepdim=True)  # one rotary key for all groups
         return dq, *grads, *[None] * 7
@@ -840,6 +848,7 @@ def split_key(k, k2, shared):
 
 
 def attend(what, q, k, v, lists, scale, k2, l=1, d=1, window=None, block=0, share=1):
+    """The door to Walk for all three branches: complains, splits odd widths, makes everything dense -> o, lse."""
     refuse(what, q, k, v, k2, block or 16)
     shared = v is k
     k, k2 = split_key(k, k2, shared)
@@ -899,6 +908,8 @@ def selected_attention(q, k, v, lists, block, scale, k2=None, share=1):
 
 
 class Mix(torch.autograd.Function):
+    """mix, below, with its gradient. With two branches the kernels get the first one as the third too, and leave it alone."""
+
     @staticmethod
     def forward(ctx, gates, *branches):
         B, H, T, D = branches[0].shape
@@ -930,12 +941,12 @@ def mix(gates, *branches):
 def append(data, pos_buffer, length, new, pos, count):
     """The writing half of SlotCache.append for one or two quantities: data and new lists of (B, heads, S or T, width)."""
     B, T = pos.shape
-    S, count = pos_buffer.shape[2], count.contiguous()
+    S = pos_buffer.shape[2]
     (x, x_buf), (y, y_buf) = zip((new * 2)[:2], (data * 2)[:2])  # a single quantity is written twice
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
     count = count.contiguous()  # it may be one number, expanded
     heads = [x.shape[1], y.shape[1], pos_buffer.shape[1]]
-    append_kernel[(B, min(T, S), max(heads))](x, x_buf, y, y_buf, pos, pos_buffer, length, count, S, T, *x.stride()[:3], *y.stride()[:3],
+    append_kernel[(min(T, S), B, max(heads))](x, x_buf, y, y_buf, pos, pos_buffer, length, count, S, T, *x.stride()[:3], *y.stride()[:3],
                                               *pos.stride(), *heads, XW=x.shape[3], XP=power(x.shape[3]), YW=y.shape[3],
                                               YP=power(y.shape[3]))  # fmt: skip
 
@@ -1179,13 +1190,20 @@ def bench_decoding(S=65536, batches=(1, 4, 16, 64)):
 
 
 def main(argv):
-    if triton is None or (not torch.cuda.is_available() and "--bench" in argv):
-        print("error: " + ("Triton is not installed" if triton is None else "--bench needs a GPU"))
+    error = next((f"unknown option {word!r}: try --bench or --help" for word in argv if word not in ("--bench", "--help", "-h")), None)
+    if not error and ("--help" in argv or "-h" in argv):
+        print(__doc__.strip())
+        return 0
+    if triton is None:
+        error = error or "Triton is not installed"
+    if "--bench" in argv and not torch.cuda.is_available():
+        error = error or "--bench needs a GPU"
+    if error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     if "--bench" in argv:
-        with torch.no_grad():
-            bench_decoding()
         bench()
+        bench_decoding()
         bench_memory()
         return 0
     torch.manual_seed(0)
@@ -1201,7 +1219,7 @@ def main(argv):
                     "blocks of one token": compressed_attention(q, k, v, 1, 1, D**-0.5)[0],
                     "lists of all blocks of 16": selected_attention(q, k, v, lists, 16, D**-0.5)}.items():  # fmt: skip
         print(f"  {what:26} {(o - want).abs().max():.1e} (fp32)")
-    print("\n`python kernels.py --bench` on a GPU: milliseconds beside torch's dense attention")
+    print("\nOn a GPU, `python kernels.py --bench` times them beside torch's dense attention")
     return 0
 
 
