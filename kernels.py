@@ -16,7 +16,7 @@ are never written: to memory go the output and one number per row, lse, from whi
     7) draw               softmax and one sample of it
     8) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
-One walk serves three branches, which differ in the keys that a query reads and so in the tile:
+One walk serves three branches, which differ in the keys that a query reads, and so in the tile:
 
     window       key i stands at position i, the last W are read            many queries; tiles of keys between two diagonals
     compressed   entry i stands at position i d + l - 1, all before         many queries; tiles of keys up to a stair
@@ -133,7 +133,7 @@ if triton is not None:
 
     @triton.jit
     def span(t, S, l, d, window):
-        """The entries [low, high) of S that the query at position t reads: entry i, at i d + l - 1, is among its last `window` positions."""
+        """The query at position t reads the entries [low, high) of S: entry i, at i d + l - 1, is among its last `window` positions."""
         high = tl.minimum(tl.maximum(t + 1 - l + d, 0) // d, S)
         low = tl.minimum(tl.maximum(t - window - l + 1 + d, 0) // d, high)
         return low, high
@@ -493,8 +493,8 @@ if triton is not None:
                       BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: the h heads of one group x TQ queries against one share of its slots; an online softmax, base 2.
 
-        A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. Writes the share's weighted mean and (max, sum); out is
-        (B, T, H, DV) dense, as the output matrix will read it.
+        A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
+        the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
         LISTED: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S).
         """
         which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -550,7 +550,7 @@ if triton is not None:
                 values = tl.load(v + slot[:, None] * DV + dv[None, :], mask=ok[:, None] & (dv < DV)[None, :], other=0)  # (BN, PV)
             mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         mean = mean / tl.where(total > 0, total, 1.0)[:, None]
-        if WHOLE:  # one share is all
+        if WHOLE:
             to = out + (((b * T + t) * G + g) * h + head)[:, None] * DV + dv[None, :]
             tl.store(to, mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
         else:
@@ -1010,7 +1010,7 @@ def draw(logits, temperature, noise=None):
 
 
 def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, stop):
-    """Steps 3 and 4 of mtp.Decoder.round in one pass over p and q: -> tokens taken (B,). Writes text, logp, known, active, counts, reads."""
+    """Steps 3 and 4 of mtp.Decoder.round, reading p and q once -> tokens taken (B,). Writes text, logp, known, active, counts, reads."""
     (B, n, V), take, p, q = p.shape, torch.empty_like(known), p.contiguous(), q.contiguous()
     commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, take, text.shape[1], stop, n - 1, V,
                         counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
@@ -1024,14 +1024,17 @@ RATE, BANDWIDTH = 790e12, 4.3e12  # bf16 products and bytes per second, measured
 
 
 class Timed:
-    """Milliseconds of f() and of its backward pass, beside its floors: `flop` of the forward pass, every tensor moved once; peak bytes."""
+    """Milliseconds of f() and, with leaves, of its backward pass; what is possible at best; the peak of both in bytes.
+
+    A floor is the time that a perfect program needs: for the products (`flop` of the forward pass), or to move every tensor once.
+    """
 
     def __init__(self, f, leaves=(), flop=0.0):
         with torch.no_grad():
             o = f()
             self.ms = [triton.testing.do_bench(f, warmup=20, rep=100, return_mode="median")]
-        bytes = sum(x.nbytes for x in (*leaves, o))
-        self.floors = [(flop / RATE, bytes / BANDWIDTH), (2.5 * flop / RATE, 2 * bytes / BANDWIDTH)]  # backward: 5 products, not 2
+        moved = sum(x.nbytes for x in (*leaves, o))
+        self.floors = [(flop / RATE, moved / BANDWIDTH), (2.5 * flop / RATE, 2 * moved / BANDWIDTH)]  # backward: 5 products, not 2
         if leaves:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -1042,12 +1045,13 @@ class Timed:
             self.ms.append(triton.testing.do_bench(backward, warmup=20, rep=100, return_mode="median"))
 
     def __str__(self):
-        shares = [f"{a * 1e3 / ms:.0%} {b * 1e3 / ms:.0%}" for ms, (a, b) in zip(self.ms, self.floors)]
-        return " / ".join(f"{ms:.2f}" for ms in self.ms) + f" ({' / '.join(shares)})"
+        """Milliseconds, and how much of them the floors would take: 1.00 / 3.00 ms (products 60% / 50%, bytes 5% / 4%)."""
+        shares = (" / ".join(f"{floor[i] * 1e3 / ms:.0%}" for ms, floor in zip(self.ms, self.floors)) for i in range(2))
+        return " / ".join(f"{ms:.2f}" for ms in self.ms) + " ms (products {}, bytes {})".format(*shares)
 
 
 def bench_layer(kind, T, H, G, D):
-    """The branches of a layer, and the layer without the matrices around it, on random data: {name: Timed}."""
+    """Every kernel of a layer, and "layer": all of it but the matrices around it; on random data, with lists of its own: {name: Timed}."""
     import nsa  # not at import: nsa imports this file
     from latent_attention import LatentAttention
 
@@ -1063,10 +1067,11 @@ def bench_layer(kind, T, H, G, D):
         return {"window": Timed(lambda: window_attention(q, k, v, W, layer.scale, k_r), (q, k, v, k_r), products(windowed, 2 * D + P)),
                 "layer": Timed(lambda: layer.materialised(*parts), parts)}  # fmt: skip
 
+    # to compress: `parts`; to select from: `tokens` (k, v, k2); `width` of a key and a value together
     if kind == "nsa":
         layer = nsa.NSA(H * D, H, G, D, W, n=16).cuda().bfloat16()
         l, d, block, every, width, branches = layer.l, layer.d, layer.block, 1, 2 * D, 3
-        q, k0, v0, k1, v1, k2, v2 = leaves = new(1, H, T, D), *(new(1, G, T, D) for _ in range(6))
+        q, k0, v0, k1, v1, k_w, v_w = leaves = new(1, H, T, D), *(new(1, G, T, D) for _ in range(6))
         parts, tokens = (k0, v0), (k1, v1, None)
     else:
         R = 2 * D - P // G  # as wide as the keys and values of G groups
@@ -1083,24 +1088,24 @@ def bench_layer(kind, T, H, G, D):
         return (a, b, None) if kind == "nsa" else (a, a, b)
 
     def whole():
-        k, v, k_r = compress()
-        o, lists = nsa.read_blocks(q, k, v, None, pos, T, l, d, block, n, scale, k_r, every)
+        k, v, k2 = compress()
+        o, lists = nsa.read_blocks(q, k, v, None, pos, T, l, d, block, n, scale, k2, every)
         o = [o, nsa.selected_attention(q, *tokens[:2], lists, pos, None, block, scale, tokens[2], every)]
-        o += [window_attention(q, k2, v2, W, scale)] if kind == "nsa" else []
+        o += [window_attention(q, k_w, v_w, W, scale)] if kind == "nsa" else []
         return nsa.mix(gates, *o)
 
     entries = [x if x is None else x.detach().requires_grad_() for x in compress()]
-    k, v, k_r = entries if kind == "nsa" else (entries[0], entries[0], entries[2])
-    lse = compressed_attention(q, k, v, l, d, scale, k_r)[1]
-    choose = lambda: select(q, k, lse, l, d, block, n, scale, k_r, every)
-    lists, done = choose(), (t + 1 - l + d) // d
+    k, v, k2 = entries if kind == "nsa" else (entries[0], entries[0], entries[2])
+    lse = compressed_attention(q, k, v, l, d, scale, k2)[1]
+    choose = lambda: select(q, k, lse, l, d, block, n, scale, k2, every)
+    lists, done = choose(), (t + 1 - l + d) // d  # done (T,): entries that a query reads
     given = lambda k, v, k2: [x for x in (q, k, None if v is k else v, k2) if x is not None]
     selected = lambda: selected_attention(q, *tokens[:2], lists, block, scale, tokens[2], every)
-    found = {"compressed": Timed(lambda: compressed_attention(q, k, v, l, d, scale, k_r)[0], given(k, v, k_r), products(done, width)),
+    found = {"compressed": Timed(lambda: compressed_attention(q, k, v, l, d, scale, k2)[0], given(k, v, k2), products(done, width)),
              "top-n": Timed(choose, flop=products(done[::every], q.shape[3])),
              "selected": Timed(selected, given(*tokens), products((t + 1).clamp(max=n * block), width))}  # fmt: skip
     if kind == "nsa":
-        found["window"] = Timed(lambda: window_attention(q, k2, v2, W, scale), (q, k2, v2), products(windowed, width))
+        found["window"] = Timed(lambda: window_attention(q, k_w, v_w, W, scale), (q, k_w, v_w), products(windowed, width))
     o = [new(1, H, T, tokens[1].shape[3]) for _ in range(branches)]
     found["gates"] = Timed(lambda: mix(gates, *o), (gates, *o))
     found["layer"] = Timed(whole, (*leaves, gates))
@@ -1109,26 +1114,32 @@ def bench_layer(kind, T, H, G, D):
 
 def bench(lengths=(4096, 8192, 16384, 32768, 65536)):
     """Our kernels beside torch's dense attention, in one process."""
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; bf16, batch 1, random data, own lists\n"
-          "ms forward / backward; in brackets the shares of the floors of each: products at 790 TFLOP/s, bytes at 4.3 TB/s")  # fmt: skip
+    print(f"Attention in training, on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n\n"
+          "One text in bf16, random data. Times are forward / backward, of the attention of one layer without the matrices around it,\n"
+          "then of its kernels one by one. In brackets, how much of a time two limits of the GPU explain; 100% cannot be beaten:\n"
+          f"products at {RATE / 1e12:.0f} TFLOP/s, or every tensor read or written once at {BANDWIDTH / 1e12} TB/s.\n"
+          "dense: torch's scaled_dot_product_attention. \"2.0x / 1.5x\": so many times as fast as dense.")  # fmt: skip
     for H, G, D in ((64, 4, 128), (16, 4, 64)):
         for T in lengths:
             q, k, v = (torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (H, G, G))
             dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             dense = Timed(dense, (q, k, v), 2.0 * H * T * (T + 1) * D)
-            print(f"\n{H}/{G} heads, D {D}, {T} tokens: dense {dense}")
-            ratio = lambda f, b: f"{f:7.2f} / {b:7.2f} ms, dense is {dense.ms[0] / f:5.2f}x / {dense.ms[1] / b:5.2f}x"
+            print(f"\n{T} tokens, {H} heads in {G} groups, width {D}\n  {'dense':10} {dense}")
+
+            line = lambda f, b: f"{f:.2f} / {b:.2f} ms, {dense.ms[0] / f:.2f}x / {dense.ms[1] / b:.2f}x"
             layers = {}
             for kind in ("nsa", "asa local", "asa global"):
                 found = bench_layer(kind, T, H, G, D)
                 layers[kind] = found.pop("layer").ms
-                print(f"  {kind:10} {ratio(*layers[kind])};  " + ", ".join(f"{name} {timed}" for name, timed in found.items()), flush=True)
-            print(f"  {'asa, mean':10} {ratio(*((a + b) / 2 for a, b in zip(layers['asa local'], layers['asa global'])))}")
+                print(f"  {kind:10} {line(*layers[kind])}")
+                print("\n".join(f"    {name:10} {timed}" for name, timed in found.items()), flush=True)
+            print(f"  {'asa, mean':10} {line(*((a + b) / 2 for a, b in zip(layers['asa local'], layers['asa global'])))}")
 
 
 def bench_memory(lengths=(16384, 32768, 65536, 131072, 262144), H=16, G=4, D=64):
     """What a layer needs beside its inputs, forward and backward: linear in T."""
-    print(f"\npeak memory of one layer, MiB per 1024 tokens, {H}/{G} heads, D {D}, bf16, at {', '.join(map(str, lengths))} tokens")
+    print(f"\nPeak memory of the attention of one layer in training, {H} heads in {G} groups, width {D}, bf16:\n"
+          f"MiB per 1024 tokens, at {', '.join(map(str, lengths))} tokens\n")  # fmt: skip
     for kind in ("nsa", "asa local", "asa global"):
         peaks = [bench_layer(kind, T, H, G, D)["layer"].peak / 2**20 / (T / 1024) for T in lengths]
         print(f"  {kind:10} " + ", ".join(f"{peak:.2f}" for peak in peaks), flush=True)
@@ -1144,49 +1155,55 @@ def in_graph(f, repeats=10):
     return triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median") / repeats
 
 
+@torch.no_grad()
 def bench_decoding(S=65536, batches=(1, 4, 16, 64)):
     """The attention of one step, S tokens cached in every row: dense (the faster of SDPA and decode_attention) beside NSA and ASA."""
     from latent_attention import SlotCache
 
-    print(f"\nattention of one decoding step at {S} tokens, CUDA graph, bf16: microseconds per layer")
+    print(f"\nAttention of one decoding step, one new token per row, {S} tokens cached: microseconds per layer, bf16, in a CUDA graph\n"
+          f"dense: the faster of torch's and ours, beside the time to read its cache once at {BANDWIDTH / 1e12} TB/s. "
+          "\"2.0x\": so many times as fast as dense.\n")  # fmt: skip
+    new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    def filled(B, heads, slots, first=0, stride=1):
+        """A cache that only knows where its slots lie: at first, first + stride, ..."""
+        cache = SlotCache(B, slots, ((heads, 1), (1, 1)), device="cuda")
+        cache.pos += torch.arange(slots, device="cuda", dtype=torch.int32) * stride + first + 1  # they were -1
+        cache.length += slots
+        return cache
+
     for H, G, D in ((64, 4, 128), (16, 4, 64)):
         for B in batches:
-            new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-            R, P, W, pos = 2 * D - D // 2 // G, D // 2, 512, torch.full((B, 1), S - 1, device="cuda")
-            def cache(heads, slots, stride=1, l=1):
-                c = SlotCache(B, slots, ((heads, 1), (1, 1)), device="cuda")
-                c.pos += torch.arange(slots, device="cuda", dtype=torch.int32) * stride + l
-                c.length += slots
-                return c
-            tokens, ring = cache(G, S), cache(1, W)
-            ring.pos += S - W
-            q, k, v = new(B, H, 1, D), new(B, G, S, D), new(B, G, S, D)
-            dense = min(in_graph(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
-                        in_graph(lambda: decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0)))  # fmt: skip
-            text = [f"dense {dense * 1e3:.1f} ({(k.nbytes + v.nbytes) / BANDWIDTH / dense * 1e3:.0%} of the byte floor)"]
+            P, W, R, N = D // 2, 512, 2 * D - D // 2 // G, (S - 32) // 16 + 1  # N entries of NSA, S / 16 of ASA
+            pos, tokens = torch.full((B, 1), S - 1, device="cuda"), filled(B, G, S)
 
-            def step(q, k, v, k2, entries, l, d, block, n):
-                blocks = cache(G, entries[0].shape[2], d, l)
+            def global_step(q, k, v, k2, entries, l, d, block, n):
+                """Milliseconds of reading compressed entries (k, v, k2), choosing n blocks and reading those."""
+                blocks = filled(B, G, entries[0].shape[2], l - 1, d)
                 def run():
                     o, lists = decode_blocks(q, *entries[:2], pos, blocks, S, l, d, block, n, 1.0, entries[2])
                     decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0, k2=k2, lists=lists, block=block)
-                return run
+                return in_graph(run)
 
-            N = (S - 32) // 16 + 1
-            kw, vw = new(B, G, W, D), new(B, G, W, D)
-            wide = cache(G, W)
-            wide.pos += S - W
-            nsa = in_graph(step(q, k, v, None, (new(B, G, N, D), new(B, G, N, D), None), 32, 16, 64, 16)) \
-                + in_graph(lambda: decode_attention(q, kw, vw, pos, wide.pos, wide.length, 1.0, W))  # fmt: skip
+            def local_step(q, k, v, k2=None):
+                ring = filled(B, k.shape[1], W, S - W)
+                return in_graph(lambda: decode_attention(q, k, v, pos, ring.pos, ring.length, 1.0, W, k2))
+
+            q, k, v = new(B, H, 1, D), new(B, G, S, D), new(B, G, S, D)
+            dense = min(in_graph(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
+                        in_graph(lambda: decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0)))  # fmt: skip
+            floor = (k.nbytes + v.nbytes) / BANDWIDTH * 1e3
+            nsa = global_step(q, k, v, None, (new(B, G, N, D), new(B, G, N, D), None), 32, 16, 64, 16)
+            nsa += local_step(q, new(B, G, W, D), new(B, G, W, D))
             del k, v
             c, k_r, c_b, r_b = new(B, G, S, R), new(B, 1, S, P), new(B, G, S // 16, R), new(B, 1, S // 16, P)
-            local, k_r2 = new(B, 1, W, 4 * D), new(B, 1, W, P)
-            q_l = new(B, H, 1, local.shape[3] + P)
-            there = in_graph(step(new(B, H, 1, R + P), c, c, k_r, (c_b, c_b, r_b), 16, 16, 16, 128))
-            here = in_graph(lambda: decode_attention(q_l, local, local, pos, ring.pos, ring.length, 1.0, W, k_r2))
-            text += [f"nsa {nsa * 1e3:.1f} ({dense / nsa:.1f}x)", f"asa local {here * 1e3:.1f}, global {there * 1e3:.1f}",
-                     f"mean {(here + there) * 500:.1f} ({dense / (here + there) * 2:.1f}x)"]  # fmt: skip
-            print(f"  {H}/{G} heads, D {D}, batch {B:2}: " + ", ".join(text), flush=True)
+            asa_global = global_step(new(B, H, 1, R + P), c, c, k_r, (c_b, c_b, r_b), 16, 16, 16, 128)
+            local = new(B, 1, W, 4 * D)
+            asa_local = local_step(new(B, H, 1, 4 * D + P), local, local, new(B, 1, W, P))
+            asa = (asa_local + asa_global) / 2
+            print(f"  {H} heads in {G} groups, width {D:3}, batch {B:2}:  dense {dense * 1e3:.1f} ({floor / dense:.0%} bytes), "
+                  f"nsa {nsa * 1e3:.1f} ({dense / nsa:.1f}x), asa {asa * 1e3:.1f} ({dense / asa:.1f}x: local {asa_local * 1e3:.1f}, "
+                  f"global {asa_global * 1e3:.1f})", flush=True)  # fmt: skip
 
 
 def main(argv):

@@ -2516,11 +2516,14 @@ def test_readme_commands_parse():
 
 def test_demos_run():
     for script, words in (("latent_attention.py", ("MHA", "MLA", "GLA")), ("nsa.py", ("compressed", "ASA global", "#")),
-                          ("mtp.py", ("drafted", "tokens per read"))):  # fmt: skip
+                          ("mtp.py", ("drafted", "tokens per read")),
+                          *([("kernels.py", ("window", "lists"))] if kernels.triton else [])):  # fmt: skip
         began = time.time()
         out, _ = run(script=script, env={"OMP_NUM_THREADS": "1"})
         assert all(w in out for w in words), out
         assert time.time() - began < 60, f"{script} took {time.time() - began:.0f} s"
+    out, err = run("--bnch", script="kernels.py", code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and not out, f"kernels.py, a wrong option: {err!r}"
 
 
 def main(argv):
