@@ -1,22 +1,26 @@
-"""The fast path on a GPU, in Triton: window, compressed and selected attention with their gradients, and what a decoding step does.
+"""Attention on a GPU, in Triton: window, compressed and selected attention with their gradients, and what a decoding step does.
 
 The definition is the PyTorch code in latent_attention.py, nsa.py and mtp.py; these kernels never change what is computed, only how often
 memory is touched. test_all.py compares them with it, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 
+What moves: the h heads of a group read the same keys. One program keeps a tile of BQ queries x h heads on the chip and walks through the
+keys that they may read, BN at a time: load keys and values, multiply, add up. A key is loaded once for BQ h rows, and the T x S weights
+are never written: to memory go the output and one number per row, lse, from which the backward pass makes the weights again.
+
     1) rope               angles, rotation and halves in one pass over x; its gradient is the rotation back
-    2) walk               attention: a tile of queries walks through keys, or through the blocks of its list; forward, dq, dk and dv
-    3) select             block scores from the compressed branch's lse, and the n best of them, never T x T / d numbers in memory
+    2) walk               attention as above, over tokens, compressed entries or the blocks of a list; forward, dq, dk and dv
+    3) select             block scores, made again from the compressed branch's lse and summed over heads by a matrix product; the n best
     4) mix                the gates, and the heads merged
     5) append             keys, values and positions of new tokens to their slots, each row at its own length
     6) decode_attention   a few queries per row against its slots, or those of its list's blocks, split over the slots
     7) draw               softmax and one sample of it
     8) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
-Training: one walk serves three branches. The rows of a tile are BQ queries x the h heads of a group, which read the same keys:
+One walk serves three branches, which differ in the keys that a query reads, and so in the tile:
 
     window       key i stands at position i, the last W are read            many queries; tiles of keys between two diagonals
     compressed   entry i stands at position i d + l - 1, all before         many queries; tiles of keys up to a stair
-    selected     the blocks of a list                                       the 1 (NSA) or 4 (ASA) queries of a list; a block a step
+    selected     the blocks of a list, the query's own block last           the 1 (NSA) or 4 (ASA) queries of a list; blocks, some a step
 
     forward   s = scale q k, lse = log sum exp s, o = sum exp(s - lse) v, with a running maximum (FlashAttention, arXiv 2205.14135)
     backward  p = exp(s - lse), delta = do . o, ds = p (do . v - delta); dq = scale ds k walks as the forward pass does; for
@@ -24,14 +28,15 @@ Training: one walk serves three branches. The rows of a tile are BQ queries x th
               the positions, or, with lists, from sorting their entries by block.
 
 Sums are taken in a fixed order, never by atomics: two runs give the same bits. A key may be [k ; k2] with k2 shared by all groups (the
-rotary key), and the value may be the key's first part (a latent): then one load serves both. Widths that are no power of 2 are padded.
-A block's tokens are fetched anew by every list that holds it: at 64k and n l' = 1024 that is 137 GB per layer at 4 groups of width 128,
-which is why lists shared by 4 queries pay. What lies behind the end of a shorter row is never read by what lies before it.
+rotary key), and the value may be the key's first part (a latent): then one load serves both. What lies behind the end of a shorter row is
+never read by what lies before it. A block's tokens are fetched anew by every list that holds it: at 64k and n l' = 1024 that is 137 GB per
+layer at 4 groups of width 128, which is why lists shared by 4 queries pay.
 
 Limits: widths up to 256, up to 64 heads in a group, blocks of 16 to 128 tokens. Does NOT include: FP8, paging, packed texts.
 `python kernels.py` compares them with dense attention, `--bench` times them. Not to be confused with the package `kernels` on PyPI.
 
-Letters as in latent_attention.py and nsa.py.
+Letters as in latent_attention.py and nsa.py. A tile has BM rows, BQ queries x HP: row m is query m // HP, head m % HP. Sizes must be powers
+of 2 here, and the rest is masked: HP is h padded, NP n, and PK, P2, PV are the widths DK, D2, DV of k, k2, v.
 """
 import os
 import sys
@@ -69,6 +74,7 @@ def complaint(q, k, v=None, k2=None, block=16):
 
 
 def refuse(what, *args, **more):
+    """Raises the complaint, if there is one."""
     if line := complaint(*args, **more):
         raise ValueError(f"{what}: {line}")
 
@@ -88,7 +94,7 @@ if triton is not None:
         angle = sign * p[:, None] * freq[None, :]  # (BT, HALF)
         cos, sin = tl.cos(angle), tl.sin(angle)
         ok = (t < T)[:, None] & (i < P // 2)[None, :]
-        at = x + b * xb + h * xh + t[:, None] * xt + i[None, :]
+        at = x + b * xb + h * xh + t[:, None].to(tl.int64) * xt + i[None, :]
         u, v = tl.load(at, mask=ok, other=0).to(tl.float32), tl.load(at + P // 2, mask=ok, other=0).to(tl.float32)
         to = out + (bh * T + t[:, None]) * P + i[None, :]
         tl.store(to, (u * cos - v * sin).to(out.dtype.element_ty), mask=ok)
@@ -113,6 +119,7 @@ if triton is not None:
 
     @triton.jit
     def store_rows(x, row, ok, value, D: tl.constexpr, P: tl.constexpr, STRIDE: tl.constexpr):
+        """value (rows, P) -> x[row, :D]."""
         d = tl.arange(0, P)
         tl.store(x + row.to(tl.int64)[:, None] * STRIDE + d[None, :], value.to(x.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
@@ -126,16 +133,17 @@ if triton is not None:
 
     @triton.jit
     def span(t, S, l, d, window):
-        """Entry i stands at position i d + l - 1: the query at t reads the entries [low, high) of S."""
+        """The query at position t reads the entries [low, high) of S: entry i, at i d + l - 1, is among its last `window` positions."""
         high = tl.minimum(tl.maximum(t + 1 - l + d, 0) // d, S)
         low = tl.minimum(tl.maximum(t - window - l + 1 + d, 0) // d, high)
         return low, high
 
     @triton.jit
     def limits(lists, first, T, S, l, d, window, n, BQ: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr):
-        """Of the walk of queries first .. first + BQ - 1: its beginning, from where on all of them read all keys, until where, its end.
+        """Of the walk of queries first .. first + BQ - 1: the four bounds of its three phases, begin <= whole <= edge <= end.
 
-        A walk through keys counts keys, a walk through a list counts the keys of its blocks, of which the last is the queries' own.
+        Between whole and edge every query reads every key, and no mask is needed; before and after it is. Bounds count keys, or, with a
+        list, the keys of its blocks one behind the other: only the last block, the queries' own, needs the mask.
         """
         if BLOCK > 0:
             i = tl.arange(0, NP)
@@ -144,12 +152,12 @@ if triton is not None:
         else:
             low, high = span(first, S, l, d, window)
             last_low, end = span(tl.minimum(first + BQ, T) - 1, S, l, d, window)
-            whole = low + tl.cdiv(tl.maximum(last_low - low, 0), BN) * BN
+            whole = tl.minimum(low + tl.cdiv(tl.maximum(last_low - low, 0), BN) * BN, end)
             return low, whole, whole + tl.maximum(high - whole, 0) // BN * BN, end
 
     @triton.jit
     def where_keys_lie(lists, i, end, S, BN: tl.constexpr, BLOCK: tl.constexpr):
-        """The next BN keys of a walk -> (BN,): from i on, or those of the blocks in the list; S for "none"."""
+        """Rows of the keys i .. i + BN - 1 of a walk -> (BN,): the same numbers, or looked up in the list's blocks, S behind their end."""
         j = tl.arange(0, BN)
         s = i + j
         for u in tl.static_range(BN // BLOCK if BLOCK > 0 else 0):  # one number per block: an address per row would be slow
@@ -178,15 +186,10 @@ if triton is not None:
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         mean = tl.zeros((BM, PV), tl.float32)
-        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
-        for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):  # masked, all read all, masked
-            a, b = begin, tl.minimum(whole, end)
-            if phase == 1:
-                a, b = whole, edge
-            if phase == 2:
-                a, b = tl.maximum(whole, edge), end
-            for i in range(a, b, BN):
-                s = where_keys_lie(lists, i, end, S, BN, BLOCK)  # (BN,)
+        walk = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
+        for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):  # masked, all read all, masked; the first is empty for lists
+            for i in range(walk[phase], walk[phase + 1], BN):
+                s = where_keys_lie(lists, i, walk[3], S, BN, BLOCK)  # (BN,)
                 keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
                 score = dot(queries, keys, queries2, keys2, D2 > 0)  # (BM, BN)
@@ -230,15 +233,10 @@ if triton is not None:
 
         grad = tl.zeros((BM, PK), tl.float32)
         grad2 = tl.zeros((BM, P2), tl.float32)
-        begin, whole, edge, end = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
+        walk = limits(lists, tile * BQ, T, S, l, d, window, n, BQ, BN, NP, BLOCK)
         for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):
-            a, b = begin, tl.minimum(whole, end)
-            if phase == 1:
-                a, b = whole, edge
-            if phase == 2:
-                a, b = tl.maximum(whole, edge), end
-            for i in range(a, b, BN):
-                s = where_keys_lie(lists, i, end, S, BN, BLOCK)  # (BN,)
+            for i in range(walk[phase], walk[phase + 1], BN):
+                s = where_keys_lie(lists, i, walk[3], S, BN, BLOCK)  # (BN,)
                 keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
                 values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
@@ -263,10 +261,11 @@ if triton is not None:
         """One program: BN keys of a group (one block of the lists) against one piece of the query tiles that read them.
 
         dv = sum_i p_i do_i, dk = scale sum_i p_i (do_i . v - delta_i) q_i. A piece is one of `parts` equal parts of the tiles of queries
-        that see the keys; with lists it is up to `parts` entries of the inverted list. Pieces are added up by sum_kernel, in order.
+        that see the keys; with lists it is up to `parts` of the block's readers, sorted by `invert`, where the arrays are explained.
+        With PIECES, dk, dk2 and dv are (pieces, BN, width) and sum_kernel adds them up, in order; without, a block is one piece.
         """
         piece = tl.program_id(0).to(tl.int64)
-        R: tl.constexpr = BQ * HP  # rows of a tile of queries; BM // R of them at once
+        R: tl.constexpr = BQ * HP  # rows of a tile of queries; BM // R of them at once, which is 1 without lists
         if LISTED:
             owner = tl.load(owners + piece).to(tl.int64)
             begin = tl.load(starts + owner) + (piece - tl.load(firsts + owner)) * parts
@@ -279,13 +278,14 @@ if triton is not None:
         if not LISTED:
             first, last = block * BN * d + l - 1, ((block + 1) * BN - 1) * d + l - 1 + tl.minimum(window, T)
             begin, end = first // BQ, tl.cdiv(tl.minimum(last, T), BQ)
-            share = tl.cdiv(tl.cdiv(end - begin, parts), BM // R) * (BM // R)
+            share = tl.cdiv(end - begin, parts)
             begin += (piece % parts).to(tl.int32) * share
             end = tl.minimum(begin + share, end)
             whole = tl.minimum(tl.maximum(tl.cdiv(((block + 1) * BN - 1) * d + l - 1, BQ), begin), end)  # from here on all see all keys
             edge = tl.minimum(tl.maximum((first + tl.minimum(window, T)) // BQ, whole), end)  # from here on not any more
+            walk = begin, whole, edge, end
         else:
-            whole, edge = end, end
+            walk = begin, end
         keys = load_rows(k + bg * S * DK, s, live, DK, PK, DK)  # (BN, PK)
         keys2 = load_rows(k2 + (bg // G * G2 + bg % G2) * S * D2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
         values = keys if SHARED else load_rows(v + bg * S * DV, s, live, DV, PV, DV)  # (BN, PV)
@@ -297,12 +297,7 @@ if triton is not None:
         q, dout, lse, delta = q + group * (DK + D2), dout + group * DV, lse + group, delta + group
         unit = scale * 0.6931471805599453
         for phase in tl.static_range(1 if LISTED else 3):  # masked, all see all, masked
-            x, y = begin, whole
-            if phase == 1:
-                x, y = whole, edge
-            if phase == 2:
-                x, y = edge, end
-            for start in range(x, y, BM // R):
+            for start in range(walk[phase], walk[phase + 1], BM // R):
                 i = (start + m // R).to(tl.int32)
                 t = i * BQ + inside
                 for u in tl.static_range(BM // R if LISTED else 0):
@@ -429,6 +424,7 @@ if triton is not None:
 
     @triton.jit
     def gated(branch, gate, row, ok, D: tl.constexpr, P: tl.constexpr):
+        """gate x branch (rows, P)."""
         return tl.load(gate, mask=ok, other=0).to(tl.float32)[:, None] * load_rows(branch, row, ok, D, P, D)
 
     @triton.jit
@@ -443,13 +439,14 @@ if triton is not None:
 
     @triton.jit
     def ungate(branch, dbranch, gate, dgate, douts, row, ok, D: tl.constexpr, P: tl.constexpr):
+        """Writes one branch's gradient, gate x dout, and its gate's, branch . dout."""
         store_rows(dbranch, row, ok, tl.load(gate, mask=ok, other=0).to(tl.float32)[:, None] * douts, D, P, D)
         tl.store(dgate, tl.sum(douts * load_rows(branch, row, ok, D, P, D).to(tl.float32), 1).to(dgate.dtype.element_ty), mask=ok)
 
     @triton.jit
     def unmix_kernel(x, y, z, g, dout, dx, dy, dz, dg, H, T, gb, gt, ob, oh, ot, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
                      BT: tl.constexpr):  # fmt: skip
-        """Its gradient: a branch gets gate x dout, a gate branch . dout. dg (B, T, N H) dense, dout with strides."""
+        """Its gradient. dout (B, H, T, D) with strides, dg (B, T, N H) dense."""
         bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BT + tl.arange(0, BT)
         ok, row, gate = t < T, bh * T + t, g + bh // H * gb + t * gt + bh % H
         dgate = dg + (bh // H * T + t) * N * H + bh % H
@@ -476,7 +473,7 @@ if triton is not None:
     def append_kernel(x, x_buf, y, y_buf, pos, pos_buf, length, count, S, T, xb, xh, xt, yb, yh, yt, pb, pt, x_heads, y_heads, pos_heads,
                       XW: tl.constexpr, XP: tl.constexpr, YW: tl.constexpr, YP: tl.constexpr):  # fmt: skip
         """One program: one new token of one row and head; two quantities and the position. Only the last S tokens find room in a ring."""
-        b, j, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        j, b, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
         n = tl.load(count + b)
         take = j + tl.maximum(n - S, 0)
         if take < n:
@@ -496,8 +493,8 @@ if triton is not None:
                       BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: the h heads of one group x TQ queries against one share of its slots; an online softmax, base 2.
 
-        A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. Writes the share's weighted mean and (max, sum); out is
-        (B, T, H, DV) dense, as the output matrix will read it.
+        A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
+        the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
         LISTED: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S).
         """
         which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -553,7 +550,7 @@ if triton is not None:
                 values = tl.load(v + slot[:, None] * DV + dv[None, :], mask=ok[:, None] & (dv < DV)[None, :], other=0)  # (BN, PV)
             mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         mean = mean / tl.where(total > 0, total, 1.0)[:, None]
-        if WHOLE:  # one share is all
+        if WHOLE:
             to = out + (((b * T + t) * G + g) * h + head)[:, None] * DV + dv[None, :]
             tl.store(to, mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
         else:
@@ -697,10 +694,13 @@ if triton is not None:
 
 
 def power(n, least=1):
+    """The next power of 2, which is what Triton's tiles must be."""
     return max(least, triton.next_power_of_2(n))
 
 
 class Rope(torch.autograd.Function):
+    """rope, below; sign -1 turns backwards, which is its gradient."""
+
     @staticmethod
     def forward(ctx, x, pos, base, sign):
         ctx.save_for_backward(pos)
@@ -795,14 +795,15 @@ class Walk(torch.autograd.Function):
 
         BM, BN, warps, stages = tile("dkv", rows, width, q.dtype, ctx.block)
         BQ, blocks, readers, owners, starts = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN), None, None, None
+        total = B * G * blocks  # 0 where T < l: there is no entry yet
         if rows:  # pieces of at most twice the average number of readers: a popular block is many pieces
             parts = max(1, 2 * lists.shape[3] * BN // BQ)
             readers, owners, firsts, starts = invert(lists, blocks, parts)
             pieces = len(owners)
         else:
-            parts = min(triton.cdiv(528, B * G * blocks), triton.cdiv(T, 16 * BQ)) if B * G * blocks < 264 else 1  # enough to fill a GPU
-            pieces, firsts = B * G * blocks * parts, torch.arange(0, B * G * blocks * parts + 1, parts, device=q.device)
-        split = pieces > B * G * blocks
+            parts = min(triton.cdiv(528, total), triton.cdiv(T, 16 * BQ)) if 0 < total < 264 else 1  # 4 programs for each of 132 processors
+            pieces, firsts = total * parts, torch.arange(0, total * parts + 1, parts, device=q.device)
+        split = pieces > total
         new = lambda x: torch.empty((pieces, BN, x.shape[3]) if split else (B, G, S, x.shape[3]),
                                     dtype=torch.float32 if split else x.dtype, device=x.device)  # fmt: skip
         grads = [None if x is None else new(x) for x in (k, k2, v)]
@@ -814,7 +815,7 @@ class Walk(torch.autograd.Function):
         for i, x in enumerate((k, k2, v)):
             if split and x is not None:
                 pieced, grads[i] = grads[i], torch.empty(B, G, S, x.shape[3], dtype=x.dtype, device=x.device)
-                sum_kernel[(B * G * blocks,)](pieced, firsts, grads[i], S, blocks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
+                sum_kernel[(total,)](pieced, firsts, grads[i], S, blocks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
         if k2 is not None and k2.shape[1] < G:
             grads[1] = grads[1].sum(1, keepdim=True)  # one rotary key for all groups
         return dq, *grads, *[None] * 7
@@ -847,6 +848,7 @@ def split_key(k, k2, shared):
 
 
 def attend(what, q, k, v, lists, scale, k2, l=1, d=1, window=None, block=0, share=1):
+    """The door to Walk for all three branches: complains, splits odd widths, makes everything dense -> o, lse."""
     refuse(what, q, k, v, k2, block or 16)
     shared = v is k
     k, k2 = split_key(k, k2, shared)
@@ -906,6 +908,8 @@ def selected_attention(q, k, v, lists, block, scale, k2=None, share=1):
 
 
 class Mix(torch.autograd.Function):
+    """mix, below, with its gradient. With two branches the kernels get the first one as the third too, and leave it alone."""
+
     @staticmethod
     def forward(ctx, gates, *branches):
         B, H, T, D = branches[0].shape
@@ -937,12 +941,12 @@ def mix(gates, *branches):
 def append(data, pos_buffer, length, new, pos, count):
     """The writing half of SlotCache.append for one or two quantities: data and new lists of (B, heads, S or T, width)."""
     B, T = pos.shape
-    S, count = pos_buffer.shape[2], count.contiguous()
+    S = pos_buffer.shape[2]
     (x, x_buf), (y, y_buf) = zip((new * 2)[:2], (data * 2)[:2])  # a single quantity is written twice
     x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, y))
     count = count.contiguous()  # it may be one number, expanded
     heads = [x.shape[1], y.shape[1], pos_buffer.shape[1]]
-    append_kernel[(B, min(T, S), max(heads))](x, x_buf, y, y_buf, pos, pos_buffer, length, count, S, T, *x.stride()[:3], *y.stride()[:3],
+    append_kernel[(min(T, S), B, max(heads))](x, x_buf, y, y_buf, pos, pos_buffer, length, count, S, T, *x.stride()[:3], *y.stride()[:3],
                                               *pos.stride(), *heads, XW=x.shape[3], XP=power(x.shape[3]), YW=y.shape[3],
                                               YP=power(y.shape[3]))  # fmt: skip
 
@@ -1006,7 +1010,7 @@ def draw(logits, temperature, noise=None):
 
 
 def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, stop):
-    """Steps 3 and 4 of mtp.Decoder.round in one pass over p and q: -> tokens taken (B,). Writes text, logp, known, active, counts, reads."""
+    """Steps 3 and 4 of mtp.Decoder.round, reading p and q once -> tokens taken (B,). Writes text, logp, known, active, counts, reads."""
     (B, n, V), take, p, q = p.shape, torch.empty_like(known), p.contiguous(), q.contiguous()
     commit_kernel[(B,)](p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, take, text.shape[1], stop, n - 1, V,
                         counts.shape[2], BV=min(power(V), 4096))  # fmt: skip
@@ -1020,14 +1024,17 @@ RATE, BANDWIDTH = 790e12, 4.3e12  # bf16 products and bytes per second, measured
 
 
 class Timed:
-    """Milliseconds of f() and of its backward pass, beside its floors: `flop` of the forward pass, every tensor moved once; peak bytes."""
+    """Milliseconds of f() and, with leaves, of its backward pass; what is possible at best; the peak of both in bytes.
+
+    A floor is the time that a perfect program needs: for the products (`flop` of the forward pass), or to move every tensor once.
+    """
 
     def __init__(self, f, leaves=(), flop=0.0):
         with torch.no_grad():
             o = f()
             self.ms = [triton.testing.do_bench(f, warmup=20, rep=100, return_mode="median")]
-        bytes = sum(x.nbytes for x in (*leaves, o))
-        self.floors = [(flop / RATE, bytes / BANDWIDTH), (2.5 * flop / RATE, 2 * bytes / BANDWIDTH)]  # backward: 5 products, not 2
+        moved = sum(x.nbytes for x in (*leaves, o))
+        self.floors = [(flop / RATE, moved / BANDWIDTH), (2.5 * flop / RATE, 2 * moved / BANDWIDTH)]  # backward: 5 products, not 2
         if leaves:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -1038,12 +1045,13 @@ class Timed:
             self.ms.append(triton.testing.do_bench(backward, warmup=20, rep=100, return_mode="median"))
 
     def __str__(self):
-        shares = [f"{a * 1e3 / ms:.0%} {b * 1e3 / ms:.0%}" for ms, (a, b) in zip(self.ms, self.floors)]
-        return " / ".join(f"{ms:.2f}" for ms in self.ms) + f" ({' / '.join(shares)})"
+        """Milliseconds, and how much of them the floors would take: 1.00 / 3.00 ms (products 60% / 50%, bytes 5% / 4%)."""
+        shares = (" / ".join(f"{floor[i] * 1e3 / ms:.0%}" for ms, floor in zip(self.ms, self.floors)) for i in range(2))
+        return " / ".join(f"{ms:.2f}" for ms in self.ms) + " ms (products {}, bytes {})".format(*shares)
 
 
 def bench_layer(kind, T, H, G, D):
-    """The branches of a layer, and the layer without the matrices around it, on random data: {name: Timed}."""
+    """Every kernel of a layer, and "layer": all of it but the matrices around it; on random data, with lists of its own: {name: Timed}."""
     import nsa  # not at import: nsa imports this file
     from latent_attention import LatentAttention
 
@@ -1059,10 +1067,11 @@ def bench_layer(kind, T, H, G, D):
         return {"window": Timed(lambda: window_attention(q, k, v, W, layer.scale, k_r), (q, k, v, k_r), products(windowed, 2 * D + P)),
                 "layer": Timed(lambda: layer.materialised(*parts), parts)}  # fmt: skip
 
+    # to compress: `parts`; to select from: `tokens` (k, v, k2); `width` of a key and a value together
     if kind == "nsa":
         layer = nsa.NSA(H * D, H, G, D, W, n=16).cuda().bfloat16()
         l, d, block, every, width, branches = layer.l, layer.d, layer.block, 1, 2 * D, 3
-        q, k0, v0, k1, v1, k2, v2 = leaves = new(1, H, T, D), *(new(1, G, T, D) for _ in range(6))
+        q, k0, v0, k1, v1, k_w, v_w = leaves = new(1, H, T, D), *(new(1, G, T, D) for _ in range(6))
         parts, tokens = (k0, v0), (k1, v1, None)
     else:
         R = 2 * D - P // G  # as wide as the keys and values of G groups
@@ -1079,24 +1088,24 @@ def bench_layer(kind, T, H, G, D):
         return (a, b, None) if kind == "nsa" else (a, a, b)
 
     def whole():
-        k, v, k_r = compress()
-        o, lists = nsa.read_blocks(q, k, v, None, pos, T, l, d, block, n, scale, k_r, every)
+        k, v, k2 = compress()
+        o, lists = nsa.read_blocks(q, k, v, None, pos, T, l, d, block, n, scale, k2, every)
         o = [o, nsa.selected_attention(q, *tokens[:2], lists, pos, None, block, scale, tokens[2], every)]
-        o += [window_attention(q, k2, v2, W, scale)] if kind == "nsa" else []
+        o += [window_attention(q, k_w, v_w, W, scale)] if kind == "nsa" else []
         return nsa.mix(gates, *o)
 
     entries = [x if x is None else x.detach().requires_grad_() for x in compress()]
-    k, v, k_r = entries if kind == "nsa" else (entries[0], entries[0], entries[2])
-    lse = compressed_attention(q, k, v, l, d, scale, k_r)[1]
-    choose = lambda: select(q, k, lse, l, d, block, n, scale, k_r, every)
-    lists, done = choose(), (t + 1 - l + d) // d
+    k, v, k2 = entries if kind == "nsa" else (entries[0], entries[0], entries[2])
+    lse = compressed_attention(q, k, v, l, d, scale, k2)[1]
+    choose = lambda: select(q, k, lse, l, d, block, n, scale, k2, every)
+    lists, done = choose(), (t + 1 - l + d) // d  # done (T,): entries that a query reads
     given = lambda k, v, k2: [x for x in (q, k, None if v is k else v, k2) if x is not None]
     selected = lambda: selected_attention(q, *tokens[:2], lists, block, scale, tokens[2], every)
-    found = {"compressed": Timed(lambda: compressed_attention(q, k, v, l, d, scale, k_r)[0], given(k, v, k_r), products(done, width)),
+    found = {"compressed": Timed(lambda: compressed_attention(q, k, v, l, d, scale, k2)[0], given(k, v, k2), products(done, width)),
              "top-n": Timed(choose, flop=products(done[::every], q.shape[3])),
              "selected": Timed(selected, given(*tokens), products((t + 1).clamp(max=n * block), width))}  # fmt: skip
     if kind == "nsa":
-        found["window"] = Timed(lambda: window_attention(q, k2, v2, W, scale), (q, k2, v2), products(windowed, width))
+        found["window"] = Timed(lambda: window_attention(q, k_w, v_w, W, scale), (q, k_w, v_w), products(windowed, width))
     o = [new(1, H, T, tokens[1].shape[3]) for _ in range(branches)]
     found["gates"] = Timed(lambda: mix(gates, *o), (gates, *o))
     found["layer"] = Timed(whole, (*leaves, gates))
@@ -1105,26 +1114,32 @@ def bench_layer(kind, T, H, G, D):
 
 def bench(lengths=(4096, 8192, 16384, 32768, 65536)):
     """Our kernels beside torch's dense attention, in one process."""
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; bf16, batch 1, random data, own lists\n"
-          "ms forward / backward; in brackets the shares of the floors of each: products at 790 TFLOP/s, bytes at 4.3 TB/s")  # fmt: skip
+    print(f"Attention in training, on {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n\n"
+          "One text in bf16, random data. Times are forward / backward, of the attention of one layer without the matrices around it,\n"
+          "then of its kernels one by one. In brackets, how much of a time two limits of the GPU explain; 100% cannot be beaten:\n"
+          f"products at {RATE / 1e12:.0f} TFLOP/s, or every tensor read or written once at {BANDWIDTH / 1e12} TB/s.\n"
+          "dense: torch's scaled_dot_product_attention. \"2.0x / 1.5x\": so many times as fast as dense.")  # fmt: skip
     for H, G, D in ((64, 4, 128), (16, 4, 64)):
         for T in lengths:
             q, k, v = (torch.randn(1, h, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (H, G, G))
             dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             dense = Timed(dense, (q, k, v), 2.0 * H * T * (T + 1) * D)
-            print(f"\n{H}/{G} heads, D {D}, {T} tokens: dense {dense}")
-            ratio = lambda f, b: f"{f:7.2f} / {b:7.2f} ms, dense is {dense.ms[0] / f:5.2f}x / {dense.ms[1] / b:5.2f}x"
+            print(f"\n{T} tokens, {H} heads in {G} groups, width {D}\n  {'dense':10} {dense}")
+
+            line = lambda f, b: f"{f:.2f} / {b:.2f} ms, {dense.ms[0] / f:.2f}x / {dense.ms[1] / b:.2f}x"
             layers = {}
             for kind in ("nsa", "asa local", "asa global"):
                 found = bench_layer(kind, T, H, G, D)
                 layers[kind] = found.pop("layer").ms
-                print(f"  {kind:10} {ratio(*layers[kind])};  " + ", ".join(f"{name} {timed}" for name, timed in found.items()), flush=True)
-            print(f"  {'asa, mean':10} {ratio(*((a + b) / 2 for a, b in zip(layers['asa local'], layers['asa global'])))}")
+                print(f"  {kind:10} {line(*layers[kind])}")
+                print("\n".join(f"    {name:10} {timed}" for name, timed in found.items()), flush=True)
+            print(f"  {'asa, mean':10} {line(*((a + b) / 2 for a, b in zip(layers['asa local'], layers['asa global'])))}")
 
 
 def bench_memory(lengths=(16384, 32768, 65536, 131072, 262144), H=16, G=4, D=64):
     """What a layer needs beside its inputs, forward and backward: linear in T."""
-    print(f"\npeak memory of one layer, MiB per 1024 tokens, {H}/{G} heads, D {D}, bf16, at {', '.join(map(str, lengths))} tokens")
+    print(f"\nPeak memory of the attention of one layer in training, {H} heads in {G} groups, width {D}, bf16:\n"
+          f"MiB per 1024 tokens, at {', '.join(map(str, lengths))} tokens\n")  # fmt: skip
     for kind in ("nsa", "asa local", "asa global"):
         peaks = [bench_layer(kind, T, H, G, D)["layer"].peak / 2**20 / (T / 1024) for T in lengths]
         print(f"  {kind:10} " + ", ".join(f"{peak:.2f}" for peak in peaks), flush=True)
@@ -1140,59 +1155,72 @@ def in_graph(f, repeats=10):
     return triton.testing.do_bench(graph.replay, warmup=10, rep=50, return_mode="median") / repeats
 
 
+@torch.no_grad()
 def bench_decoding(S=65536, batches=(1, 4, 16, 64)):
     """The attention of one step, S tokens cached in every row: dense (the faster of SDPA and decode_attention) beside NSA and ASA."""
     from latent_attention import SlotCache
 
-    print(f"\nattention of one decoding step at {S} tokens, CUDA graph, bf16: microseconds per layer")
+    print(f"\nAttention of one decoding step, one new token per row, {S} tokens cached: microseconds per layer, bf16, in a CUDA graph\n"
+          f"dense: the faster of torch's and ours, beside the time to read its cache once at {BANDWIDTH / 1e12} TB/s. "
+          "\"2.0x\": so many times as fast as dense.\n")  # fmt: skip
+    new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    def filled(B, heads, slots, first=0, stride=1):
+        """A cache that only knows where its slots lie: at first, first + stride, ..."""
+        cache = SlotCache(B, slots, ((heads, 1), (1, 1)), device="cuda")
+        cache.pos += torch.arange(slots, device="cuda", dtype=torch.int32) * stride + first + 1  # they were -1
+        cache.length += slots
+        return cache
+
     for H, G, D in ((64, 4, 128), (16, 4, 64)):
         for B in batches:
-            new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-            R, P, W, pos = 2 * D - D // 2 // G, D // 2, 512, torch.full((B, 1), S - 1, device="cuda")
-            def cache(heads, slots, stride=1, l=1):
-                c = SlotCache(B, slots, ((heads, 1), (1, 1)), device="cuda")
-                c.pos += torch.arange(slots, device="cuda", dtype=torch.int32) * stride + l
-                c.length += slots
-                return c
-            tokens, ring = cache(G, S), cache(1, W)
-            ring.pos += S - W
-            q, k, v = new(B, H, 1, D), new(B, G, S, D), new(B, G, S, D)
-            dense = min(in_graph(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
-                        in_graph(lambda: decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0)))  # fmt: skip
-            text = [f"dense {dense * 1e3:.1f} ({(k.nbytes + v.nbytes) / BANDWIDTH / dense * 1e3:.0%} of the byte floor)"]
+            P, W, R, N = D // 2, 512, 2 * D - D // 2 // G, (S - 32) // 16 + 1  # N entries of NSA, S / 16 of ASA
+            pos, tokens = torch.full((B, 1), S - 1, device="cuda"), filled(B, G, S)
 
-            def step(q, k, v, k2, entries, l, d, block, n):
-                blocks = cache(G, entries[0].shape[2], d, l)
+            def global_step(q, k, v, k2, entries, l, d, block, n):
+                """Milliseconds of reading compressed entries (k, v, k2), choosing n blocks and reading those."""
+                blocks = filled(B, G, entries[0].shape[2], l - 1, d)
                 def run():
                     o, lists = decode_blocks(q, *entries[:2], pos, blocks, S, l, d, block, n, 1.0, entries[2])
                     decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0, k2=k2, lists=lists, block=block)
-                return run
+                return in_graph(run)
 
-            N = (S - 32) // 16 + 1
-            kw, vw = new(B, G, W, D), new(B, G, W, D)
-            wide = cache(G, W)
-            wide.pos += S - W
-            nsa = in_graph(step(q, k, v, None, (new(B, G, N, D), new(B, G, N, D), None), 32, 16, 64, 16)) \
-                + in_graph(lambda: decode_attention(q, kw, vw, pos, wide.pos, wide.length, 1.0, W))  # fmt: skip
+            def local_step(q, k, v, k2=None):
+                ring = filled(B, k.shape[1], W, S - W)
+                return in_graph(lambda: decode_attention(q, k, v, pos, ring.pos, ring.length, 1.0, W, k2))
+
+            q, k, v = new(B, H, 1, D), new(B, G, S, D), new(B, G, S, D)
+            dense = min(in_graph(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)),
+                        in_graph(lambda: decode_attention(q, k, v, pos, tokens.pos, tokens.length, 1.0)))  # fmt: skip
+            floor = (k.nbytes + v.nbytes) / BANDWIDTH * 1e3
+            nsa = global_step(q, k, v, None, (new(B, G, N, D), new(B, G, N, D), None), 32, 16, 64, 16)
+            nsa += local_step(q, new(B, G, W, D), new(B, G, W, D))
             del k, v
             c, k_r, c_b, r_b = new(B, G, S, R), new(B, 1, S, P), new(B, G, S // 16, R), new(B, 1, S // 16, P)
-            local, k_r2 = new(B, 1, W, 4 * D), new(B, 1, W, P)
-            q_l = new(B, H, 1, local.shape[3] + P)
-            there = in_graph(step(new(B, H, 1, R + P), c, c, k_r, (c_b, c_b, r_b), 16, 16, 16, 128))
-            here = in_graph(lambda: decode_attention(q_l, local, local, pos, ring.pos, ring.length, 1.0, W, k_r2))
-            text += [f"nsa {nsa * 1e3:.1f} ({dense / nsa:.1f}x)", f"asa local {here * 1e3:.1f}, global {there * 1e3:.1f}",
-                     f"mean {(here + there) * 500:.1f} ({dense / (here + there) * 2:.1f}x)"]  # fmt: skip
-            print(f"  {H}/{G} heads, D {D}, batch {B:2}: " + ", ".join(text), flush=True)
+            asa_global = global_step(new(B, H, 1, R + P), c, c, k_r, (c_b, c_b, r_b), 16, 16, 16, 128)
+            local = new(B, 1, W, 4 * D)
+            asa_local = local_step(new(B, H, 1, 4 * D + P), local, local, new(B, 1, W, P))
+            asa = (asa_local + asa_global) / 2
+            print(f"  {H} heads in {G} groups, width {D:3}, batch {B:2}:  dense {dense * 1e3:.1f} ({floor / dense:.0%} bytes), "
+                  f"nsa {nsa * 1e3:.1f} ({dense / nsa:.1f}x), asa {asa * 1e3:.1f} ({dense / asa:.1f}x: local {asa_local * 1e3:.1f}, "
+                  f"global {asa_global * 1e3:.1f})", flush=True)  # fmt: skip
 
 
 def main(argv):
-    if triton is None or (not torch.cuda.is_available() and "--bench" in argv):
-        print("error: " + ("Triton is not installed" if triton is None else "--bench needs a GPU"))
+    error = next((f"unknown option {word!r}: try --bench or --help" for word in argv if word not in ("--bench", "--help", "-h")), None)
+    if not error and ("--help" in argv or "-h" in argv):
+        print(__doc__.strip())
+        return 0
+    if triton is None:
+        error = error or "Triton is not installed"
+    if "--bench" in argv and not torch.cuda.is_available():
+        error = error or "--bench needs a GPU"
+    if error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     if "--bench" in argv:
-        with torch.no_grad():
-            bench_decoding()
         bench()
+        bench_decoding()
         bench_memory()
         return 0
     torch.manual_seed(0)
@@ -1208,7 +1236,7 @@ def main(argv):
                     "blocks of one token": compressed_attention(q, k, v, 1, 1, D**-0.5)[0],
                     "lists of all blocks of 16": selected_attention(q, k, v, lists, 16, D**-0.5)}.items():  # fmt: skip
         print(f"  {what:26} {(o - want).abs().max():.1e} (fp32)")
-    print("\n`python kernels.py --bench` on a GPU: milliseconds beside torch's dense attention")
+    print("\nOn a GPU, `python kernels.py --bench` times them beside torch's dense attention")
     return 0
 
 

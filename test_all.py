@@ -628,7 +628,8 @@ def test_attention_kernels_equal_attend_with_gradients():
             for branch in ("window", "selected") + ("compressed",) * (s.entries[0].shape[2] > 0):
                 kernels_equal_attend(s, branch)
         s = Sizes(31, 2, 2, 16, 16)
-        assert (s.fast("compressed") == 0).all(), "before the first block: exactly 0"
+        none = with_gradients(s.fast("compressed"), s.leaves(s.entries))
+        assert all((x == 0).all() for x in none), "before the first block: exactly 0, and so are the gradients"
         k, _, v = s.tokens
         late = lambda q, k, v, W, scale, k2=None: kernels.attend("late", q, k, v, None, scale, k2, window=W + 1)[0]
         with swapped(kernels, "window_attention", late):
@@ -739,6 +740,28 @@ def test_rope_kernel_equals_rope_with_gradient():
             results.append([y, *torch.autograd.grad((y * weight).sum(), x, retain_graph=True)])
         for what, a, b in zip(("output", "gradient"), *results):
             close(a, b, 2e-3, f"rope, {what}, x of {tuple(part.shape)}")
+
+
+def test_rope_and_append_reach_far():
+    """Elements 2^31 apart are addressed, and more than 2^16 tokens fit into the grid of one launch, whose second and third axis end there."""
+    if kernels.triton is None:
+        raise unittest.SkipTest("needs Triton")
+    try:
+        memory = torch.empty(2**31 + 32, dtype=torch.float16, device=DEVICE)  # 4 GB of addresses; three rows of it are touched
+    except RuntimeError:
+        raise unittest.SkipTest("needs 4 GB")
+    x = memory.as_strided((1, 1, 3, 8), (8, 8, 2**30 + 8, 1)).copy_(torch.arange(24).view(1, 1, 3, 8))
+    close(kernels.rope(x, torch.zeros(1, 3, device=DEVICE)), torch.arange(24.0, device=DEVICE).view(1, 1, 3, 8).half(), 0, "turned by nothing")
+    class Grid:
+        def __getitem__(self, grid):
+            self.grid = grid
+            return lambda *args, **more: None
+
+    T, grid = 70_000, Grid()
+    with swapped(kernels, "append_kernel", grid):
+        new, pos = torch.empty(3, 2, T, 1), torch.empty(3, T)
+        kernels.append([new], torch.empty(3, 1, T), torch.zeros(3), [new], pos, torch.zeros(3))
+    assert grid.grid == (T, 3, 2), f"(tokens, rows, heads), not {grid.grid}"
 
 
 @torch.no_grad()
@@ -2500,11 +2523,14 @@ def test_readme_commands_parse():
 
 def test_demos_run():
     for script, words in (("latent_attention.py", ("MHA", "MLA", "GLA")), ("nsa.py", ("compressed", "ASA global", "#")),
-                          ("mtp.py", ("drafted", "tokens per read"))):  # fmt: skip
+                          ("mtp.py", ("drafted", "tokens per read")),
+                          *([("kernels.py", ("window", "lists"))] if kernels.triton else [])):  # fmt: skip
         began = time.time()
         out, _ = run(script=script, env={"OMP_NUM_THREADS": "1"})
         assert all(w in out for w in words), out
         assert time.time() - began < 60, f"{script} took {time.time() - began:.0f} s"
+    out, err = run("--bnch", script="kernels.py", code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and not out, f"kernels.py, a wrong option: {err!r}"
 
 
 def main(argv):
