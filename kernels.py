@@ -32,7 +32,8 @@ rotary key), and the value may be the key's first part (a latent): then one load
 never read by what lies before it. A block's tokens are fetched anew by every list that holds it: at 64k and n l' = 1024 that is 137 GB per
 layer at 4 groups of width 128, which is why lists shared by 4 queries pay.
 
-Limits: widths up to 256, up to 64 heads in a group, blocks of 16 to 128 tokens. Does NOT include: FP8, paging, packed texts.
+Limits: widths up to 256, up to 64 heads in a group (32 where 4 queries share a list), blocks of 16 to 128 tokens. Does NOT include: FP8,
+paging, packed texts.
 `python kernels.py` compares them with dense attention, `--bench` times them. Not to be confused with the package `kernels` on PyPI.
 
 Letters as in latent_attention.py and nsa.py. A tile has BM rows, BQ queries x HP: row m is query m // HP, head m % HP. Sizes must be powers
@@ -54,17 +55,19 @@ except ImportError:  # no Triton, no fast path
     triton = None
 
 
-def fast(x, k=None, v=None, block=16):
+def fast(x, k=None, v=None, block=16, share=1):
     """Whether the kernels can take x, or queries x with these keys, values and blocks: on a GPU, with Triton, in 16 or 32 bits."""
     able = triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return able and (k is None or complaint(x, k, v, block=block) is None)
+    return able and (k is None or complaint(x, k, v, None, block, share) is None)
 
 
-def complaint(q, k, v=None, k2=None, block=16):
+def complaint(q, k, v=None, k2=None, block=16, share=1):
     """What the attention kernels cannot do, as one clear line, or None."""
     h, given = q.shape[1] // k.shape[1], [x for x in (q, k, k2, v) if x is not None]
     if h > 64 or q.shape[1] % k.shape[1]:
         return f"{q.shape[1]} heads in {k.shape[1]} groups: a group has 1 to 64 heads"
+    if h * share > 128:
+        return f"{share} queries with one list x {h} heads: at most 128 rows read the same blocks"
     if max(x.shape[3] for x in given[1:]) > 256:
         return f"widths {[x.shape[3] for x in given[1:]]}: at most 256"
     if len({x.dtype for x in given}) > 1:
@@ -430,7 +433,7 @@ if triton is not None:
     @triton.jit
     def mix_kernel(x, y, z, g, out, H, T, gb, gt, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BT: tl.constexpr):
         """One program: BT queries of one head. out (B, T, H, D) = sum of gate x branch; branches (B, H, T, D), g (B, T, N H)."""
-        bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BT + tl.arange(0, BT)
+        bh, t = tl.program_id(0).to(tl.int64), tl.program_id(1) * BT + tl.arange(0, BT)
         ok, row, gate = t < T, bh * T + t, g + bh // H * gb + t * gt + bh % H
         mixed = gated(x, gate, row, ok, D, P) + gated(y, gate + H, row, ok, D, P)  # (BT, P)
         if N == 3:
@@ -447,7 +450,7 @@ if triton is not None:
     def unmix_kernel(x, y, z, g, dout, dx, dy, dz, dg, H, T, gb, gt, ob, oh, ot, N: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
                      BT: tl.constexpr):  # fmt: skip
         """Its gradient. dout (B, H, T, D) with strides, dg (B, T, N H) dense."""
-        bh, t = tl.program_id(1).to(tl.int64), tl.program_id(0) * BT + tl.arange(0, BT)
+        bh, t = tl.program_id(0).to(tl.int64), tl.program_id(1) * BT + tl.arange(0, BT)
         ok, row, gate = t < T, bh * T + t, g + bh // H * gb + t * gt + bh % H
         dgate = dg + (bh // H * T + t) * N * H + bh % H
         d = tl.arange(0, P)
@@ -849,7 +852,7 @@ def split_key(k, k2, shared):
 
 def attend(what, q, k, v, lists, scale, k2, l=1, d=1, window=None, block=0, share=1):
     """The door to Walk for all three branches: complains, splits odd widths, makes everything dense -> o, lse."""
-    refuse(what, q, k, v, k2, block or 16)
+    refuse(what, q, k, v, k2, block or 16, share)
     shared = v is k
     k, k2 = split_key(k, k2, shared)
     q, k, k2, v = (x if x is None else x.contiguous() for x in (q, k, k2, None if shared else v))
@@ -916,7 +919,7 @@ class Mix(torch.autograd.Function):
         ctx.save_for_backward(gates, *branches)
         out = torch.empty(B, T, H, D, dtype=branches[0].dtype, device=gates.device)
         x, y, z = (branches + branches[:1])[:3]
-        mix_kernel[(triton.cdiv(T, 16), B * H)](x, y, z, gates, out, H, T, gates.stride(0), gates.stride(1), N=len(branches), D=D,
+        mix_kernel[(B * H, triton.cdiv(T, 16))](x, y, z, gates, out, H, T, gates.stride(0), gates.stride(1), N=len(branches), D=D,
                                                 P=power(D), BT=16)  # fmt: skip
         return out.transpose(1, 2)
 
@@ -928,7 +931,7 @@ class Mix(torch.autograd.Function):
         grads, dgates = [torch.empty_like(x) for x in branches], torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
         x, y, z = (branches + branches[:1])[:3]
         dx, dy, dz = (grads + grads[:1])[:3]
-        unmix_kernel[(triton.cdiv(T, 16), B * H)](x, y, z, gates, dout, dx, dy, dz, dgates, H, T, gates.stride(0), gates.stride(1),
+        unmix_kernel[(B * H, triton.cdiv(T, 16))](x, y, z, gates, dout, dx, dy, dz, dgates, H, T, gates.stride(0), gates.stride(1),
                                                   *dout.stride()[:3], N=len(branches), D=D, P=power(D), BT=16)  # fmt: skip
         return dgates, *grads
 

@@ -180,7 +180,7 @@ def selected_attention(q, k, v, lists, pos, k_pos, block, scale, k2=None, every=
     q (B, H, T, Dk), k (B, G, S, Dk), k2 (B, 1, S, P) or None, v (B, G, S, Dv), lists (B, G, ceil(T / every), n) that serve `every`
     queries each, pos (B or 1, T), k_pos (B or 1, heads, S); cache as in read_blocks -> (B, H, T, Dv).
     """
-    if cache is None and kernels.fast(q, k, v, block):
+    if cache is None and kernels.fast(q, k, v, block, every):
         return kernels.selected_attention(q, k, v, lists, block, scale, k2, every)
     if cache is not None and few(q, k, v, cache):
         return kernels.decode_attention(q, k, v, pos, k_pos, cache["tokens"].length, scale, k2=k2, lists=lists, block=block)

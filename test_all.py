@@ -545,8 +545,9 @@ def kernels_in_use(yes=True):
     """Let the attention files use the kernels wherever Triton can run them, in the interpreter too, or nowhere."""
     if kernels.triton is None:
         raise unittest.SkipTest("needs Triton")
-    def able(x, k=None, v=None, block=16):
-        return yes and x.dtype != torch.float64 and (k is None or not kernels.complaint(x, k, v, None, block))
+
+    def able(x, k=None, v=None, block=16, share=1):
+        return yes and x.dtype != torch.float64 and (k is None or not kernels.complaint(x, k, v, None, block, share))
 
     with swapped(kernels, "fast", able):
         yield
@@ -682,6 +683,7 @@ def test_kernels_refuse_what_they_cannot_do():
             else:
                 raise AssertionError(f"not refused: {what}")
             assert not kernels.fast(*args), "what is refused is left to the reference"
+        assert "at most 128 rows" in kernels.complaint(q(64), q(1), q(1), share=4) and not kernels.complaint(q(32), q(1), q(1), share=4)
 
 
 def test_kernels_compiled_in_bf16():
