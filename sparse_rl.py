@@ -314,8 +314,7 @@ CORRECTIONS |= {
     "bypass": Correction(none, anchor="sampler"),  # naive with two policies: rho = pi / pi_s
     "gspo": Correction(none, level="answer"),  # GSPO (2507.18071): nothing corrected, clipped per answer, at about 4e-4: --clip
     "replay": Correction(none, reads=("kept",)),  # the compressed policy itself is trained: xi = 1 by construction
-    "twin_answer": Correction(answer, reads=("full", "kept")),
-    "twin": Correction(both, reads=("full", "kept")),  # ours: the mean of the paper's loss and of replay's, where xi = 1
+    "twin": Correction(answer, reads=("full", "kept")),  # ours: the mean of the losses of `answer` and of `replay`, where xi = 1
 }
 
 

@@ -2308,9 +2308,10 @@ def learn_equals_formulas(correct, lr=3.0):
             clipped = lambda log_rho: torch.minimum(log_rho.exp() * A, log_rho.exp().clamp(0.98, 1.02) * A)
             xi = (old[i] - pi_s).exp()
             paper = (xi.min() >= 1e-4) * (xi * clipped(pi - old[i])).mean()
+            answer = xi.prod().clamp(max=1) * clipped(pi - old[i]).mean()
             replay = clipped(logp(i, True) - old_kept[i]).mean() if replays else 0.0
             total = total - {"none": clipped(pi - old[i]).mean(), "bypass": clipped(pi - pi_s).mean(), "both": paper, "replay": replay,
-                             "twin": (paper + replay) / 2, "gspo": clipped((pi - old[i]).mean())}[correct] / 4  # fmt: skip
+                             "answer": answer, "twin": (answer + replay) / 2, "gspo": clipped((pi - old[i]).mean())}[correct] / 4  # fmt: skip
         losses.append(total.detach())
         for p, g in zip(other.parameters(), torch.autograd.grad(total, list(other.parameters()))):
             p.data -= lr * g
@@ -2323,7 +2324,7 @@ def learn_equals_formulas(correct, lr=3.0):
 
 
 def test_learn_by_hand():
-    for correct in ("none", "both", "bypass", "gspo", "replay", "twin"):
+    for correct in ("none", "both", "answer", "bypass", "gspo", "replay", "twin"):
         learn_equals_formulas(correct)
     for correct, right, wrong in (("bypass", 'how.anchor == "dense"', "True"), ("both", 'how.anchor == "dense"', "False"),
                                   ("twin", " / len(views)", ""), ("twin", "loss.mean()", "loss[-1]"), ("gspo", ", how.level", ""),

@@ -21,9 +21,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
 
 # An arm's name is CORRECTION-BUDGET[-COMPRESSOR[-BUFFER[-RECENT]]], or dense-...: what dense rollouts train, read by that sampler.
-FIRST = ["dense-36", *(f"{c}-36" for c in "none both twin_answer".split()), "both-26-rkv-4-16"]
-THEN = [*(f"{c}-36" for c in "bypass reject reweight released tis mis replay twin answer icepop sequence_mask gspo".split()),
-        "none-28", "both-28", "twin_answer-28", "none-36-snapkv", "both-36-snapkv", "both-36-streaming", "both-36-h2o"]  # fmt: skip
+FIRST = ["dense-36", *(f"{c}-36" for c in "none both twin".split()), "both-26-rkv-4-16"]
+THEN = [*(f"{c}-36" for c in "bypass reject reweight released tis mis replay answer icepop sequence_mask gspo".split()),
+        "none-28", "both-28", "twin-28", "none-36-snapkv", "both-36-snapkv", "both-36-streaming", "both-36-h2o"]  # fmt: skip
 
 
 def options(arm):
