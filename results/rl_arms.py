@@ -1,13 +1,12 @@
 """Runs all arms of train_rl.py from one warm start, several at a time on one GPU, and makes a table of them.
 
-    python results/rl_arms.py --out FILE                        all arms, 3 seeds: about half an hour of one GPU
-    python results/rl_arms.py --out FILE --limit 540 --seeds 0 --arms dense none-32 both-32     three arms, one seed, within 9 minutes
-    python results/rl_arms.py --out FILE --arms dense both-32 --seeds 0 -- --steps 50     what follows -- goes to every run
-    python results/rl_arms.py --table FILE                      the table of what is there
+    python results/rl_arms.py --out FILE --arms dense-36 none-36 both-36 -- --steps 150 --lr 1.5e-4    three of them, 3 seeds: 6 minutes
+    python results/rl_arms.py --out FILE --limit 540 --seeds 0      all arms, one seed, cut off after 9 minutes
+    python results/rl_arms.py --table FILE                          the table of what is there
 
-A step took about 0.2 s of an H200 that four runs shared: 100 steps x 29 arms x 3 seeds are 29 minutes; the warm start takes 2 more.
-FILE: of the log.jsonl of every run what KEPT names, with arm and seed; rewritten every 20 seconds, and the table printed every 60, so that a set
-that is cut off leaves what it had.
+What follows -- goes to every run. Five runs shared an H200 at 0.16 s a step: 15 runs of 150 steps took 6 minutes, a warm start 2 more.
+FILE: of the log.jsonl of every run what KEPT names, with arm and seed; rewritten every 20 seconds, and the table printed every 60, so that
+a set that is cut off leaves what it had.
 """
 import argparse
 import contextlib

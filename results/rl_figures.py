@@ -10,6 +10,7 @@ import rl_arms  # noqa: E402
 HERE = pathlib.Path(__file__).resolve().parent
 PANELS = (("solved", "solved when sampling (T = 1)"), ("dense_greedy", "held out, greedy, full cache"),
           ("sparse_greedy", "held out, greedy, compressed cache"), ("k3", "KL(sampler || dense), k3"))  # fmt: skip
+SHOWN = ("dense", "none", "both", "replay", "twin")
 
 
 def curve(entries, name, smooth=5):
@@ -24,7 +25,7 @@ def curve(entries, name, smooth=5):
 def draw(name):
     arms = rl_arms.read(HERE / f"{name}.jsonl")
     figure, axes = plt.subplots(1, 4, figsize=(18, 4))
-    for color, arm in [(f"C{i}", a) for i, a in enumerate(arms)]:
+    for color, arm in [(f"C{i}", a) for i, a in enumerate(a for a in arms if a.split("-")[0] in SHOWN)]:
         for axis, (what, _) in zip(axes, PANELS):
             if arm.startswith("dense") and what == "k3":
                 continue  # 0 up to rounding
@@ -38,7 +39,7 @@ def draw(name):
     for axis, (_, title) in zip(axes, PANELS):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[3].set(yscale="log")
+    axes[3].set(yscale="log", ylim=(1e-2, 3))
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(HERE / f"{name}.png", dpi=110)

@@ -21,7 +21,8 @@ from train_lm import LM, PRESETS, Config, Objective, make_optimizer  # noqa: E40
 
 # a kernel's name -> what it is for; the first that fits
 KINDS = {"attention": ("flash", "fmha", "cudnn_generated", "forward_kernel", "dq_kernel", "dkv_kernel", "sum_kernel"),
-         "choosing blocks": ("score_kernel", "select_kernel", "sort", "Sort", "searchsorted", "scan"), "rope, gates": ("rope_kernel", "mix_kernel"),
+         "choosing blocks": ("score_kernel", "select_kernel", "sort", "Sort", "searchsorted", "scan"),
+         "rope, gates": ("rope_kernel", "mix_kernel"),
          "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"), "optimizer": ("multi_tensor", "Adam")}  # fmt: skip
 
 
@@ -76,8 +77,9 @@ def main():
             cfg = Config(**{**PRESETS[given.preset], "preset": given.preset, "attn": attn, "context": context, "vocab": 257})
             seconds, weights, peak, shares = measure(cfg)
             rate = 6 * weights * 32768 / seconds / 790e12
-            print(f"{context:6} {attn}: {32768 / seconds:9,.0f} tokens/s, {rate:.0%} of the matmul rate, {peak:.1f} GiB; GPU time: "
-                  + ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares.items(), key=lambda x: -x[1])), flush=True)  # fmt: skip
+            most = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares.items(), key=lambda x: -x[1]))
+            print(f"{context:6} {attn}: {32768 / seconds:9,.0f} tokens/s, {rate:.0%} of the matmul rate, {peak:.1f} GiB; GPU time: {most}",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
