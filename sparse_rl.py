@@ -2,7 +2,8 @@
 
 Sampling answers fills the cache; a sampler that keeps only `budget` entries per head runs more answers in the same memory. But then it
 samples from another policy than the one that is trained, and training on its answers as if they were the policy's own ends badly (the
-README shows it). Sparse-RL keeps three policies apart, and weighs each token by what separates the first two:
+README shows it). Sparse-RL keeps three policies apart, and weighs each token (ours: each answer) by what separates
+the first two:
 
     pi_s   sampler     old weights, compressed history          log-probabilities recorded while sampling
     pi_o   dense old   the same weights, full history           one pass over the finished answers
@@ -12,8 +13,8 @@ README shows it). Sparse-RL keeps three policies apart, and weighs each token by
 
     1) score      what an entry is worth: R-KV, SnapKV, H2O, StreamingLLM, ..., per layer and KV head
     2) keep       the best `budget` of a row, window and sinks among them, in their order and with their old positions
-    3) replay     or the learner reads exactly what the sampler had: xi = 1, and the compressed policy itself is trained
-    4) correct    from log xi: a weight per token, and which tokens the average counts
+    3) replay     or the learner reads exactly what the sampler had: xi = 1, and the compressed policy itself is trained; `twin` does both
+    4) correct    from log xi: a weight per token or answer, and which tokens the average counts
     5) objective  clipped policy gradient, each token's term times its weight
     6) watch      statistics of log xi: how far the sampler is from the dense policy, and what the correction throws away
 

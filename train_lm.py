@@ -1,7 +1,7 @@
 """Pretraining: one Transformer for --attn gqa | nsa | asa, its data, its loop, its evaluation.
 
     python train_lm.py --small                    an ASA model of 1 M parameters on a CPU, offline, 2 minutes
-    python train_lm.py                            30 M parameters, 4k context, one GPU, about 5 minutes
+    python train_lm.py                            30 M parameters, 4k context, one GPU, a few minutes
     python train_lm.py --preset 340m --data a.txt b.txt
     torchrun --nproc_per_node=2 train_lm.py ...   the same run on 2 GPUs (or CPU processes): same batches, same losses
     python train_lm.py --resume --name NAME       go on with out/NAME

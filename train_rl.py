@@ -1,6 +1,6 @@
 """Reinforcement learning: GRPO on tasks with exact rewards, with rollouts from a full or from a compressed cache.
 
-    python train_rl.py --small                    reduces sums on a CPU, offline, under 4 minutes, its warm start included
+    python train_rl.py --small --name small       reduces sums on a CPU, offline, under 4 minutes, its warm start included
     python train_rl.py                            the same at full size on one GPU: 2 minutes of warm start, a minute of RL
     python train_rl.py --warm out/rl-sums-both --correct none     another arm from the same warm start: nothing corrected
     python train_rl.py --resume --name NAME       go on with out/NAME
