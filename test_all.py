@@ -2438,9 +2438,9 @@ def test_rl_learns_or_says_not():
 
 def test_arms_script_runs_and_makes_a_table():
     with tempfile.TemporaryDirectory() as tmp:
-        own = ["--out", f"{tmp}/arms.jsonl", "--runs", f"{tmp}/runs", "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8-rkv-2"]
+        own = ["--out", f"{tmp}/arms.jsonl", "--runs", f"{tmp}/runs", "--processes", 1, "--seeds", 0, "--arms", "dense", "none-8-rkv-2-2"]
         said, _ = run(*own, "--", *RL_QUICK[:-6], "--steps", 2, script="results/rl_arms.py")
-        assert re.search(r"dense +1 +2", said) and re.search(r"none-8-rkv-2 +1 +2", said), said
+        assert re.search(r"dense +1 +2", said) and re.search(r"none-8-rkv-2-2 +1 +2", said), said
 
 
 def results_script(name):

@@ -19,15 +19,15 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
 
-# An arm's name is CORRECTION-BUDGET[-COMPRESSOR[-BUFFER[-RECENT]]], or dense-...: what dense rollouts train, read by that sampler.
+# An arm's name is CORRECTION[-BUDGET[-COMPRESSOR[-BUFFER[-RECENT]]]], or dense-...: what dense rollouts train, read by that sampler.
 FIRST = ["dense-36", *(f"{c}-36" for c in "none both twin".split()), "both-26-rkv-4-16"]
 THEN = [*(f"{c}-36" for c in "bypass reject reweight released tis mis replay answer icepop sequence_mask gspo".split()),
         "none-28", "both-28", "twin-28", "none-36-snapkv", "both-36-snapkv", "both-36-streaming", "both-36-h2o"]  # fmt: skip
 
 
 def options(arm):
-    correct, budget, *rest = arm.split("-")
-    compressor, buffer, recent = (*rest, *("rkv", "8", "8")[len(rest) :])
+    correct, *rest = arm.split("-")
+    budget, compressor, buffer, recent = (*rest, *("36", "rkv", "8", "8")[len(rest) :])
     how = ["--rollout", "dense"] if correct == "dense" else ["--correct", correct]
     cache = ["--budget", budget, "--compressor", compressor, "--buffer", buffer, "--recent", recent]
     return [*how, *cache, *(["--sinks", 4] if compressor == "streaming" else []), *(["--clip", 4e-4] if correct == "gspo" else [])]
