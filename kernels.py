@@ -169,19 +169,27 @@ if triton is not None:
         return s
 
     @triton.jit
+    def tile_of_queries(q, T, h: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+                        BQ: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+        """This program's group, tile, and its BM rows: positions t, which are ok, where they lie in the group, queries [q ; q2]."""
+        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)  # long walks first
+        m = tl.arange(0, BM)
+        t, head = tile * BQ + m // HP, m % HP  # (BM,)
+        ok, row = (head < h) & (m // HP < BQ) & (t < T), head * T + t  # (BM,)
+        q += bg * h * T * (DK + D2)
+        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
+        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        return bg, tile, t, ok, row, queries, queries2
+
+    @triton.jit
     def forward_kernel(q, k, k2, v, lists, out, lse, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
                        DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
                        SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
                        BN: tl.constexpr):  # fmt: skip
         """One program: BQ queries x the h heads of a group, against the keys of their walk: online softmax, base 2."""
-        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)  # long walks first
-        m = tl.arange(0, BM)
-        t, head, group = tile * BQ + m // HP, m % HP, bg * h * T
-        ok, row = (head < h) & (m // HP < BQ) & (t < T), head * T + t
-        q, out, lse = q + group * (DK + D2), out + group * DV, lse + group
+        bg, tile, t, ok, row, queries, queries2 = tile_of_queries(q, T, h, HP, DK, PK, D2, P2, BQ, BM)
         low, high = span(t, S, l, d, window)  # (BM,)
-        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
-        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
+        out, lse = out + bg * h * T * DV, lse + bg * h * T
         k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
         if BLOCK > 0:
             lists += (bg * tl.num_programs(0) + tile) * n
@@ -217,15 +225,10 @@ if triton is not None:
                   SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr):  # fmt: skip
         """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j with delta = do . o, which is kept for the keys' turn."""
-        bg, tile = tl.program_id(1).to(tl.int64), tl.num_programs(0) - 1 - tl.program_id(0)
-        m = tl.arange(0, BM)
-        t, head, group = tile * BQ + m // HP, m % HP, bg * h * T
-        ok, row = (head < h) & (m // HP < BQ) & (t < T), head * T + t
-        q, out, lse = q + group * (DK + D2), out + group * DV, lse + group
+        bg, tile, t, ok, row, queries, queries2 = tile_of_queries(q, T, h, HP, DK, PK, D2, P2, BQ, BM)
         low, high = span(t, S, l, d, window)  # (BM,)
-        queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
-        queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
-        dout, delta, dq = dout + group * DV, delta + group, dq + group * (DK + D2)
+        group = bg * h * T
+        out, lse, dout, delta, dq = out + group * DV, lse + group, dout + group * DV, delta + group, dq + group * (DK + D2)
         douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
         inner = tl.sum(douts.to(tl.float32) * load_rows(out, row, ok, DV, PV, DV).to(tl.float32), 1)  # (BM,)
         tl.store(delta + row, inner, mask=ok)

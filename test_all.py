@@ -727,7 +727,7 @@ def test_kernels_address_more_than_2_to_31_elements():
     for what, a, b in zip(("output", "lists", "dq", "dk", "dv", "dk of blocks", "dv of blocks"), *results):
         # Few blocks are split over more programs when alone. Where they are not, a sum runs over 2 million rows on the tensor cores, which
         # truncate: 0.55 % were seen.
-        same = off(a, b) < 2e-2 if "blocks" in what else torch.equal(a, b)
+        same = off(a, b) < 1e-2 if "blocks" in what else torch.equal(a, b)
         assert same, f"{what}: the last group alone differs by {off(a, b):.1e}"
 
 
