@@ -147,8 +147,9 @@ class Compressor:
     name: str
     budget: int
     buffer: int
-    window: int = 8  # the newest entries, always kept; also the number A of recent queries
+    window: int = 8  # the newest entries, always kept
     sinks: int = 0  # the first entries, always kept (StreamingLLM: 4)
+    queries: int = 8  # A, the newest queries, that score the others
 
     def __post_init__(self):
         if self.budget <= self.window + self.sinks or self.buffer < 1:
@@ -161,7 +162,7 @@ class Compressor:
     @property
     def needs(self):
         """What the caches have to hold beside keys and values, as GQA.new_cache takes it."""
-        return {"recent": self.window if self.name in ("rkv", "snapkv", "value") else 0, "mass": self.name == "h2o"}
+        return {"recent": self.queries if self.name in ("rkv", "snapkv", "value") else 0, "mass": self.name == "h2o"}
 
     def choose(self, layer):
         """The slots of one layer to keep -> (B, G, budget)."""

@@ -63,7 +63,8 @@ class Config:
     compressor: str = option("rkv", "what decides which entries stay: " + ", ".join(SCORES))
     budget: int = option(32, "entries per layer and head that a compression leaves")
     buffer: int = option(8, "tokens between two compressions")
-    recent: int = option(8, "newest entries that always stay, and queries that score the others")
+    recent: int = option(8, "newest entries that always stay")
+    queries: int = option(8, "newest queries, that score the other entries")
     sinks: int = option(0, "first entries that always stay")
     # learner
     correct: str = option("both", "correction of what compression changes: " + ", ".join(CORRECTIONS))
@@ -87,7 +88,7 @@ class Config:
 
     @property
     def compress(self):
-        return Compressor(self.compressor, self.budget, self.buffer, self.recent, self.sinks)
+        return Compressor(self.compressor, self.budget, self.buffer, self.recent, self.sinks, self.queries)
 
     @property
     def correction(self) -> Correction:
@@ -96,7 +97,7 @@ class Config:
 
 PRESETS = {
     "small": dict(size=4, largest=9, layers=2, width=64, heads=4, groups=4, warm_steps=2500, warm_batch=32, warm_lr=8e-3,
-                  budget=18, buffer=4, recent=4, problems=32, steps=60, lr=5e-4, held_out=256, eval_every=20),
+                  budget=18, buffer=4, recent=4, queries=4, problems=32, steps=60, lr=5e-4, held_out=256, eval_every=20),
     "base": dict(),
 }
 # What a run with a preset's own settings reaches, by arm and seed (a warm start differs much from seed to seed): the share of held-out
@@ -104,7 +105,7 @@ PRESETS = {
 EXPECTED = {("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6)},
             ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.3, 0.7)}}  # fmt: skip
 # what a resumed run cannot change
-FIXED = "task size largest attn layers width heads groups window rollout compressor budget buffer recent sinks correct".split()
+FIXED = "task size largest attn layers width heads groups window rollout compressor budget buffer recent queries sinks correct".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Runs all arms of train_rl.py from one warm start, several at a time on one GPU, and makes a table of them.
+"""Runs all arms of train_rl.py from one warm start, several at a time on each GPU, and makes a table of them.
 
     python results/rl_arms.py --out FILE --arms dense-36 none-36 both-36 -- --steps 150 --lr 1.5e-4    three of them, 3 seeds: 6 minutes
     python results/rl_arms.py --out FILE --limit 540 --seeds 0      all arms, one seed, cut off after 9 minutes
@@ -12,14 +12,18 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import pathlib
 import sys
 import time
 
+import torch
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
 
-# An arm's name is CORRECTION[-BUDGET[-COMPRESSOR[-BUFFER[-RECENT]]]], or dense-...: what dense rollouts train, read by that sampler.
+# An arm's name is CORRECTION[-BUDGET[-COMPRESSOR[-BUFFER[-RECENT[-QUERIES]]]]], as many queries as recent entries where it does not say;
+# or dense-...: what dense rollouts train, read by that sampler.
 FIRST = ["dense-36", *(f"{c}-36" for c in "none both twin".split()), "both-26-rkv-4-16"]
 THEN = [*(f"{c}-36" for c in "bypass reject reweight released tis mis replay answer icepop sequence_mask gspo".split()),
         "none-28", "both-28", "twin-28", "none-36-snapkv", "both-36-snapkv", "both-36-streaming", "both-36-h2o"]  # fmt: skip
@@ -27,14 +31,16 @@ THEN = [*(f"{c}-36" for c in "bypass reject reweight released tis mis replay ans
 
 def options(arm):
     correct, *rest = arm.split("-")
-    budget, compressor, buffer, recent = (*rest, *("36", "rkv", "8", "8")[len(rest) :])
+    budget, compressor, buffer, recent = (*rest, *("36", "rkv", "8", "8")[len(rest) :])[:4]
+    queries = rest[4] if len(rest) > 4 else recent
     how = ["--rollout", "dense"] if correct == "dense" else ["--correct", correct]
-    cache = ["--budget", budget, "--compressor", compressor, "--buffer", buffer, "--recent", recent]
+    cache = ["--budget", budget, "--compressor", compressor, "--buffer", buffer, "--recent", recent, "--queries", queries]
     return [*how, *cache, *(["--sinks", 4] if compressor == "streaming" else []), *(["--clip", 4e-4] if correct == "gspo" else [])]
 
 
-def work(jobs, folder):
-    """A process: runs one after the other, so that it starts CUDA and compiles once."""
+def work(jobs, folder, gpu):
+    """A process on one GPU: runs one after the other, so that it starts CUDA and compiles once."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     while job := jobs.get():
         name, words = job
         with open(folder / f"{name}.txt", "w", buffering=1) as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
@@ -109,7 +115,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/arms.jsonl"), help="the file")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("out/arms"), help="folder of the runs, warm start included")
     parser.add_argument("--limit", type=float, default=3600, help="seconds, warm start included")
-    parser.add_argument("--processes", type=int, default=5, help="runs at a time")
+    parser.add_argument("--processes", type=int, default=5, help="runs at a time on each GPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[])
     parser.add_argument("--warm", help="a run whose warm start is taken instead of making one")
@@ -127,10 +133,11 @@ def main():
     arms = [(arm, seed) for some in ([given.arms] if given.arms else [FIRST, THEN]) for seed in given.seeds for arm in some]
     jobs = [(f"{arm}_{seed}", [*extra, *warm, "--seed", seed, *options(arm)]) for arm, seed in arms]
     queue = context.SimpleQueue()
-    processes = [context.Process(target=work, args=(queue, folder), daemon=True) for _ in range(given.processes)]
+    workers = given.processes * max(1, torch.cuda.device_count())
+    processes = [context.Process(target=work, args=(queue, folder, n // given.processes), daemon=True) for n in range(workers)]
     for p in processes:
         p.start()
-    for job in [*jobs, *[None] * given.processes]:
+    for job in [*jobs, *[None] * workers]:
         queue.put(job)
     said = shown = time.time()
     while any(p.is_alive() for p in processes) and time.time() - began < given.limit:
