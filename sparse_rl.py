@@ -154,6 +154,8 @@ class Compressor:
     def __post_init__(self):
         if self.budget <= self.window + self.sinks or self.buffer < 1:
             raise ValueError(f"the budget {self.budget} must be more than window {self.window} + sinks {self.sinks}, the buffer at least 1")
+        if self.queries < 1 or self.needs["recent"] > self.budget:  # all of them have been read when the first entry goes
+            raise ValueError(f"the queries that score, {self.queries}, must be 1 to the budget {self.budget}")
 
     @property
     def slots(self):

@@ -1736,7 +1736,7 @@ def test_no_network_and_no_triton_needed():
 # sparse_rl.py
 
 
-def entries(B=3, H=4, G=2, S=20, D=8, A=4, window=4, lengths=(20, 13, 5)):
+def entries(B=3, H=4, G=2, S=20, D=8, A=3, window=4, lengths=(20, 13, 5)):
     """Random caches of three different lengths, some keys much alike."""
     length = torch.tensor(lengths)
     pos = torch.arange(S).expand(B, G, S).masked_fill(torch.arange(S) >= length[:, None, None], -1)
@@ -1920,7 +1920,7 @@ def test_ragged_rows_equal_single_rows():
 
 def no_slot_beyond_the_cap(name="rkv"):
     model, most = lm("gqa"), []
-    compress = Compressor(name, 12, 5, 4)
+    compress = Compressor(name, 12, 5, 4, queries=3)
     count = lambda decoder: most.append(decoder.cache.layers[0]["tokens"].length.clone())
     _, decoder = sampled(model, prompts_of(model, 3, 44), 40, compress, watch=count)
     most = torch.stack(most)  # (rounds, rows)
@@ -1928,7 +1928,7 @@ def no_slot_beyond_the_cap(name="rkv"):
     layers = decoder.cache.layers
     assert {t.shape[2] for layer in layers for t in (*layer["tokens"].data, layer["tokens"].pos)} == {17}, "allocated"
     per_slot = 2 * 8 * 8  # 2 groups of width 8, fp64
-    extra = {"rkv": 4 * 4 * 8 * 8, "h2o": 17 * 2 * 4}.get(name, 0)  # the ring of 4 queries of 4 heads; masses in fp32
+    extra = {"rkv": 3 * 4 * 8 * 8, "h2o": 17 * 2 * 4}.get(name, 0)  # the ring of 3 queries of 4 heads; masses in fp32
     assert decoder.cache.nbytes == 4 * 2 * (17 * 2 * per_slot + extra), "layers x rows x slots x (keys, values), and what scores need"
     for layer in layers:
         pos = layer["tokens"].pos
@@ -2412,7 +2412,7 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
     with tempfile.TemporaryDirectory() as tmp:
         torn = pathlib.Path(tmp, "torn.pt")
         torn.write_bytes(b"no checkpoint")
-        for args in ("--wrong", "--task chess", "--budget 2", "--buffer 0", "--group-size 1", "--minibatches 3", "--attn asa", "--width 30",
+        for args in ("--wrong", "--task chess", "--budget 2", "--buffer 0", "--queries 0", "--group-size 1", "--minibatches 3", "--attn asa", "--width 30",
                      "--warm nowhere", f"--warm {torn}", "--resume", "--clip 2", "--correct twice", "--size 0", "--sinks 7", "--task words "
                      "--correct replay", *["--device cuda"] * (not torch.cuda.is_available())):  # fmt: skip
             code, _, err = in_rl("--out", tmp, "--name", "bad", *args.split())

@@ -49,7 +49,7 @@ def work(jobs, folder, gpu):
 
 # what is kept of a run's log, to 4 digits
 KEPT = ("step solved k3 vetoed xi_mean ess entropy length no_signal norm tokens_per_second dense_greedy sparse_greedy final seconds "
-        "cache_bytes dense_bytes").split()  # fmt: skip
+        "cache_bytes dense_bytes hardware").split()  # fmt: skip
 
 
 def short(entry):
@@ -92,7 +92,7 @@ def figures(entries):
 
 def table(path):
     """Mean and spread (standard deviation; - of one seed) over the finished runs of an arm. A run that was cut off: a line of its own, *."""
-    print(f"{'arm':18} {'seeds':5} {'steps':5} {'solved T=1':>12} {'dense greedy':>13} {'sparse greedy':>13} {'lowest dense':>12} "
+    print(f"{'arm':22} {'seeds':5} {'steps':5} {'solved T=1':>12} {'dense greedy':>13} {'sparse greedy':>13} {'lowest dense':>12} "
           f"{'vetoed':>7} {'k3':>8} {'KV saved':>8} {'tokens/s':>8}")  # fmt: skip
     lines = []
     for arm, seeds in read(path).items():
@@ -105,7 +105,7 @@ def table(path):
             mean, n = [sum(c) / len(c) for c in columns], len(columns[0])
             sd = [f"{(sum((x - m) ** 2 for x in c) / (n - 1)) ** 0.5:.3f}" if n > 1 else "-" for c, m in zip(columns, mean)]
             pair = lambda i: f"{mean[i]:.3f} ±{sd[i]}"
-            print(f"{name:18} {n:5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} "
+            print(f"{name:22} {n:5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} "
                   f"{mean[5]:7.3f} {mean[6]:8.1e} {mean[7]:8.1%} {mean[8]:8.0f}")  # fmt: skip
     print("* cut off before its last step" if any(name.endswith("*") for name, _ in lines) else "", flush=True)
 
