@@ -1,10 +1,10 @@
 """Runs all arms of train_rl.py from one warm start, several at a time on each GPU, and makes a table of them.
 
-    python results/rl_arms.py --out FILE --arms dense-36 none-36 both-36 -- --steps 150 --lr 1.5e-4    three of them, 3 seeds: 6 minutes
-    python results/rl_arms.py --out FILE --limit 540 --seeds 0      all arms, one seed, cut off after 9 minutes
-    python results/rl_arms.py --table FILE                          the table of what is there
+    python results/rl_arms.py --out FILE                                all of them, 3 seeds: 18 minutes and a warm start
+    python results/rl_arms.py --out FILE --arms none twin -- --lr 2e-4  two of them, another learning rate: 3 minutes
+    python results/rl_arms.py --table FILE                              the table of what is there
 
-What follows -- goes to every run. Five runs shared an H200 at 0.16 s a step: 15 runs of 150 steps took 6 minutes, a warm start 2 more.
+What follows -- goes to every run. Five runs shared an H200 at 0.16 s a step, 150 steps a run; a warm start takes 2 minutes more.
 FILE: of the log.jsonl of every run what KEPT names, with arm and seed; rewritten every 20 seconds, and the table printed every 60, so that
 a set that is cut off leaves what it had.
 """
@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import pathlib
 import sys
 import time
@@ -22,25 +21,26 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
 
-# An arm's name is CORRECTION[-BUDGET[-COMPRESSOR[-BUFFER[-RECENT[-QUERIES]]]]], as many queries as recent entries where it does not say;
-# or dense-...: what dense rollouts train, read by that sampler.
-FIRST = ["dense-36", *(f"{c}-36" for c in "none both twin".split()), "both-26-rkv-4-16"]
-THEN = [*(f"{c}-36" for c in "bypass reject reweight released tis mis replay answer icepop sequence_mask gspo".split()),
-        "none-28", "both-28", "twin-28", "none-36-snapkv", "both-36-snapkv", "both-36-streaming", "both-36-h2o"]  # fmt: skip
+# An arm's name is CORRECTION, with the run's own sampler, or CORRECTION-BUDGET-COMPRESSOR-BUFFER-RECENT-QUERIES, where the last parts may
+# be left out: 36-rkv-8-8, and as many queries as recent entries. dense-...: what dense rollouts train, read by that sampler.
+FIRST = ["dense", "none", "both", "twin"]
+THEN = [*"bypass reject reweight released tis mis".split(), "none-26-rkv-8-16-8", "both-26-rkv-8-16-8", "both-28-streaming-4"]
 
 
 def options(arm):
     correct, *rest = arm.split("-")
-    budget, compressor, buffer, recent = (*rest, *("36", "rkv", "8", "8")[len(rest) :])[:4]
-    queries = rest[4] if len(rest) > 4 else recent
     how = ["--rollout", "dense"] if correct == "dense" else ["--correct", correct]
-    cache = ["--budget", budget, "--compressor", compressor, "--buffer", buffer, "--recent", recent, "--queries", queries]
-    return [*how, *cache, *(["--sinks", 4] if compressor == "streaming" else []), *(["--clip", 4e-4] if correct == "gspo" else [])]
+    if rest:
+        budget, compressor, buffer, recent = (*rest, *("36", "rkv", "8", "8")[len(rest) :])[:4]
+        how += ["--budget", budget, "--compressor", compressor, "--buffer", buffer, "--recent", recent]
+        how += ["--queries", rest[4] if len(rest) > 4 else recent, *(["--sinks", 4] if compressor == "streaming" else [])]
+    return [*how, *(["--clip", 4e-4] if correct == "gspo" else [])]
 
 
 def work(jobs, folder, gpu):
     """A process on one GPU: runs one after the other, so that it starts CUDA and compiles once."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
     while job := jobs.get():
         name, words = job
         with open(folder / f"{name}.txt", "w", buffering=1) as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--limit", type=float, default=3600, help="seconds, warm start included")
     parser.add_argument("--processes", type=int, default=5, help="runs at a time on each GPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=[])
+    parser.add_argument("--arms", nargs="+", default=[], help="their names, see options(); all of them by default")
     parser.add_argument("--warm", help="a run whose warm start is taken instead of making one")
     parser.add_argument("--table", help="only the table of this file")
     own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])

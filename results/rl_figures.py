@@ -11,9 +11,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 PANELS = (("solved", "solved when sampling (T = 1)"), ("dense_greedy", "held out, greedy, full cache"),
           ("sparse_greedy", "held out, greedy, compressed cache"), ("k3", "KL(sampler || dense), k3"))  # fmt: skip
 SHOWN = ("dense", "none", "bypass", "both", "replay", "twin")
-# a figure: its rows, each of one log and of the arms with this sampler
-FIGURES = {"rl-arms": (("rl-arms", "-22-rkv-4-18-4", "learning rate 1.5e-4"), ("rl-arms-2e-4", "-22-rkv-4-18-4", "2e-4")),
-           "rl-small": (("rl-small", "", ""),)}  # fmt: skip
+# a figure: its rows, each of one log
+FIGURES = {"rl-arms": {"rl-arms": "learning rate 1.5e-4", "rl-arms-2e-4": "learning rate 2e-4"}, "rl-small": {"rl-small": ""}}
 
 
 def curve(entries, name, smooth=3):
@@ -27,17 +26,16 @@ def curve(entries, name, smooth=3):
 
 def draw(figure_name, rows):
     figure, grid = plt.subplots(len(rows), 4, figsize=(18, 4 * len(rows)), squeeze=False)
-    for axes, (log, sampler, label) in zip(grid, rows):
-        arms = {arm: seeds for arm, seeds in rl_arms.read(HERE / f"{log}.jsonl").items() if arm.endswith(sampler)}
-        for i, shown in enumerate(SHOWN):
-            for arm, seeds in arms.items():
-                if arm.split("-")[0] == shown:
-                    band(axes, seeds.values(), shown, f"C{i}")
+    for axes, (log, label) in zip(grid, rows.items()):
+        arms = rl_arms.read(HERE / f"{log}.jsonl")
+        for i, arm in enumerate(SHOWN):
+            if arm in arms:
+                band(axes, arms[arm].values(), arm, f"C{i}")
         for axis, (_, title) in zip(axes, PANELS):
             axis.set(title=title, xlabel="step")
             axis.grid(alpha=0.3)
         axes[0].set(ylabel=label)
-        axes[3].set(yscale="log", ylim=(1e-4 if sampler else 1e-2, 3))
+        axes[3].set(yscale="log", ylim=(1e-4, 3))
         axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(HERE / f"{figure_name}.png", dpi=110)
