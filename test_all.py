@@ -2450,6 +2450,20 @@ def results_script(name):
     return module
 
 
+def test_compressors_script_knows_the_full_cache():
+    """The sampler that evicts nothing is the dense policy; one that evicts is not, and saves bytes."""
+    script = results_script("rl_compressors")
+    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()) as said:
+        assert in_rl("--out", tmp, "--name", "start", "--steps", 0, "--warm-steps", 150, "--warm-lr", 8e-3)[0] == 0
+        with swapped(script, "TRIED", [("rkv", 6, 2, 2, 0, 2), ("streaming", 6, 2, 2, 0, 2)]):
+            script.main(f"{tmp}/start", problems=8)
+        run("no such folder", script="results/rl_compressors.py", code=2)
+    full, rkv, streaming = ([float(x) for x in re.findall(r"(-?[\d.]+)%? ", line.split("|")[1] + " ")]
+                            for line in said.getvalue().splitlines()[3:])  # fmt: skip
+    assert full[0] == 0 and abs(full[3]) < 1e-4 and full[4] == 0, full
+    assert rkv[0] > 20 and rkv[3] > 1e-3 and streaming[0] > rkv[0], (rkv, streaming)
+
+
 def test_arms_table_leaves_out_unfinished_runs():
     lines = []
     for arm, seed, value, final in (("one", 0, 0.5, True), ("two", 0, 0.25, True), ("two", 1, 0.75, True), ("two", 2, 0.0, False)):

@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import sparse_rl  # noqa: E402
+import train_lm  # noqa: E402
 import train_rl  # noqa: E402
 from mtp import Decoder  # noqa: E402
 from sparse_rl import Compressor  # noqa: E402
@@ -47,5 +48,10 @@ def main(run, problems=256):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    main(sys.argv[1])
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(sys.argv[1])
+    except train_lm.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
