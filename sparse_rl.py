@@ -149,7 +149,7 @@ class Compressor:
     buffer: int
     window: int = 8  # the newest entries, always kept
     sinks: int = 0  # the first entries, always kept (StreamingLLM: 4)
-    queries: int = 8  # A, the newest queries, that score the others
+    queries: int = 8  # A, the newest queries, that score the others; beyond the window, some of them have not seen all that they score
 
     def __post_init__(self):
         if self.budget <= self.window + self.sinks or self.buffer < 1:

@@ -2433,7 +2433,8 @@ def test_rl_learns_or_says_not():
     for solved, greedy, ok in (([0.2] * 30 + [0.7] * 30, 0.95, True), ([0.2] * 60, 0.95, False), ([0.2] * 30 + [0.7] * 30, 0.5, False)):
         line, got = train_rl.verdict(cfg, greedy, solved)
         assert got is ok and line.endswith("OK" if ok else "NOT"), line
-    assert train_rl.verdict(dataclasses.replace(cfg, correct="none"), 0.0, [])[1] is None, "no expectation, no verdict"
+    for other in ({"correct": "none"}, {"task": "words"}, {"seed": 7}):
+        assert train_rl.verdict(dataclasses.replace(cfg, **other), 0.0, [])[1] is None, f"{other}: no expectation, no verdict"
 
 
 def test_arms_script_runs_and_makes_a_table():
@@ -2455,9 +2456,10 @@ def test_compressors_script_knows_the_full_cache():
     script = results_script("rl_compressors")
     with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()) as said:
         assert in_rl("--out", tmp, "--name", "start", "--steps", 0, "--warm-steps", 150, "--warm-lr", 8e-3)[0] == 0
-        with swapped(script, "TRIED", [("rkv", 6, 2, 2, 0, 2), ("streaming", 6, 2, 2, 0, 2)]):
-            script.main(f"{tmp}/start", problems=8)
-        run("no such folder", script="results/rl_compressors.py", code=2)
+        script.main(f"{tmp}/start", "rkv-6-2-2-0-2", "streaming-6-2-2-0-2", problems=8)
+        for wrong in (["no such folder"], *([f"{tmp}/start", c] for c in ("rkv-6", "x-6-2-2-0-2", "rkv-2-2-2-0-2"))):
+            _, err = run(*wrong, script="results/rl_compressors.py", code=2)
+            assert err.startswith("error: ") and err.count("\n") == 1, err
     full, rkv, streaming = ([float(x) for x in re.findall(r"(-?[\d.]+)%? ", line.split("|")[1] + " ")]
                             for line in said.getvalue().splitlines()[3:])  # fmt: skip
     assert full[0] == 0 and abs(full[3]) < 1e-4 and full[4] == 0, full

@@ -1,4 +1,7 @@
-"""How near a compressed sampler is to the full cache, before any RL: one policy, many compressors. `python results/rl_compressors.py RUN`
+"""How near a compressed sampler is to the full cache, before any RL: one policy, many compressors.
+
+    python results/rl_compressors.py RUN                                        those of TRIED, for train_rl.py's usual sums
+    python results/rl_compressors.py RUN rkv-22-4-4-0-8 snapkv-22-4-4-0-8       these: name, budget, buffer, recent, sinks, queries
 
 RUN: the folder of a run of train_rl.py; its warm start samples. On a CPU about 15 seconds a line.
 """
@@ -14,16 +17,23 @@ import train_rl  # noqa: E402
 from mtp import Decoder  # noqa: E402
 from sparse_rl import Compressor  # noqa: E402
 
-# name, budget, buffer, recent entries that stay, sinks, queries that score
-TRIED = [("rkv", 36, 8, 8, 0, 8), ("rkv", 36, 8, 12, 0, 8), ("rkv", 28, 8, 8, 0, 8), ("rkv", 28, 8, 16, 0, 16),
-         ("rkv", 26, 4, 16, 0, 16), ("rkv", 26, 8, 12, 0, 8), ("rkv", 26, 8, 16, 0, 8), ("rkv", 26, 8, 16, 0, 4), ("rkv", 22, 8, 16, 0, 8),
-         ("rkv", 22, 8, 16, 0, 4), ("rkv", 22, 4, 18, 0, 4), ("rkv", 20, 4, 18, 0, 2), ("rkv", 18, 4, 16, 0, 4), ("snapkv", 26, 8, 8, 0, 8),
-         ("snapkv", 26, 8, 16, 0, 8), ("value", 26, 8, 16, 0, 8), ("h2o", 30, 8, 8, 0, 8), ("h2o", 30, 8, 16, 0, 8),
-         ("streaming", 28, 4, 8, 4, 8), ("streaming", 24, 4, 8, 0, 8), ("streaming", 22, 4, 8, 0, 8)]  # fmt: skip
+TRIED = """rkv-36-8-8-0-8 rkv-36-8-12-0-8 rkv-28-8-8-0-8 rkv-28-8-16-0-16 rkv-26-4-16-0-16 rkv-26-8-12-0-8 rkv-26-8-16-0-8 rkv-26-8-16-0-4
+rkv-22-8-16-0-8 rkv-22-8-16-0-4 rkv-22-4-18-0-4 rkv-20-4-18-0-2 rkv-18-4-16-0-4 snapkv-26-8-8-0-8 snapkv-26-8-16-0-8 value-26-8-16-0-8
+h2o-30-8-8-0-8 h2o-30-8-16-0-8 streaming-28-4-8-4-8 streaming-24-4-8-0-8 streaming-22-4-8-0-8""".split()
+
+
+def named(text):
+    name, *numbers = text.split("-")
+    if name not in sparse_rl.SCORES or len(numbers) != 5 or not all(n.isdigit() for n in numbers):
+        raise train_lm.UserError(f"{text}: not a compressor like rkv-22-4-18-0-4")
+    try:
+        return Compressor(name, *map(int, numbers))
+    except ValueError as e:
+        raise train_lm.UserError(f"{text}: {e}") from e
 
 
 @torch.no_grad()
-def main(run, problems=256):
+def main(run, *tried, problems=256):
     saved, cfg = train_rl.read_warm(train_rl.Config(warm=run), {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, task = train_rl.build(cfg, device)
@@ -32,7 +42,7 @@ def main(run, problems=256):
     dense = model.new_cache(1, sum(task.room) + 1).nbytes * problems
     print(f"{problems} held-out problems of {cfg.task}; k3: KL from the sampler to the full cache, nats a token; vetoed: share of answers\n\n"
           "compressor  entries  recent sinks queries | saved  greedy  at T = 1    k3   vetoed")  # fmt: skip
-    for compress in [None, *(Compressor(*words) for words in TRIED)]:
+    for compress in [None, *map(named, tried or TRIED)]:
         solved = []
         for temperature in (0.0, 1.0):
             torch.manual_seed(0)
@@ -47,11 +57,11 @@ def main(run, problems=256):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(__doc__, file=sys.stderr)
         sys.exit(2)
     try:
-        main(sys.argv[1])
+        main(*sys.argv[1:])
     except train_lm.UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
