@@ -244,11 +244,11 @@ class GQA(nn.Module):
         self.v = nn.Linear(width, groups * head_width, bias=False)
         self.out = nn.Linear(heads * head_width, width, bias=False)
 
-    def new_cache(self, batch, max_len, margin=8, recent=0, mass=False, **kind):
-        """recent, mass: for sparse_rl.py: the last `recent` queries, a ring; the attention that each slot has received."""
+    def new_cache(self, batch, max_len, margin=8, queries=0, mass=False, **kind):
+        """queries, mass: for sparse_rl.py: so many of the last queries, a ring; the attention that each slot has received."""
         cache = {"tokens": SlotCache(batch, max_len, ((self.groups, self.head_width),) * 2, margin=margin, **kind)}
-        if recent:
-            cache["queries"] = SlotCache(batch, max_len, ((self.heads, self.head_width),), window=recent, margin=margin, **kind)
+        if queries:
+            cache["queries"] = SlotCache(batch, max_len, ((self.heads, self.head_width),), window=queries, margin=margin, **kind)
         if mass:
             cache["mass"] = SlotCache(batch, max_len, ((self.groups, 1),), margin=margin, **{**kind, "dtype": torch.float32})
         return cache

@@ -152,9 +152,10 @@ class Compressor:
     queries: int = 8  # A, the newest queries, that score the others; beyond the window, some of them have not seen all that they score
 
     def __post_init__(self):
-        if self.budget <= self.window + self.sinks or self.buffer < 1:
-            raise ValueError(f"the budget {self.budget} must be more than window {self.window} + sinks {self.sinks}, the buffer at least 1")
-        if self.queries < 1 or self.needs["recent"] > self.budget:  # all of them have been read when the first entry goes
+        if self.budget <= self.window + self.sinks or self.buffer < 1 or self.window < 0 or self.sinks < 0:
+            raise ValueError(f"the budget {self.budget} must be more than window {self.window} + sinks {self.sinks}, both at least 0, "
+                             "the buffer at least 1")  # fmt: skip
+        if self.queries < 1 or self.needs["queries"] > self.budget:  # all of them have been read when the first entry goes
             raise ValueError(f"the queries that score, {self.queries}, must be 1 to the budget {self.budget}")
 
     @property
@@ -164,7 +165,7 @@ class Compressor:
     @property
     def needs(self):
         """What the caches have to hold beside keys and values, as GQA.new_cache takes it."""
-        return {"recent": self.queries if self.name in ("rkv", "snapkv", "value") else 0, "mass": self.name == "h2o"}
+        return {"queries": self.queries if self.name in ("rkv", "snapkv", "value") else 0, "mass": self.name == "h2o"}
 
     def choose(self, layer):
         """The slots of one layer to keep -> (B, G, budget)."""
@@ -189,7 +190,7 @@ class Compressor:
 
 
 class Recorder:
-    """A compressor that remembers which positions it kept: kept (E, layers, B, G, budget) of the last E evictions, -1 = none."""
+    """A compressor that remembers which positions it kept: kept (E, layers, B, G, budget) of up to E evictions, -1 = none."""
 
     def __init__(self, compress, evictions):
         self.compress, self.kept = compress, [None] * evictions
@@ -221,7 +222,7 @@ class Replay:
     """
 
     def __init__(self, kept, given, buffer, T):
-        self.seen = self.used = torch.zeros_like(given)  # (B,)
+        self.seen = self.used = torch.zeros_like(given)  # (B,): this and max_len are what LM asks of a cache
         self.max_len = T
         t = torch.arange(T, device=given.device)
         turn = (t - given[:, None] + 1).div(buffer, rounding_mode="floor")  # (B, T): the eviction before token t, < 0 in the prompt

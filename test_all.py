@@ -2412,8 +2412,11 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
     with tempfile.TemporaryDirectory() as tmp:
         torn = pathlib.Path(tmp, "torn.pt")
         torn.write_bytes(b"no checkpoint")
-        for args in ("--wrong", "--task chess", "--budget 2", "--buffer 0", "--queries 0", "--group-size 1", "--minibatches 3", "--attn asa", "--width 30",
-                     "--warm nowhere", f"--warm {torn}", "--resume", "--clip 2", "--correct twice", "--size 0", "--sinks 7", "--task words "
+        for name, args in (("words", "--task words"), ("asa", "--attn asa --rollout dense")):  # what a warm start brings along counts
+            assert in_rl("--out", tmp, "--name", name, "--steps", 0, "--warm-steps", 1, *args.split())[0] == 0
+        for args in (f"--warm {tmp}/words --correct twin", f"--warm {tmp}/asa", "--resume --warm nowhere", "--lr -1", "--warm-steps 0", "--max-norm -1", "--recent -1",
+                     "--wrong", "--task chess", "--budget 2", "--buffer 0", "--queries 0", "--group-size 1", "--minibatches 3",
+                     "--attn asa", "--width 30", "--warm nowhere", f"--warm {torn}", "--resume", "--clip 2", "--correct twice", "--size 0", "--sinks 7", "--task words "
                      "--correct replay", *["--device cuda"] * (not torch.cuda.is_available())):  # fmt: skip
             code, _, err = in_rl("--out", tmp, "--name", "bad", *args.split())
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, f"{args}: exit code {code}, {err!r}"
@@ -2421,19 +2424,22 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
 
 
 def test_rl_learns_or_says_not():
+    quick = {name[2:].replace("-", "_"): int(v) if v.isdigit() else v for name, v in zip(RL_QUICK[::2], RL_QUICK[1::2])}
+    preset = lambda **more: swapped(train_rl, "PRESETS", {"small": {**quick, **more}})  # as if these were the preset's own settings
     with tempfile.TemporaryDirectory() as tmp:
-        code, said, _ = in_rl("--small", *RL_QUICK, "--out", tmp, "--name", "idle", "--steps", 1, "--check")
+        with preset(steps=1):
+            code, said, _ = in_rl("--small", "--out", tmp, "--name", "idle", "--steps", 1, "--check")
         assert code == 1 and said.strip().endswith("NOT"), "a model that did not learn: NOT, and exit code 1 with --check"
         usual = ("small", "both", 0)
         easy = {usual: {**train_rl.EXPECTED[usual], "greedy": (0.0, 1.0)}}  # as if the warm start were enough
-        with swapped(train_rl, "EXPECTED", easy):
-            code, said, _ = in_rl("--small", *RL_QUICK, "--out", tmp, "--name", "still", "--steps", 3, "--lr", 0, "--check")
+        with swapped(train_rl, "EXPECTED", easy), preset(steps=3, lr=0.0):
+            code, said, _ = in_rl("--small", "--out", tmp, "--name", "still", "--steps", 3, "--lr", 0, "--check")
         assert code == 1 and said.strip().endswith("NOT"), "a learning rate of 0: NOT"
-    cfg = train_rl.Config(preset="small")
+    cfg = train_rl.Config(preset="small", **train_rl.PRESETS["small"])
     for solved, greedy, ok in (([0.2] * 30 + [0.7] * 30, 0.95, True), ([0.2] * 60, 0.95, False), ([0.2] * 30 + [0.7] * 30, 0.5, False)):
         line, got = train_rl.verdict(cfg, greedy, solved)
         assert got is ok and line.endswith("OK" if ok else "NOT"), line
-    for other in ({"correct": "none"}, {"task": "words"}, {"seed": 7}):
+    for other in ({"correct": "none"}, {"task": "words"}, {"seed": 7}, {"lr": 1.0}, {"steps": 0}):
         assert train_rl.verdict(dataclasses.replace(cfg, **other), 0.0, [])[1] is None, f"{other}: no expectation, no verdict"
 
 

@@ -1,10 +1,10 @@
-"""Runs all arms of train_rl.py from one warm start, several at a time on each GPU, and makes a table of them.
+"""Runs arms of train_rl.py from one warm start, several at a time on each GPU, and makes a table of them.
 
-    python results/rl_arms.py --out FILE                                all of them, 3 seeds: 18 minutes and a warm start
-    python results/rl_arms.py --out FILE --arms none twin -- --lr 2e-4  two of them, another learning rate: 3 minutes
-    python results/rl_arms.py --table FILE                              the table of what is there
+    python results/rl_arms.py --out FILE                        the README's table, 3 seeds: 18 minutes and 2 of warm start
+    python results/rl_arms.py --out FILE2 --runs FOLDER2 --warm out/arms/warm_0 --arms none twin -- --lr 2e-4      two of them: 3 minutes
+    python results/rl_arms.py --table FILE                      the table of what is there
 
-What follows -- goes to every run. Five runs shared an H200 at 0.16 s a step, 150 steps a run; a warm start takes 2 minutes more.
+What follows -- goes to every run. Five runs share an H200; each takes 0.7 s a step there, 150 steps.
 FILE: of the log.jsonl of every run what KEPT names, with arm and seed; rewritten every 20 seconds, and the table printed every 60, so that
 a set that is cut off leaves what it had.
 """
@@ -44,12 +44,14 @@ def work(jobs, folder, gpu):
     while job := jobs.get():
         name, words = job
         with open(folder / f"{name}.txt", "w", buffering=1) as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-            train_rl.main([str(w) for w in ["--name", name, "--out", folder, *words]])
+            code = train_rl.main([str(w) for w in ["--name", name, "--out", folder, *words]])
+        if code:
+            print(f"{name}: exit code {code}, see {folder / name}.txt", flush=True)
 
 
 # what is kept of a run's log, to 4 digits
 KEPT = ("step solved k3 vetoed xi_mean ess entropy length no_signal norm tokens_per_second dense_greedy sparse_greedy final seconds "
-        "cache_bytes dense_bytes hardware").split()  # fmt: skip
+        "cache_bytes dense_bytes hardware options").split()  # fmt: skip
 
 
 def short(entry):
@@ -80,7 +82,7 @@ def read(path):
 def figures(entries):
     """Of one run -> a row of the table: of steps and evaluations the mean of the last 10 and 3. None before its first step."""
     steps = [e for e in entries if "solved" in e]
-    evals = [e for e in entries if "dense_greedy" in e and not e.get("final")]  # the final entry repeats the last evaluation
+    evals = list({e["step"]: e for e in entries if "dense_greedy" in e}.values())  # the final entry repeats the last evaluation
     start = next((e for e in entries if "cache_bytes" in e), None)
     if not (steps and evals and start):
         return None
@@ -125,12 +127,16 @@ def main():
     if given.table:
         return table(given.table)
     began, context, folder = time.time(), multiprocessing.get_context("spawn"), given.runs
+    arms = [(arm, seed) for some in ([given.arms] if given.arms else [FIRST, THEN]) for seed in given.seeds for arm in some]
+    names = [f"{arm}_{seed}" for arm, seed in arms] + ["warm_0"] * (not given.warm)
+    if taken := [name for name in names if (folder / name).exists()]:
+        parser.error(f"{folder} holds {taken[0]} already: give another --runs")
     folder.mkdir(parents=True, exist_ok=True)
     if not given.warm:
-        train_rl.main([*extra, "--name", "warm_0", "--out", str(folder), "--steps", "0"])
+        if code := train_rl.main([*extra, "--name", "warm_0", "--out", str(folder), "--steps", "0"]):
+            return code
         print(f"warm start after {time.time() - began:.0f} s", flush=True)
     warm = ["--warm", given.warm or folder / "warm_0"]
-    arms = [(arm, seed) for some in ([given.arms] if given.arms else [FIRST, THEN]) for seed in given.seeds for arm in some]
     jobs = [(f"{arm}_{seed}", [*extra, *warm, "--seed", seed, *options(arm)]) for arm, seed in arms]
     queue = context.SimpleQueue()
     workers = given.processes * max(1, torch.cuda.device_count())
@@ -158,4 +164,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,13 +15,13 @@ SHOWN = ("dense", "none", "bypass", "both", "replay", "twin")
 FIGURES = {"rl-arms": {"rl-arms": "learning rate 1.5e-4", "rl-arms-2e-4": "learning rate 2e-4"}, "rl-small": {"rl-small": ""}}
 
 
-def curve(entries, name, smooth=3):
-    """-> steps, values; of what is logged every step the mean of the last few entries."""
+def curve(entries, name):
+    """-> steps, values; of what is logged with every step (in a committed log, every fifth and the last ten) the mean over the last 10."""
     points = [(e["step"], e[name]) for e in entries if name in e and not e.get("final")]
-    if name in ("solved", "k3"):
-        points = [(s, sum(v for _, v in points[max(0, i - smooth + 1) : i + 1]) / len(points[max(0, i - smooth + 1) : i + 1]))
-                  for i, (s, _) in enumerate(points)]  # fmt: skip
-    return points
+    if name not in ("solved", "k3"):
+        return points
+    near = lambda step: [v for s, v in points if step - 10 < s <= step]
+    return [(step, sum(near(step)) / len(near(step))) for step, _ in points]
 
 
 def draw(figure_name, rows):

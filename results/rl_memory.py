@@ -1,6 +1,6 @@
 """Tokens per second of rollouts at equal memory for the cache, dense and compressed: the compressed cache has room for more rows.
 
-    python results/rl_memory.py                       one GPU, about a minute: 30 M parameters, bf16, 64 given + 1024 new tokens
+    python results/rl_memory.py                       one GPU, about a minute: 28 M parameters, bf16, 64 given + 1024 new tokens
     python results/rl_memory.py --small               a CPU, half a minute
 
 Weights are random: speed does not depend on them. Bytes are counted from the allocated caches, the peak from the allocator.
