@@ -108,7 +108,7 @@ EXPECTED = {("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6)},
             ("base", "twin", 0): {"greedy": (0.9, 1.0), "gain": (0.38, 0.58)},
             ("base", "dense", 0): {"greedy": (0.9, 1.0), "gain": (0.38, 0.58)}}  # fmt: skip
 # what may differ from a preset all the same
-ANY = "preset rollout correct seed warm device out name eval_every save_every resume check".split()
+FREE = "preset rollout correct seed warm device out name eval_every save_every resume check".split()
 # what a resumed run cannot change
 FIXED = "task size largest attn layers width heads groups window rollout compressor budget buffer recent queries sinks correct seed".split()
 
@@ -458,7 +458,8 @@ def evaluate(engines, cfg, compressed):
 
 
 def validate(cfg):
-    for name in "size largest layers width heads groups window warm_steps warm_batch problems minibatches held_out eval_every save_every".split():
+    counts = "size largest layers width heads groups window warm_steps warm_batch problems minibatches held_out eval_every save_every"
+    for name in counts.split():
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if cfg.group_size < 2 or not 0 < cfg.clip < 1:
@@ -599,7 +600,7 @@ def verdict(cfg, greedy, solved):
     """What was expected of the run, and whether it came -> (a line, OK or NOT at its end; True or False, None without an expectation)."""
     expected = EXPECTED.get((cfg.preset, cfg.correct if cfg.rollout == "sparse" else "dense", cfg.seed))
     usual = {**dataclasses.asdict(Config()), **PRESETS[cfg.preset]}
-    if not expected or any(getattr(cfg, name) != value for name, value in usual.items() if name not in ANY):
+    if not expected or any(getattr(cfg, name) != value for name, value in usual.items() if name not in FREE):
         return "expected nothing in particular: no run with these options has been measured", None
     got = {"greedy": greedy, "gain": np.mean(solved[-10:] or [0]) - np.mean(solved[:10] or [0])}
     ok = all(low <= got[name] <= high for name, (low, high) in expected.items())
