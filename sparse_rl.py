@@ -368,7 +368,7 @@ def mismatch(log_xi, mask, weight):
 
     E xi = 1 whatever is evicted, but its tail is heavy: a mean several standard errors (xi_error) off is common where much is evicted. Far
     off with nothing evicted, it means wrong log-probabilities. The mean of -log xi is KL(pi_s || pi_o), and so is, with less noise, the
-    mean of k3. log_xi_min and _max are not clamped. vetoed: by the paper's veto, used or not. ess: of n weights, as good as how many equal.
+    mean of k3. log_xi_min and _max are not clamped. vetoed: by the paper's veto, used or not. ess: the share of answers' tokens that, weighted equally, would be worth as much.
     """
     n, xi = mask.sum().clamp(min=1), ratio(log_xi)
     mean = lambda x: (x * mask).sum() / n

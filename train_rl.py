@@ -1,6 +1,6 @@
 """Reinforcement learning: GRPO on tasks with exact rewards, with rollouts from a full or from a compressed cache.
 
-    python train_rl.py --small --name small       reduces sums on a CPU, offline, under 4 minutes, its warm start included
+    python train_rl.py --small --name small       reduces sums on a CPU, offline, under 2 minutes, its warm start included
     python train_rl.py                            the same at full size on one GPU: 2 minutes of warm start, a minute of RL
     python train_rl.py --warm out/rl-sums-both --correct none     another arm from the same warm start: nothing corrected
     python train_rl.py --resume --name NAME       go on with out/NAME
@@ -42,7 +42,7 @@ from train_lm import LM, Run, UserError, option
 
 @dataclass
 class Config:
-    preset: str = option("base", "small (CPU, 4 minutes) or base: sets what is not given explicitly")
+    preset: str = option("base", "small (CPU, 2 minutes) or base: sets what is not given explicitly")
     task: str = option("sums", "sums (reduce from left to right), ledger (look up what was told long ago) or words (word problems)")
     size: int = option(6, "operations in a problem")
     largest: int = option(99, "largest number in a sum")
@@ -81,7 +81,7 @@ class Config:
     out: str = option("out", "folder of all runs")
     name: str = option("", "the run's folder in it (default: rl-TASK-CORRECTION, numbered when taken)")
     held_out: int = option(512, "problems of an evaluation")
-    eval_every: int = option(10, "steps between evaluations")
+    eval_every: int = option(15, "steps between evaluations")
     save_every: int = option(50, "steps between checkpoints")
     resume: bool = option(False, "continue --name, or the latest run of this task and correction")
     check: bool = option(False, "exit with 1 if the model did not learn as expected")
@@ -108,9 +108,10 @@ EXPECTED = {("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6)},
             ("base", "twin", 0): {"greedy": (0.9, 1.0), "gain": (0.38, 0.58)},
             ("base", "dense", 0): {"greedy": (0.9, 1.0), "gain": (0.38, 0.58)}}  # fmt: skip
 # what may differ from a preset all the same
-FREE = "preset rollout correct seed warm device out name eval_every save_every resume check".split()
+FREE = "preset rollout correct seed device out name eval_every save_every resume check".split()
 # what a resumed run cannot change
-FIXED = "task size largest attn layers width heads groups window rollout compressor budget buffer recent queries sinks correct seed".split()
+FIXED = ("task size largest attn layers width heads groups window warm_steps warm_batch warm_lr rollout compressor budget buffer recent "
+         "queries sinks correct seed").split()  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -476,6 +477,8 @@ def validate(cfg):
         raise UserError("--attn asa: only keys and values of gqa can be compressed; its own cache is small: --rollout dense")
     if "kept" in cfg.correction.reads and (cfg.rollout == "dense" or TASKS[cfg.task](cfg.size, cfg.largest).room[0] > cfg.budget):
         raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse and prompts no longer than the --budget")
+    if cfg.budget <= cfg.recent + cfg.sinks:
+        raise UserError(f"--budget {cfg.budget} must be more than --recent {cfg.recent} + --sinks {cfg.sinks}")
     try:
         cfg.compress
     except ValueError as e:
@@ -502,6 +505,8 @@ def train(cfg, given):
                 raise UserError(f"{folder}: the checkpoint has --{name.replace('_', '-')} {saved['config'][name]}, not {given[name]}")
         cfg = Config(**{**saved["config"], **given})
         validate(cfg)
+        if cfg.steps < saved["step"]:
+            raise UserError(f"{folder}: the checkpoint is at step {saved['step']} already, beyond --steps {cfg.steps}")
     step, seconds = (saved["step"], saved["seconds"]) if saved else (0, 0.0)
     run = Run(folder, 0)
     changed = {k: v for k, v in dataclasses.asdict(cfg).items() if v != getattr(Config(), k)}

@@ -86,10 +86,11 @@ def figures(entries):
     start = next((e for e in entries if "cache_bytes" in e), None)
     if not (steps and evals and start):
         return None
+    recent = [e for e in steps if e["step"] > steps[-1]["step"] - 10]
     last = lambda name, some, n: sum(e.get(name, 0) for e in some[-n:]) / len(some[-n:])
-    return [steps[-1]["step"], last("solved", steps, 10), last("dense_greedy", evals, 3), last("sparse_greedy", evals, 3),
-            min(e["dense_greedy"] for e in evals), last("vetoed", steps, 10), last("k3", steps, 10),
-            1 - start["cache_bytes"] / start["dense_bytes"], last("tokens_per_second", steps, 10)]  # fmt: skip
+    return [steps[-1]["step"], last("solved", recent, 10), last("dense_greedy", evals, 3), last("sparse_greedy", evals, 3),
+            min(e["dense_greedy"] for e in evals), last("vetoed", recent, 10), last("k3", recent, 10),
+            1 - start["cache_bytes"] / start["dense_bytes"], last("tokens_per_second", recent, 10)]  # fmt: skip
 
 
 def table(path):
