@@ -976,6 +976,7 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None,
     rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
     BM, BN = power(h * TQ, 16), 64 if DK <= 128 else 32
     splits = min(64, triton.cdiv(n * block if n else S, 4 * BN), triton.cdiv(132, rows))  # enough programs to fill a GPU, not more
+    stages = 5 if n else 3  # with 3, a list's keys wait for its blocks and then for the products: none is under way during them
     out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
     part, stats = out, out
     if splits > 1:
@@ -984,7 +985,8 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None,
     decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
                                   window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(), DK=DK,
                                   PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1,
-                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=8 if DK > 256 else 4)  # fmt: skip
+                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=8 if DK > 256 else 4,
+                                  num_stages=stages)  # fmt: skip
     if splits > 1:
         combine_kernel[(rows, h * TQ)](part, stats, out, T, TQ, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
                                        num_warps=1)  # fmt: skip
