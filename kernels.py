@@ -731,6 +731,7 @@ def rope(x, pos, base=10000.0):
     return Rope.apply(x, pos, base, 1)
 
 
+SMS = 132  # multiprocessors of an H100 or H200
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
 
 
@@ -974,22 +975,25 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None,
                           for q_i, pos_i, *raw_i in parts], dim=2)  # fmt: skip
     q = q if q.stride(-1) == 1 else q.contiguous()
     rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
-    BM, BN = power(h * TQ, 16), 64 if DK <= 128 else 32
-    splits = min(64, triton.cdiv(n * block if n else S, 4 * BN), triton.cdiv(132, rows))  # enough programs to fill a GPU, not more
+    BM, widths = power(h * TQ, 16), dict(DK=DK, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16))
+    BN = 64 if widths["PK"] + D2 + (0 if v is k else DV) <= 160 else 32
+    area, tiles = BM * widths["PV"], triton.cdiv(n * block if n else S, BN)
+    each = 4 if area <= 2**12 else 2 if area <= 2**14 else 1  # programs that an SM has room for: alone, one waits half of its time
+    splits = max(1, min(64, tiles // 4, each * SMS // rows))  # one full wave of programs, with 4 tiles or more for each ..
+    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # .. and none without a tile
     stages = 5 if n else 3  # with 3, a list's keys wait for its blocks and then for the products: none is under way during them
     out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
     part, stats = out, out
     if splits > 1:
-        part = torch.empty(rows, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
+        part = torch.empty(rows, splits, BM, widths["PV"], dtype=torch.float32, device=q.device)
         stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
     decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
-                                  window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(), DK=DK,
-                                  PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1,
-                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=8 if DK > 256 else 4,
-                                  num_stages=stages)  # fmt: skip
+                                  window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(),
+                                  **widths, SHARED=v is k, WHOLE=splits == 1, RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN,
+                                  num_warps=8 if DK > 256 else 4, num_stages=stages, maxnreg=128 if each == 4 else None)  # fmt: skip
     if splits > 1:
-        combine_kernel[(rows, h * TQ)](part, stats, out, T, TQ, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
-                                       num_warps=1)  # fmt: skip
+        combine_kernel[(rows, h * TQ)](part, stats, out, T, TQ, h, G, splits, DV=DV, PV=widths["PV"], BM=BM, SPLITS=power(splits),
+                                       num_warps=4 if splits > 16 else 1)  # fmt: skip
     return out.transpose(1, 2)
 
 
