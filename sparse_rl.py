@@ -2,8 +2,7 @@
 
 Sampling answers fills the cache; a sampler that keeps only `budget` entries per head runs more answers in the same memory. But then it
 samples from another policy than the one that is trained, and training on its answers as if they were the policy's own ends badly (the
-README shows it). Sparse-RL keeps three policies apart, and weighs each token (ours: each answer) by what separates
-the first two:
+README shows it). Sparse-RL keeps three policies apart, and weighs each token (ours: each answer) by what separates the first two:
 
     pi_s   sampler     old weights, compressed history          log-probabilities recorded while sampling
     pi_o   dense old   the same weights, full history           one pass over the finished answers
@@ -153,8 +152,8 @@ class Compressor:
 
     def __post_init__(self):
         if self.budget <= self.window + self.sinks or self.buffer < 1 or self.window < 0 or self.sinks < 0:
-            raise ValueError(f"the budget {self.budget} must be more than window {self.window} + sinks {self.sinks}, both at least 0, "
-                             "the buffer at least 1")  # fmt: skip
+            raise ValueError(f"the budget {self.budget} must be more than the recent entries {self.window} + sinks {self.sinks}, both at "
+                             "least 0, the buffer at least 1")  # fmt: skip
         if self.queries < 1 or self.needs["queries"] > self.budget:  # all of them have been read when the first entry goes
             raise ValueError(f"the queries that score, {self.queries}, must be 1 to the budget {self.budget}")
 
@@ -368,7 +367,8 @@ def mismatch(log_xi, mask, weight):
 
     E xi = 1 whatever is evicted, but its tail is heavy: a mean several standard errors (xi_error) off is common where much is evicted. Far
     off with nothing evicted, it means wrong log-probabilities. The mean of -log xi is KL(pi_s || pi_o), and so is, with less noise, the
-    mean of k3. log_xi_min and _max are not clamped. vetoed: by the paper's veto, used or not. ess: the share of answers' tokens that, weighted equally, would be worth as much.
+    mean of k3. log_xi_min and _max are not clamped. vetoed: by the paper's veto, used or not. ess: the effective share of the tokens: as
+    many with equal weights would be worth as much.
     """
     n, xi = mask.sum().clamp(min=1), ratio(log_xi)
     mean = lambda x: (x * mask).sum() / n

@@ -477,8 +477,6 @@ def validate(cfg):
         raise UserError("--attn asa: only keys and values of gqa can be compressed; its own cache is small: --rollout dense")
     if "kept" in cfg.correction.reads and (cfg.rollout == "dense" or TASKS[cfg.task](cfg.size, cfg.largest).room[0] > cfg.budget):
         raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse and prompts no longer than the --budget")
-    if cfg.budget <= cfg.recent + cfg.sinks:
-        raise UserError(f"--budget {cfg.budget} must be more than --recent {cfg.recent} + --sinks {cfg.sinks}")
     try:
         cfg.compress
     except ValueError as e:

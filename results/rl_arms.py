@@ -21,20 +21,17 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
 
-# An arm's name is CORRECTION, with the run's own sampler, or CORRECTION-BUDGET-COMPRESSOR-BUFFER-RECENT-QUERIES, where the last parts may
-# be left out: 36-rkv-8-8, and as many queries as recent entries. dense-...: what dense rollouts train, read by that sampler.
+# An arm's name is CORRECTION, with the run's own sampler, or CORRECTION-COMPRESSOR-BUDGET-BUFFER-RECENT-SINKS-QUERIES. dense-...: what
+# dense rollouts train, read by that sampler.
 FIRST = ["dense", "none", "both", "twin"]
-THEN = [*"bypass reject reweight released tis mis".split(), "none-26-rkv-8-16-8", "both-26-rkv-8-16-8", "both-28-streaming-4"]
+THEN = [*"bypass reject reweight released tis mis".split(), "none-rkv-26-8-16-0-8", "both-rkv-26-8-16-0-8", "both-streaming-28-4-8-4-8"]
 
 
 def options(arm):
-    correct, *rest = arm.split("-")
+    correct, *sampler = arm.split("-")
     how = ["--rollout", "dense"] if correct == "dense" else ["--correct", correct]
-    if rest:
-        budget, compressor, buffer, recent = (*rest, *("36", "rkv", "8", "8")[len(rest) :])[:4]
-        how += ["--budget", budget, "--compressor", compressor, "--buffer", buffer, "--recent", recent]
-        how += ["--queries", rest[4] if len(rest) > 4 else recent, *(["--sinks", 4] if compressor == "streaming" else [])]
-    return [*how, *(["--clip", 4e-4] if correct == "gspo" else [])]
+    named = zip(("--compressor", "--budget", "--buffer", "--recent", "--sinks", "--queries"), sampler)
+    return [*how, *(word for pair in named for word in pair), *(["--clip", 4e-4] if correct == "gspo" else [])]
 
 
 def work(jobs, folder, gpu):
@@ -86,16 +83,16 @@ def figures(entries):
     start = next((e for e in entries if "cache_bytes" in e), None)
     if not (steps and evals and start):
         return None
-    recent = [e for e in steps if e["step"] > steps[-1]["step"] - 10]
-    last = lambda name, some, n: sum(e.get(name, 0) for e in some[-n:]) / len(some[-n:])
-    return [steps[-1]["step"], last("solved", recent, 10), last("dense_greedy", evals, 3), last("sparse_greedy", evals, 3),
-            min(e["dense_greedy"] for e in evals), last("vetoed", recent, 10), last("k3", recent, 10),
-            1 - start["cache_bytes"] / start["dense_bytes"], last("tokens_per_second", recent, 10)]  # fmt: skip
+    late, ends = [e for e in steps if e["step"] > steps[-1]["step"] - 10], evals[-3:]
+    mean = lambda name, some: sum(e.get(name, 0) for e in some) / len(some)
+    return [steps[-1]["step"], mean("solved", late), mean("dense_greedy", ends), mean("sparse_greedy", ends),
+            min(e["dense_greedy"] for e in evals), mean("vetoed", late), mean("k3", late),
+            1 - start["cache_bytes"] / start["dense_bytes"], mean("tokens_per_second", late)]  # fmt: skip
 
 
 def table(path):
     """Mean and spread (standard deviation; - of one seed) over the finished runs of an arm. A run that was cut off: a line of its own, *."""
-    print(f"{'arm':22} {'seeds':5} {'steps':5} {'solved T=1':>12} {'dense greedy':>13} {'sparse greedy':>13} {'lowest dense':>12} "
+    print(f"{'arm':26} {'seeds':5} {'steps':5} {'solved T=1':>12} {'dense greedy':>13} {'sparse greedy':>13} {'lowest dense':>12} "
           f"{'vetoed':>7} {'k3':>8} {'KV saved':>8} {'tokens/s':>8}")  # fmt: skip
     lines = []
     for arm, seeds in read(path).items():
@@ -108,7 +105,7 @@ def table(path):
             mean, n = [sum(c) / len(c) for c in columns], len(columns[0])
             sd = [f"{(sum((x - m) ** 2 for x in c) / (n - 1)) ** 0.5:.3f}" if n > 1 else "-" for c, m in zip(columns, mean)]
             pair = lambda i: f"{mean[i]:.3f} ±{sd[i]}"
-            print(f"{name:22} {n:5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} "
+            print(f"{name:26} {n:5} {mean[0]:5.0f} {pair(1):>12} {pair(2):>13} {pair(3):>13} {mean[4]:12.3f} "
                   f"{mean[5]:7.3f} {mean[6]:8.1e} {mean[7]:8.1%} {mean[8]:8.0f}")  # fmt: skip
     print("* cut off before its last step" if any(name.endswith("*") for name, _ in lines) else "", flush=True)
 

@@ -3,7 +3,7 @@
     python results/rl_compressors.py RUN                                        those of TRIED, for train_rl.py's usual sums
     python results/rl_compressors.py RUN rkv-22-4-4-0-8 snapkv-22-4-4-0-8       these: name, budget, buffer, recent, sinks, queries
 
-RUN: the folder of a run of train_rl.py that made a warm start; that samples. On a CPU about 15 seconds a line.
+RUN: the folder of a run of train_rl.py that made a warm start; that samples. On a CPU about 20 seconds a line.
 """
 import pathlib
 import sys

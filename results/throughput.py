@@ -1,6 +1,6 @@
 """Tokens per second of training at 340m, by attention and context, and what the GPU does meanwhile.
 
-    python results/throughput.py [--preset 340m] [--contexts 8192 32768]
+    python results/throughput.py [--preset 340m] [--contexts 8192 32768] [--kinds gqa nsa asa]
 
 Random bytes, 32,768 tokens a step in one pass, AdamW and clipping included, --recompute as the preset has it. The share of the matmul rate
 counts 6 products per weight and token, not attention nor recomputation, over 790 TFLOP/s (bf16, measured on an H200).
