@@ -1,7 +1,7 @@
 """Runs arms of train_rl.py from one warm start, several at a time on each GPU, and makes a table of them.
 
-    python results/rl_arms.py --out FILE                        the README's table, 3 seeds: 18 minutes and 2 of warm start
-    python results/rl_arms.py --out FILE2 --runs FOLDER2 --warm out/arms/warm_0 --arms none twin -- --lr 2e-4      two of them: 3 minutes
+    python results/rl_arms.py --out FILE                        the README's table, 3 seeds: about 18 minutes, and 2 of warm start
+    python results/rl_arms.py --out FILE2 --runs FOLDER2 --warm out/arms/warm_0 --arms none twin -- --lr 2e-4      two of them: about 3
     python results/rl_arms.py --table FILE                      the table of what is there
 
 What follows -- goes to every run. Five runs share an H200; each takes 0.7 s a step there, 150 steps.
