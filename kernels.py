@@ -183,14 +183,14 @@ if triton is not None:
 
     @triton.jit
     def forward_kernel(q, k, k2, v, lists, out, lse, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
-                       DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
-                       SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
-                       BN: tl.constexpr):  # fmt: skip
+                       DK: tl.constexpr, WK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
+                       WV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr,
+                       BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: BQ queries x the h heads of a group, against the keys of their walk: online softmax, base 2."""
         bg, tile, t, ok, row, queries, queries2 = tile_of_queries(q, T, h, HP, DK, PK, D2, P2, BQ, BM)
         low, high = span(t, S, l, d, window)  # (BM,)
         out, lse = out + bg * h * T * DV, lse + bg * h * T
-        k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
+        k, v, k2 = k + bg * S * WK, v + bg * S * WV, k2 + (bg // G * G2 + bg % G2) * S * D2
         if BLOCK > 0:
             lists += (bg * tl.num_programs(0) + tile) * n
 
@@ -201,7 +201,7 @@ if triton is not None:
         for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):  # masked, all read all, masked; the first is empty for lists
             for i in range(walk[phase], walk[phase + 1], BN):
                 s = where_keys_lie(lists, i, walk[3], S, BN, BLOCK)  # (BN,)
-                keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
+                keys = load_rows(k, s, s < S, WK, PK, WK, phase == 1)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
                 score = dot(queries, keys, queries2, keys2, D2 > 0)  # (BM, BN)
                 if phase != 1:
@@ -213,7 +213,7 @@ if triton is not None:
                     p = tl.where(see, p, 0.0)
                 fade = tl.exp2(top - new)
                 total, top = total * fade + tl.sum(p, 1), new
-                values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
+                values = keys if SHARED else load_rows(v, s, s < S, WV, PV, WV, phase == 1)  # (BN, PV)
                 mean = tl.dot(p.to(values.dtype), values, mean * fade[:, None], input_precision="ieee")
         some = total > 0
         store_rows(out, row, ok, mean / tl.where(some, total, 1.0)[:, None], DV, PV, DV)
@@ -221,8 +221,8 @@ if triton is not None:
 
     @triton.jit
     def dq_kernel(q, k, k2, v, lists, out, lse, dout, delta, dq, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
-                  DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
-                  SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
+                  DK: tl.constexpr, WK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr,
+                  PV: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr):  # fmt: skip
         """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j with delta = do . o, which is kept for the keys' turn."""
         bg, tile, t, ok, row, queries, queries2 = tile_of_queries(q, T, h, HP, DK, PK, D2, P2, BQ, BM)
@@ -233,7 +233,7 @@ if triton is not None:
         inner = tl.sum(douts.to(tl.float32) * load_rows(out, row, ok, DV, PV, DV).to(tl.float32), 1)  # (BM,)
         tl.store(delta + row, inner, mask=ok)
         norm = tl.load(lse + row, mask=ok, other=float("inf"))  # (BM,)
-        k, v, k2 = k + bg * S * DK, v + bg * S * DV, k2 + (bg // G * G2 + bg % G2) * S * D2
+        k, v, k2 = k + bg * S * WK, v + bg * S * WV, k2 + (bg // G * G2 + bg % G2) * S * D2
         if BLOCK > 0:
             lists += (bg * tl.num_programs(0) + tile) * n
 
@@ -243,9 +243,9 @@ if triton is not None:
         for phase in tl.static_range(1 if BLOCK > 0 else 0, 3):
             for i in range(walk[phase], walk[phase + 1], BN):
                 s = where_keys_lie(lists, i, walk[3], S, BN, BLOCK)  # (BN,)
-                keys = load_rows(k, s, s < S, DK, PK, DK, phase == 1)  # (BN, PK)
+                keys = load_rows(k, s, s < S, WK, PK, WK, phase == 1)  # (BN, PK)
                 keys2 = load_rows(k2, s, s < S, D2, P2, D2, phase == 1) if D2 > 0 else keys  # (BN, P2)
-                values = keys if SHARED else load_rows(v, s, s < S, DV, PV, DV, phase == 1)  # (BN, PV)
+                values = keys if SHARED else load_rows(v, s, s < S, WV, PV, WV, phase == 1)  # (BN, PV)
                 p = tl.exp2(dot(queries, keys, queries2, keys2, D2 > 0) * scale - norm[:, None])  # (BM, BN)
                 if phase != 1:
                     see = (s[None, :] >= low[:, None]) & (s[None, :] < high[:, None])
@@ -260,22 +260,21 @@ if triton is not None:
             store_rows(dq + DK, row, ok, grad2 * unit, D2, P2, DK + D2)
 
     @triton.jit
-    def dkv_kernel(q, k, k2, v, lse, dout, delta, dk, dk2, dv, readers, owners, firsts, starts, scale, T, S, G, G2, l, d, window, blocks,
-                   parts, h: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
-                   DV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr,
+    def dkv_kernel(q, k, k2, v, lse, dout, delta, dk, dk2, dv, readers, owners, begins, ends, scale, T, S, G, G2, l, d, window, blocks,
+                   parts, h: tl.constexpr, HP: tl.constexpr, DK: tl.constexpr, WK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr,
+                   P2: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr,
                    BQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
         """One program: BN keys of a group (one block of the lists) against one piece of the query tiles that read them.
 
         dv = sum_i p_i do_i, dk = scale sum_i p_i (do_i . v - delta_i) q_i. A piece is one of `parts` equal parts of the tiles of queries
-        that see the keys; with lists it is up to `parts` of the block's readers, sorted by `invert`, where the arrays are explained.
+        that see the keys; with lists it is up to `parts` of the block's readers, from begin to end, as `invert` sorted them.
         With PIECES, dk, dk2 and dv are (pieces, BN, width) and sum_kernel adds them up, in order; without, a block is one piece.
         """
         piece = tl.program_id(0).to(tl.int64)
-        R: tl.constexpr = BQ * HP  # rows of a tile of queries; BM // R of them at once, which is 1 without lists
+        R: tl.constexpr = BQ * HP  # rows of a tile of queries: with lists, PARTS steps for one tile, or BM // R tiles in a step
+        PARTS: tl.constexpr = (R + BM - 1) // BM
         if LISTED:
-            owner = tl.load(owners + piece).to(tl.int64)
-            begin = tl.load(starts + owner) + (piece - tl.load(firsts + owner)) * parts
-            end = tl.minimum(begin + parts, tl.load(starts + owner + 1))
+            owner, begin, end = tl.load(owners + piece), tl.load(begins + piece), tl.load(ends + piece)
         else:
             owner = piece // parts
         bg, block = owner // blocks, (owner % blocks).to(tl.int32)
@@ -291,28 +290,28 @@ if triton is not None:
             edge = tl.minimum(tl.maximum((first + tl.minimum(window, T)) // BQ, whole), end)  # from here on not any more
             walk = begin, whole, edge, end
         else:
-            walk = begin, end
-        keys = load_rows(k + bg * S * DK, s, live, DK, PK, DK)  # (BN, PK)
+            walk = begin * PARTS, end * PARTS
+        keys = load_rows(k + bg * S * WK, s, live, WK, PK, WK)  # (BN, PK)
         keys2 = load_rows(k2 + (bg // G * G2 + bg % G2) * S * D2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
-        values = keys if SHARED else load_rows(v + bg * S * DV, s, live, DV, PV, DV)  # (BN, PV)
+        values = keys if SHARED else load_rows(v + bg * S * WV, s, live, WV, PV, WV)  # (BN, PV)
         gk = tl.zeros((BN, PK), tl.float32)
         gk2 = tl.zeros((BN, P2), tl.float32)
         gv = tl.zeros((BN, PV), tl.float32)
         m = tl.arange(0, BM)
         inside, head, group = m % R // HP, m % HP, bg * h * T
-        q, dout, lse, delta = q + group * (DK + D2), dout + group * DV, lse + group, delta + group
+        q, dout, lse, delta = q + group * (WK + D2), dout + group * WV, lse + group, delta + group
         unit = scale * 0.6931471805599453
         for phase in tl.static_range(1 if LISTED else 3):  # masked, all see all, masked
-            for start in range(walk[phase], walk[phase + 1], BM // R):
-                i = (start + m // R).to(tl.int32)
+            for start in range(walk[phase], walk[phase + 1], BM * PARTS // R):
+                i = start + m // R
                 t = i * BQ + inside
-                for u in tl.static_range(BM // R if LISTED else 0):
-                    reader = tl.load(readers + start + u, mask=start + u < end, other=0)
-                    t = tl.where(m // R == u, reader * BQ + inside, t)
-                ok, row = (head < h) & (t < T) & (i < end), head * T + t
-                queries = load_rows(q, row, ok, DK, PK, DK + D2)  # (BM, PK)
-                queries2 = load_rows(q + DK, row, ok, D2, P2, DK + D2) if D2 > 0 else queries  # (BM, P2)
-                douts = load_rows(dout, row, ok, DV, PV, DV)  # (BM, PV)
+                for u in tl.static_range(BM * PARTS // R if LISTED else 0):
+                    reader = tl.load(readers + start // PARTS + u, mask=start // PARTS + u < end, other=0)
+                    t = tl.where(m // R == u, reader * BQ + start % PARTS * (BM // HP) + inside, t)
+                ok, row = (head < h) & (t < T) & (i < walk[phase + 1]), head * T + t
+                queries = load_rows(q, row, ok, WK, PK, WK + D2)  # (BM, PK)
+                queries2 = load_rows(q + WK, row, ok, D2, P2, WK + D2) if D2 > 0 else queries  # (BM, P2)
+                douts = load_rows(dout, row, ok, WV, PV, WV)  # (BM, PV)
                 norm, inner = tl.load(lse + row, mask=ok, other=float("inf")), tl.load(delta + row, mask=ok, other=0)  # (BM,)
                 p = tl.exp2(dot(keys, queries, keys2, queries2, D2 > 0) * scale - norm[None, :])  # (BN, BM)
                 if phase != 1:
@@ -336,12 +335,14 @@ if triton is not None:
             store_rows(dv, to, live, gv, DV, PV, DV)
 
     @triton.jit
-    def sum_kernel(pieces, firsts, out, S, blocks, D: tl.constexpr, P: tl.constexpr, BN: tl.constexpr):
-        """One program: one block of keys; its pieces (BN, D) each, added in order."""
+    def sum_kernel(pieces, firsts, out, S, blocks, chunks, D: tl.constexpr, P: tl.constexpr, BN: tl.constexpr):
+        """One program: one block of keys; its pieces (BN, D) in every chunk of the queries, added in order."""
         owner, n = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
         total = tl.zeros((BN, P), tl.float32)
-        for piece in range(tl.load(firsts + owner), tl.load(firsts + owner + 1)):
-            total += load_rows(pieces, piece * BN + n, n >= 0, D, P, D)
+        for chunk in range(chunks):
+            first = firsts + chunk * tl.num_programs(0) + owner
+            for piece in range(tl.load(first), tl.load(first + 1)):
+                total += load_rows(pieces, piece * BN + n, n >= 0, D, P, D)
         s = owner % blocks * BN + n
         store_rows(out, owner // blocks * S + s, s < S, total, D, P, D)
 
@@ -731,6 +732,7 @@ def rope(x, pos, base=10000.0):
     return Rope.apply(x, pos, base, 1)
 
 
+L2 = 2**25  # bytes of queries that find room in the cache of 50 MB, beside all else
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
 
 
@@ -739,27 +741,38 @@ def tile(kind, rows, width, dtype, block=0):
 
     rows: those that a list of blocks joins (0: as many as one likes); width: of a key. In fp32 only small tiles fit.
     """
+    BM = 32 if kind == "dkv" and max(rows, block) >= 32 else max(rows, 16)  # with lists
     if dtype == torch.float32:
-        return max(rows, 16 if rows else 32), block if kind == "dkv" and rows else max(block, 32), 4, 1
+        return BM if rows else 32, block if kind == "dkv" and rows else max(block, 32), 4, 1
     if rows and kind == "dkv":
-        return max(rows, 32 if block >= 64 else 16), block, 4 if block >= 64 else 2, 3 if width > 64 and rows < 64 else 2
+        return BM, block, 4 if block >= 64 else 2, 3 if width > 64 and rows < 64 else 2
     if rows >= 64:
-        return rows, max(block, 32), 4, 2 if kind == "forward" else 1
+        return BM, max(block, 32), 4, 2 if kind == "forward" else 1
     if rows:
-        return max(rows, 16), max(block, 64 if kind == "forward" else 32), 2 if width > 96 and block >= 64 else 1, 2
+        return BM, max(block, 64 if kind == "forward" else 32), triton.cdiv(rows, 16), 2
     if kind == "forward":
         return 128, 64, 4 if width <= 96 else 8, 2 if width > 192 else 3
     if kind == "scores":
         return (64, 128, 8, 2) if width > 192 else (128, 64, 4, 3)
     if kind == "dq":
         return (64, 64, 4, 2) if width <= 96 else (128, 64, 8, 3) if width <= 192 else (128, 32, 8, 3)
-    return (64, 64, 4, 2) if width <= 96 else (32, 128, 8, 3) if width <= 192 else (32, 128, 8, 2)
+    return (64, 64, 4, 2) if width <= 96 else (64, 128, 8, 3 if width <= 192 else 2)
 
 
 def sizes(q, k, k2, v):
-    """Widths of keys [k ; k2] and values as the kernels want them: each padded to a power of 2."""
+    """Widths of keys [k ; k2] and values as the kernels want them: D of the tensor, W of its rows in memory, P a power of 2."""
     h, DK, D2, DV = q.shape[1] // k.shape[1], k.shape[3], 0 if k2 is None else k2.shape[3], (k if v is None else v).shape[3]
-    return dict(h=h, HP=power(h), DK=DK, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is None)
+    return dict(h=h, HP=power(h), DK=DK, WK=DK + -DK % 16, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, WV=DV + -DV % 16,
+                PV=power(DV, 16), SHARED=v is None)  # fmt: skip
+
+
+def align(x, at=None):
+    """x (.., D) with zeros behind its first `at` columns (None: all), which make them a multiple of 16.
+
+    Memory comes in sectors of 32 bytes: a row of 120 numbers that begins anywhere costs 25 % more, each time that a block is fetched.
+    """
+    at = at or x.shape[-1]
+    return torch.cat([x[..., :at], x.new_zeros(*x.shape[:-1], -at % 16), x[..., at:]], -1) if at % 16 else x
 
 
 class Walk(torch.autograd.Function):
@@ -780,8 +793,9 @@ class Walk(torch.autograd.Function):
         out = torch.empty(B, H, T, w["DV"], dtype=q.dtype, device=q.device)
         lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
         plain = (scale * LOG2_E, T, S, G, 1 if k2 is None else k2.shape[1], l, d, window)
-        forward_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k if k2 is None else k2, k if v is None else v, lists, out, lse, *plain, n, **w,
-                                                    num_warps=warps, num_stages=stages)  # fmt: skip
+        k_ = align(k)
+        forward_kernel[(triton.cdiv(T, BQ), B * G)](q, k_, k if k2 is None else k2, k_ if v is None else align(v), lists, out, lse, *plain,
+                                                    n, **w, num_warps=warps, num_stages=stages)  # fmt: skip
         ctx.save_for_backward(q, k, k2, v, lists, out, lse)
         ctx.plain, ctx.sizes, ctx.rows, ctx.block = plain, w, rows, block
         ctx.mark_non_differentiable(lse)
@@ -791,20 +805,23 @@ class Walk(torch.autograd.Function):
     def backward(ctx, dout, _):
         q, k, k2, v, lists, out, lse = ctx.saved_tensors
         (B, H, T, _), (_, G, S, _), w, rows, dout = q.shape, k.shape, dict(ctx.sizes), ctx.rows, dout.contiguous()
-        width, k2_, v_ = w["DK"] + w["D2"], k if k2 is None else k2, k if v is None else v
+        width, k_, k2_ = w["DK"] + w["D2"], align(k), k if k2 is None else k2
+        v_ = k_ if v is None else align(v)
         dq, delta = torch.empty_like(q), torch.empty_like(lse)
         BM, BN, warps, stages = tile("dq", rows, width, q.dtype, ctx.block)
         BQ = w["BQ"] if rows else max(1, BM // w["HP"])
         w.update(BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN)
-        dq_kernel[(triton.cdiv(T, BQ), B * G)](q, k, k2_, v_, lists, out, lse, dout, delta, dq, *ctx.plain, lists.shape[3] if rows else 0,
+        dq_kernel[(triton.cdiv(T, BQ), B * G)](q, k_, k2_, v_, lists, out, lse, dout, delta, dq, *ctx.plain, lists.shape[3] if rows else 0,
                                                **w, num_warps=warps, num_stages=stages)  # fmt: skip
 
         BM, BN, warps, stages = tile("dkv", rows, width, q.dtype, ctx.block)
-        BQ, blocks, readers, owners, starts = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN), None, None, None
+        BQ, blocks, chunks, readers, owners, begins, ends = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN), 1, *[None] * 4
         total = B * G * blocks  # 0 where T < l: there is no entry yet
         if rows:  # pieces of at most twice the average number of readers: a popular block is many pieces
             parts = max(1, 2 * lists.shape[3] * BN // BQ)
-            readers, owners, firsts, starts = invert(lists, blocks, parts)
+            if rows >= 64:  # much to fetch: the queries in chunks that stay in the GPU's L2 cache while all blocks read them
+                chunks = min(16, triton.cdiv(q.nbytes + dout.nbytes, B * G * L2))
+            readers, owners, begins, ends, firsts = invert(lists, blocks, parts, chunks)
             pieces = len(owners)
         else:
             parts = min(triton.cdiv(528, total), triton.cdiv(T, 16 * BQ)) if 0 < total < 264 else 1  # 4 programs for each of 132 processors
@@ -814,35 +831,38 @@ class Walk(torch.autograd.Function):
                                     dtype=torch.float32 if split else x.dtype, device=x.device)  # fmt: skip
         grads = [None if x is None else new(x) for x in (k, k2, v)]
         gk, gk2, gv = (grads[0] if g is None else g for g in grads)
-        w.update(LISTED=rows > 0, BQ=BQ, BM=max(BM, BQ * w["HP"]), BN=BN, PIECES=split)
+        w.update(LISTED=rows > 0, BQ=BQ, BM=max(BM, w["HP"] if rows else BQ * w["HP"]), BN=BN, PIECES=split)
         del w["NP"], w["BLOCK"]
-        dkv_kernel[(pieces,)](q, k, k2_, v_, lse, dout, delta, gk, gk2, gv, readers, owners, firsts, starts, *ctx.plain, blocks, parts, **w,
-                              num_warps=warps, num_stages=stages)  # fmt: skip
+        dkv_kernel[(pieces,)](align(q, w["DK"]), k_, k2_, v_, lse, align(dout), delta, gk, gk2, gv, readers, owners, begins, ends,
+                              *ctx.plain, blocks, parts, **w, num_warps=warps, num_stages=stages)  # fmt: skip
         for i, x in enumerate((k, k2, v)):
             if split and x is not None:
                 pieced, grads[i] = grads[i], torch.empty(B, G, S, x.shape[3], dtype=x.dtype, device=x.device)
-                sum_kernel[(total,)](pieced, firsts, grads[i], S, blocks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
+                sum_kernel[(total,)](pieced, firsts, grads[i], S, blocks, chunks, D=x.shape[3], P=power(x.shape[3]), BN=BN)
         if k2 is not None and k2.shape[1] < G:
             grads[1] = grads[1].sum(1, keepdim=True)  # one rotary key for all groups
         return dq, *grads, *[None] * 7
 
 
-def invert(lists, blocks, parts):
-    """Who reads a block: the entries of the lists (B, G, tiles, n) sorted by block, in pieces of at most `parts` readers.
+def invert(lists, blocks, parts, chunks):
+    """Who reads a block: the entries of the lists (B, G, tiles, n) sorted by chunk of the tiles, then by block.
 
-    -> readers (entries,) tiles of queries; owners (pieces,) whose piece it is; firsts (B G blocks + 1,) the first piece of each block,
-    and starts (B G blocks + 1,) its first reader. Nothing is read back to the host: there are as many pieces as there may be.
+    The readers of a block in a chunk are pieces of at most `parts`. -> readers (entries,) tiles of queries; of each piece (pieces,) its
+    owner, a block (bg, block), and its readers begin .. end - 1; firsts (chunks B G blocks + 1,) the first piece of each block in each
+    chunk. Nothing is read back to the host: there are as many pieces as there may be, the last ones empty.
     """
     B, G, tiles, n = lists.shape
     total, place = B * G * blocks, lambda size: torch.arange(size, dtype=torch.int32, device=lists.device)
-    owner = place(B * G).view(B, G, 1, 1) * blocks + lists  # (B, G, tiles, n)
-    owner, order = owner.masked_fill(lists < 0, total).flatten().sort(stable=True)
+    chunk = place(tiles) // triton.cdiv(tiles, chunks)  # (tiles,)
+    owner = (chunk[:, None] * B * G + place(B * G).view(B, G, 1, 1)) * blocks + lists  # (B, G, tiles, n)
+    owner, order = owner.masked_fill(lists < 0, chunks * total).flatten().sort(stable=True)
     readers = (order // n % tiles).to(torch.int32)
-    starts = torch.searchsorted(owner, place(total + 1))  # (total + 1,)
-    firsts = F.pad(((starts.diff() + parts - 1) // parts).cumsum(0), (1, 0))  # (total + 1,)
-    pieces = torch.arange(total + lists.numel() // parts, device=lists.device)
-    owners = (torch.searchsorted(firsts, pieces, right=True) - 1).clamp(max=total - 1)  # a piece too many is an empty one of the last block
-    return readers, owners, firsts, starts
+    starts = torch.searchsorted(owner, place(chunks * total + 1), out_int32=True)
+    firsts = F.pad(((starts.diff() + parts - 1) // parts).cumsum(0), (1, 0))  # (chunks total + 1,)
+    pieces = torch.arange(chunks * total + lists.numel() // parts, device=lists.device)
+    owner = (torch.searchsorted(firsts, pieces, right=True) - 1).clamp(max=chunks * total - 1)  # (pieces,)
+    begins = starts[owner] + ((pieces - firsts[owner]) * parts).to(torch.int32)
+    return readers, owner % total, begins, torch.minimum(begins + parts, starts[owner + 1]), firsts
 
 
 def split_key(k, k2, shared):
