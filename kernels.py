@@ -501,7 +501,7 @@ if triton is not None:
 
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
         the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
-        LISTED: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S).
+        LISTED: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S), and (max, sum).
         """
         which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, first = which // (T // TQ), (which % (T // TQ) * TQ).to(tl.int32)
@@ -556,19 +556,20 @@ if triton is not None:
                 values = tl.load(v + slot[:, None] * DV + dv[None, :], mask=ok[:, None] & (dv < DV)[None, :], other=0)  # (BN, PV)
             mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         mean = mean / tl.where(total > 0, total, 1.0)[:, None]
+        part = (which * splits + split) * BM + m
         if WHOLE:
             to = out + (((b * T + t) * G + g) * h + head)[:, None] * DV + dv[None, :]
             tl.store(to, mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
         else:
-            part = (which * splits + split) * BM + m
             tl.store(out + part[:, None] * PV + dv[None, :], mean)
+        if RAW or not WHOLE:
             tl.store(stats + part * 2, top)
             tl.store(stats + part * 2 + 1, total)
 
     @triton.jit
-    def combine_kernel(part, stats, out, T, TQ, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
-        """One program: one query row; the shares' means, weighted by their sums."""
-        which, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    def combine(part, stats, out, which, m, T, TQ, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr,
+                SPLITS: tl.constexpr):  # fmt: skip
+        """One query row: the shares' means, weighted by their sums."""
         i, d = tl.arange(0, SPLITS), tl.arange(0, PV)
         at = (which * splits + i) * BM + m
         top = tl.load(stats + at * 2, mask=i < splits, other=-1e30)
@@ -582,29 +583,45 @@ if triton is not None:
         tl.store(out + to * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
 
     @triton.jit
-    def decode_select_kernel(raw, pos, length, lists, G, h, T, S, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
-                             BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):  # fmt: skip
-        """One program: the list of one query and group, from the scores raw (B, H, T, S) of the compressed blocks: eqs 8 to 11."""
-        which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
+    def combine_kernel(part, stats, out, T, TQ, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
+        combine(part, stats, out, tl.program_id(0).to(tl.int64), tl.program_id(1), T, TQ, h, G, splits, DV, PV, BM, SPLITS)
+
+    @triton.jit
+    def importance_kernel(raw, part, stats, out, importance, length, T, h, S, G, J, splits, chunks, FOLD: tl.constexpr,
+                          OVERLAP: tl.constexpr, BJ: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
+                          BM: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+        """What is left when all scores raw (B, H, T, S) are known, for one query and group; two kinds of programs, as neither waits.
+
+        The first `chunks` sum over heads what a chunk of blocks gets, importance (B, G, T, J): eqs 8 to 10. The others combine, one a head.
+        """
+        which, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, t = which // T, which % T
-        count = tl.minimum(tl.load(length + bg // G), S)
-        score = tl.zeros((BJ,), tl.float32)
-        for head in range(h):
-            z = raw + ((bg * h + head) * T + t) * S
-            top = tl.full((BJ,), -1e29, tl.float32)  # above what is masked
-            for m in tl.static_range(FOLD):
-                top = tl.maximum(top, tl.load(z + j * FOLD + m, mask=j * FOLD + m < count, other=-1e30))
-            high, total, mine = tl.max(top, 0), tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
+        if chunk >= chunks:
+            combine(part, stats, out, bg, ((chunk - chunks) * T + t).to(tl.int32), T, T, h, G, splits, DV, PV, BM, SPLITS)
+        else:
+            head, i = tl.arange(0, HP), tl.arange(0, SPLITS)
+            at = (bg * splits + i[:, None]) * BM + (head * T + t)[None, :]  # (SPLITS, HP)
+            ok = (i < splits)[:, None] & (head < h)[None, :]
+            tops = tl.load(stats + at * 2, mask=ok, other=-1e30)
+            top = tl.maximum(tl.max(tops, 0), -1e29)  # (HP,) above what is masked
+            total = tl.sum(tl.load(stats + at * 2 + 1, mask=ok, other=0) * tl.exp2(tops - top[None, :]), 0)  # (HP,)
+            weight = 1 / tl.where(total > 0, total, 1.0)
+            count, j = tl.minimum(tl.load(length + bg // G), S), chunk * BJ + tl.arange(0, BJ)
+            row = raw + ((bg * h + head) * T + t)[:, None] * S  # (HP, 1)
+            score = tl.zeros((HP, BJ), tl.float32)
             for m in tl.static_range(-OVERLAP, FOLD):
-                i = j * FOLD + m
-                p = tl.exp2(tl.load(z + i, mask=(i >= 0) & (i < count), other=-1e30) - high)  # (BJ,)
-                if m >= 0:
-                    total += p
-                mine += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)  # strides that block i shares with j
-            total = tl.sum(total, 0)
-            score += mine / tl.where(total > 0, total, 1.0)
-        own = tl.load(pos + bg // G * pb + t * pt).to(tl.int32) // BLOCK
-        choose(score, j, own, lists + which * n, n, NP)
+                e = j * FOLD + m  # an entry that touches block j
+                ok = (head < h)[:, None] & ((e >= 0) & (e < count))[None, :]
+                p = tl.exp2(tl.load(row + e[None, :], mask=ok, other=-1e30) - top[:, None])  # (HP, BJ)
+                score += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)  # strides that the entry shares with the block
+            tl.store(importance + which * J + j, tl.sum(score * weight[:, None], 0), mask=j < J)
+
+    @triton.jit
+    def decode_select_kernel(importance, pos, lists, G, T, J, n, pb, pt, BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):
+        """One program: the list of one query and group, from importance (B, G, T, J): eq. 11."""
+        which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
+        own = tl.load(pos + which // T // G * pb + which % T * pt).to(tl.int32) // BLOCK
+        choose(tl.load(importance + which * J + j, mask=j < J, other=0), j, own, lists + which * n, n, NP)
 
     # -----------------------------------------------------------------------------------------------------------------------------
     # 7) draw
@@ -731,6 +748,7 @@ def rope(x, pos, base=10000.0):
     return Rope.apply(x, pos, base, 1)
 
 
+SMS = 132  # multiprocessors of an H100 or H200
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
 
 
@@ -957,52 +975,75 @@ def append(data, pos_buffer, length, new, pos, count):
                                               YP=power(y.shape[3]))  # fmt: skip
 
 
-def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None):
+def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None):
+    """decode_attention up to the point where the shares of the slots are put together; raw (B, H, T, S): receives the scores in base 2.
+
+    -> out (B, T, H, Dv), which is done if there is one share; part and stats of each share; how many and how wide they are.
+    """
+    (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
+    h, D2, TQ = H // G, 0 if k2 is None else k2.shape[3], T if lists is None else 1
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
+    BM, widths = power(h * TQ, 16), dict(DK=DK, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16))
+    BN = 64 if widths["PK"] + D2 + (0 if v is k else DV) <= 160 else 32
+    area, tiles = BM * widths["PV"], triton.cdiv(n * block if n else S, BN)
+    each = 4 if area <= 2**12 else 2 if area <= 2**14 else 1  # programs that an SM has room for: alone, one waits half of its time
+    splits = max(1, min(64, tiles // 4, each * SMS // rows))  # one full wave of programs, with 4 tiles or more for each ..
+    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # .. and none without a tile
+    stages = 5 if n else 3  # with 3, a list's keys wait for its blocks and then for the products: none is under way during them
+    out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
+    part, stats = out, out
+    if splits > 1:
+        part = torch.empty(rows, splits, BM, widths["PV"], dtype=torch.float32, device=q.device)
+    if splits > 1 or raw is not None:
+        stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
+    decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
+                                  window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(),
+                                  **widths, SHARED=v is k, WHOLE=splits == 1, RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN,
+                                  num_warps=8 if DK > 256 else 4, num_stages=stages, maxnreg=128 if each == 4 else None)  # fmt: skip
+    return out, part, stats, dict(splits=splits, DV=DV, PV=widths["PV"], BM=BM, SPLITS=power(splits))
+
+
+def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1):
     """attend(q, [k ; k2], v, visible(q_pos, k_pos, window), scale) for a few queries, reading only the filled slots.
 
     q (B, H, T, Dk + D2), k (B, G, S, Dk), v (B, G, S, Dv), possibly k itself; k2 (B, 1, S, D2) or None; q_pos (B, T), k_pos (B, 1 or G,
     S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. Raises ValueError for more than 128 heads in a group.
-    lists (B, G, T, n): only the slots of these blocks, slot s holding position s. raw (B, H, T, S): receives the scores in base 2.
+    lists (B, G, T, n): only the slots of these blocks, slot s holding position s.
     """
-    (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
-    h, D2, TQ = H // G, 0 if k2 is None else k2.shape[3], T if lists is None else 1
+    (B, H, T, _), G = q.shape, k.shape[1]
+    h, TQ = H // G, T if lists is None else 1
     if h > 128:
         raise ValueError(f"decode_attention takes at most 128 heads per group, not {h}")
     if h * TQ > 128:  # more rows than one tile: as many queries at a time as fit
-        parts = zip(*(x.split(128 // h, dim=i) for x, i in ((q, 2), (q_pos, 1), *(((raw, 2),) if raw is not None else ()))))
-        return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2, raw=raw_i[0] if raw_i else None)
-                          for q_i, pos_i, *raw_i in parts], dim=2)  # fmt: skip
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
-    BM, BN = power(h * TQ, 16), 64 if DK <= 128 else 32
-    splits = min(64, triton.cdiv(n * block if n else S, 4 * BN), triton.cdiv(132, rows))  # enough programs to fill a GPU, not more
-    out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
-    part, stats = out, out
-    if splits > 1:
-        part = torch.empty(rows, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
-        stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
-    decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
-                                  window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(), DK=DK,
-                                  PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1,
-                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=8 if DK > 256 else 4)  # fmt: skip
-    if splits > 1:
-        combine_kernel[(rows, h * TQ)](part, stats, out, T, TQ, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
-                                       num_warps=1)  # fmt: skip
+        parts = zip(q.split(128 // h, dim=2), q_pos.split(128 // h, dim=1))
+        return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2) for q_i, pos_i in parts], dim=2)
+    out, part, stats, shares = read_shares(q, k, v, q_pos, k_pos, length, scale, window, k2, lists, block)
+    if shares["splits"] > 1:
+        combine_kernel[(B * G * T // TQ, h * TQ)](part, stats, out, T, TQ, h, G, **shares, num_warps=4 if shares["splits"] > 16 else 1)
     return out.transpose(1, 2)
 
 
 def decode_blocks(q, k, v, q_pos, cache, tokens, l, d, block, n, scale, k2=None):
-    """nsa.read_blocks for a few queries against the cache of compressed entries -> o (B, H, T, Dv), lists (B, G, T, min(n, blocks))."""
+    """nsa.read_blocks for a few queries against the cache of compressed entries -> o (B, H, T, Dv), lists (B, G, T, min(n, blocks)).
+
+    Raises ValueError for more than 128 rows, heads of a group times queries.
+    """
     (B, H, T, _), (_, G, S, _), blocks = q.shape, k.shape, triton.cdiv(tokens, block)
-    if blocks > 2**15:
-        raise ValueError(f"decode_blocks: {blocks} blocks; at most {2**15} are ranked at once")
-    raw = torch.empty(B, H, T, S, dtype=torch.float32, device=q.device)
+    h, BJ = H // G, 128  # blocks of one program: many small ones, so that one row alone fills the GPU
+    if h * T > 128 or blocks > 2**15:
+        raise ValueError(f"decode_blocks: {h} heads x {T} queries, {blocks} blocks; at most 128, and {2**15} are ranked at once")
+    raw, importance = (torch.empty(*shape, dtype=torch.float32, device=q.device) for shape in ((B, H, T, S), (B, G, T, blocks)))
     lists = torch.empty(B, G, T, min(n, blocks), dtype=torch.int32, device=q.device)
-    o = decode_attention(q, k, v, q_pos, cache.pos, cache.length, scale, k2=k2, raw=raw)
-    decode_select_kernel[(B * G * T,)](raw, q_pos, cache.length, lists, G, H // G, T, S, lists.shape[3], *q_pos.stride(), FOLD=block // d,
-                                       OVERLAP=l // d - 1, BLOCK=block, BJ=power(blocks, 16), NP=power(lists.shape[3]),
+    out, part, stats, shares = read_shares(q, k, v, q_pos, cache.pos, cache.length, scale, k2=k2, raw=raw)
+    chunks = triton.cdiv(blocks, BJ)
+    importance_kernel[(B * G * T, chunks + (h if shares["splits"] > 1 else 0))](raw, part, stats, out, importance, cache.length, T, h, S, G,
+                                                                                blocks, chunks=chunks, FOLD=block // d, OVERLAP=l // d - 1,
+                                                                                BJ=BJ, HP=power(h), **shares)  # fmt: skip
+    decode_select_kernel[(B * G * T,)](importance, q_pos, lists, G, T, blocks, lists.shape[3], *q_pos.stride(), BLOCK=block,
+                                       BJ=power(blocks, 16), NP=power(lists.shape[3]),
                                        num_warps=max(1, min(8, power(blocks) // 512)))  # fmt: skip
-    return o, lists
+    return out.transpose(1, 2), lists
 
 
 def draw(logits, temperature, noise=None):
