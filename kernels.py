@@ -163,9 +163,9 @@ if triton is not None:
         """Rows of the keys i .. i + BN - 1 of a walk -> (BN,): the same numbers, or looked up in the list's blocks, S behind their end."""
         j = tl.arange(0, BN)
         s = i + j
-        for u in tl.static_range(BN // BLOCK if BLOCK > 0 else 0):  # one number per block: an address per row would be slow
+        for u in tl.static_range(max(BN // BLOCK, 1) if BLOCK > 0 else 0):  # one number per block: an address per row would be slow
             block = tl.load(lists + i // BLOCK + u, mask=i + u * BLOCK < end, other=2**20)
-            s = tl.minimum(tl.where(j // BLOCK == u, block * BLOCK + j % BLOCK, s), S)
+            s = tl.minimum(tl.where(j // BLOCK == u, block * BLOCK + (j if BN >= BLOCK else i + j) % BLOCK, s), S)
         return s
 
     @triton.jit
@@ -495,18 +495,18 @@ if triton is not None:
     @triton.jit
     def decode_kernel(q, k, k2, v, out, stats, raw, lists, q_pos, k_pos, length, scale, window, T, TQ, h, S, G, pos_heads, splits, n_list,
                       qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
-                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, LISTED: tl.constexpr,
-                      BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, BLOCK: tl.constexpr,
+                      NP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: the h heads of one group x TQ queries against one share of its slots; an online softmax, base 2.
 
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
         the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
-        LISTED: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S), and (max, sum).
+        BLOCK > 0: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S), and (max, sum).
         """
         which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, first = which // (T // TQ), (which % (T // TQ) * TQ).to(tl.int32)
         b, g = bg // G, bg % G
-        m, n = tl.arange(0, BM), tl.arange(0, BN)
+        m = tl.arange(0, BM)
         head, t = m // TQ, first + m % TQ  # of the query rows
         dk, dv = tl.arange(0, PK), tl.arange(0, PV)
         rows = (m < h * TQ)[:, None]
@@ -520,20 +520,18 @@ if triton is not None:
 
         filled = tl.minimum(tl.load(length + b), S).to(tl.int32)
         keys_all = filled
-        if LISTED:
+        if BLOCK > 0:  # slot s holds position s: what the query may see ends where it stands
+            i = tl.arange(0, NP)
             lists += (bg * T + first) * n_list
-            keys_all = n_list * BLOCK
+            keys_all = tl.sum((tl.load(lists + i, mask=i < n_list, other=-1) >= 0).to(tl.int32), 0) * BLOCK
+            filled = tl.minimum(filled, tl.load(q_pos + b * pb + first * pt).to(tl.int32) + 1)
         share = tl.cdiv(tl.cdiv(keys_all, splits), BN) * BN
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         mean = tl.zeros((BM, PV), tl.float32)
         for start in range(split * share, tl.minimum((split + 1) * share, keys_all), BN):
-            s = start + n
-            ok = s < keys_all
-            if LISTED:
-                block = tl.load(lists + s // BLOCK, mask=ok, other=-1)
-                s = block * BLOCK + s % BLOCK
-                ok = (block >= 0) & (s < filled)
+            s = where_keys_lie(lists, start, keys_all, filled, BN, BLOCK)  # (BN,)
+            ok = s < filled
             slot = (bg * S + s).to(tl.int64)  # in k, v and their positions
             keys = tl.load(k + slot[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0)  # (BN, PK)
             score = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (BM, BN)
@@ -541,8 +539,11 @@ if triton is not None:
                 at2 = k2 + (b * S + s)[:, None] * D2 + d2[None, :]
                 keys2 = tl.load(at2, mask=ok[:, None] & (d2 < D2)[None, :], other=0)  # (BN, P2)
                 score += tl.dot(queries2, tl.trans(keys2), input_precision="ieee")
-            lies = tl.load(k_pos + (b * pos_heads + g % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
-            see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
+            if BLOCK > 0:
+                see = ok[None, :]
+            else:
+                lies = tl.load(k_pos + (b * pos_heads + g % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
+                see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
             score = tl.where(see, score * scale, -1e30)  # scale includes log2(e)
             if RAW:
                 tl.store(raw + row[:, None] * S + s[None, :], score, mask=rows & ok[None, :])
@@ -990,7 +991,6 @@ def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, list
     each = 4 if area <= 2**12 else 2 if area <= 2**14 else 1  # programs that an SM has room for: alone, one waits half of its time
     splits = max(1, min(64, tiles // 4, each * SMS // rows))  # one full wave of programs, with 4 tiles or more for each ..
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # .. and none without a tile
-    stages = 5 if n else 3  # with 3, a list's keys wait for its blocks and then for the products: none is under way during them
     out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
     part, stats = out, out
     if splits > 1:
@@ -999,8 +999,9 @@ def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, list
         stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
     decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
                                   window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(),
-                                  **widths, SHARED=v is k, WHOLE=splits == 1, RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN,
-                                  num_warps=8 if DK > 256 else 4, num_stages=stages, maxnreg=128 if each == 4 else None)  # fmt: skip
+                                  **widths, SHARED=v is k, WHOLE=splits == 1, RAW=raw is not None, BLOCK=block if n else 0, NP=power(n),
+                                  BM=BM, BN=BN, num_warps=8 if DK > 256 else 4, num_stages=3,
+                                  maxnreg=128 if each == 4 else None)  # fmt: skip
     return out, part, stats, dict(splits=splits, DV=DV, PV=widths["PV"], BM=BM, SPLITS=power(splits))
 
 
