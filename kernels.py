@@ -751,6 +751,7 @@ def rope(x, pos, base=10000.0):
 
 SMS = 132  # multiprocessors of an H100 or H200
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
+PER_SM, TILE = 2, 40 * 2**10  # decoding: programs that share a multiprocessor, and bytes of keys and values that each multiplies at once
 
 
 def tile(kind, rows, width, dtype, block=0):
@@ -986,10 +987,12 @@ def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, list
     q = q if q.stride(-1) == 1 else q.contiguous()
     rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
     BM, widths = power(h * TQ, 16), dict(DK=DK, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16))
-    BN = 64 if widths["PK"] + D2 + (0 if v is k else DV) <= 160 else 32
-    area, tiles = BM * widths["PV"], triton.cdiv(n * block if n else S, BN)
-    each = 4 if area <= 2**12 else 2 if area <= 2**14 else 1  # programs that an SM has room for: alone, one waits half of its time
-    splits = max(1, min(64, tiles // 4, each * SMS // rows))  # one full wave of programs, with 4 tiles or more for each ..
+    BN = TILE // ((widths["PK"] + widths["P2"] * (D2 > 0) + (0 if v is k else widths["PV"])) * k.element_size())
+    BN = max(32, min(128, power(BN + 1) // 2))  # the power of 2 below: with more keys at once, the queries are fetched less often
+    area, keys = BM * widths["PV"], n * block if n else S
+    each = min(PER_SM, 4 if area <= 2**12 else 2 if area <= 2**14 else 1)  # alone, a program would wait half of its time
+    tiles = triton.cdiv(keys, BN)
+    splits = max(1, min(64, keys // 128, each * SMS // rows))  # one full wave of programs, with 128 keys or more for each ..
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # .. and none without a tile
     out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
     part, stats = out, out
