@@ -502,6 +502,7 @@ if triton is not None:
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
         the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
         BLOCK > 0: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S), and (max, sum).
+        Rows of raw start at, and its masks end at, multiples of 16 entries, so that several numbers move at once: S is padded to them.
         """
         which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, first = which // (T // TQ), (which % (T // TQ) * TQ).to(tl.int32)
@@ -546,7 +547,7 @@ if triton is not None:
                 see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
             score = tl.where(see, score * scale, -1e30)  # scale includes log2(e)
             if RAW:
-                tl.store(raw + row[:, None] * S + s[None, :], score, mask=rows & ok[None, :])
+                tl.store(raw + row[:, None] * (tl.cdiv(S, 16) * 16) + s[None, :], score, mask=rows & (s < tl.cdiv(filled, 16) * 16)[None, :])
             high = tl.maximum(top, tl.max(score, 1))
             p = tl.where(see, tl.exp2(score - high[:, None]), 0.0)  # (BM, BN)
             fade = tl.exp2(top - high)
@@ -588,41 +589,42 @@ if triton is not None:
         combine(part, stats, out, tl.program_id(0).to(tl.int64), tl.program_id(1), T, TQ, h, G, splits, DV, PV, BM, SPLITS)
 
     @triton.jit
-    def importance_kernel(raw, part, stats, out, importance, length, T, h, S, G, J, splits, chunks, FOLD: tl.constexpr,
-                          OVERLAP: tl.constexpr, BJ: tl.constexpr, HP: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr,
-                          BM: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    def importance_kernel(raw, part, stats, out, importance, length, T, h, S, G, splits, chunks, BE: tl.constexpr, HP: tl.constexpr,
+                          DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
         """What is left when all scores raw (B, H, T, S) are known, for one query and group; two kinds of programs, as neither waits.
 
-        The first `chunks` sum over heads what a chunk of blocks gets, importance (B, G, T, J): eqs 8 to 10. The others combine, one a head.
+        The first `chunks` sum the weights of BE entries over heads, importance (B, G, T, S). The others combine, one a head.
         """
         which, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, t = which // T, which % T
         if chunk >= chunks:
             combine(part, stats, out, bg, ((chunk - chunks) * T + t).to(tl.int32), T, T, h, G, splits, DV, PV, BM, SPLITS)
         else:
-            head, i = tl.arange(0, HP), tl.arange(0, SPLITS)
+            head, i, e, row = tl.arange(0, HP), tl.arange(0, SPLITS), chunk * BE + tl.arange(0, BE), tl.cdiv(S, 16) * 16
+            count = tl.minimum(tl.load(length + bg // G), S).to(tl.int32)
+            ok = (head < h)[:, None] & (e < tl.cdiv(count, 16) * 16)[None, :]
+            score = tl.load(raw + ((bg * h + head) * T + t)[:, None] * row + e[None, :], mask=ok, other=-1e30)  # (HP, BE)
             at = (bg * splits + i[:, None]) * BM + (head * T + t)[None, :]  # (SPLITS, HP)
             ok = (i < splits)[:, None] & (head < h)[None, :]
             tops = tl.load(stats + at * 2, mask=ok, other=-1e30)
             top = tl.maximum(tl.max(tops, 0), -1e29)  # (HP,) above what is masked
             total = tl.sum(tl.load(stats + at * 2 + 1, mask=ok, other=0) * tl.exp2(tops - top[None, :]), 0)  # (HP,)
             weight = 1 / tl.where(total > 0, total, 1.0)
-            count, j = tl.minimum(tl.load(length + bg // G), S), chunk * BJ + tl.arange(0, BJ)
-            row = raw + ((bg * h + head) * T + t)[:, None] * S  # (HP, 1)
-            score = tl.zeros((HP, BJ), tl.float32)
-            for m in tl.static_range(-OVERLAP, FOLD):
-                e = j * FOLD + m  # an entry that touches block j
-                ok = (head < h)[:, None] & ((e >= 0) & (e < count))[None, :]
-                p = tl.exp2(tl.load(row + e[None, :], mask=ok, other=-1e30) - top[:, None])  # (HP, BJ)
-                score += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)  # strides that the entry shares with the block
-            tl.store(importance + which * J + j, tl.sum(score * weight[:, None], 0), mask=j < J)
+            p = tl.exp2(score - top[:, None]) * weight[:, None]  # (HP, BE)
+            tl.store(importance + which * row + e, tl.sum(p, 0), mask=e < row)
 
     @triton.jit
-    def decode_select_kernel(importance, pos, lists, G, T, J, n, pb, pt, BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):
-        """One program: the list of one query and group, from importance (B, G, T, J): eq. 11."""
+    def decode_select_kernel(importance, pos, lists, G, T, S, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
+                             BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):  # fmt: skip
+        """One program: the list of one query and group, from importance (B, G, T, S) of entries: eqs 8 to 11."""
         which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
         own = tl.load(pos + which // T // G * pb + which % T * pt).to(tl.int32) // BLOCK
-        choose(tl.load(importance + which * J + j, mask=j < J, other=0), j, own, lists + which * n, n, NP)
+        row, score = tl.cdiv(S, 16) * 16, tl.zeros((BJ,), tl.float32)
+        for m in tl.static_range(-OVERLAP, FOLD):
+            e = j * FOLD + m  # an entry that touches block j, and how many strides they share
+            p = tl.load(importance + which * row + e, mask=(e >= 0) & (e < row), other=0)
+            score += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)
+        choose(score, j, own, lists + which * n, n, NP)
 
     # -----------------------------------------------------------------------------------------------------------------------------
     # 7) draw
@@ -752,6 +754,7 @@ def rope(x, pos, base=10000.0):
 SMS = 132  # multiprocessors of an H100 or H200
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
 PER_SM, TILE = 2, 40 * 2**10  # decoding: programs that share a multiprocessor, and bytes of keys and values that each multiplies at once
+SCORES = 2**13  # decoding: scores that one program turns into importance
 
 
 def tile(kind, rows, width, dtype, block=0):
@@ -1034,18 +1037,19 @@ def decode_blocks(q, k, v, q_pos, cache, tokens, l, d, block, n, scale, k2=None)
     Raises ValueError for more than 128 rows, heads of a group times queries.
     """
     (B, H, T, _), (_, G, S, _), blocks = q.shape, k.shape, triton.cdiv(tokens, block)
-    h, BJ = H // G, 128  # blocks of one program: many small ones, so that one row alone fills the GPU
+    h, row = H // G, triton.cdiv(S, 16) * 16
     if h * T > 128 or blocks > 2**15:
         raise ValueError(f"decode_blocks: {h} heads x {T} queries, {blocks} blocks; at most 128, and {2**15} are ranked at once")
-    raw, importance = (torch.empty(*shape, dtype=torch.float32, device=q.device) for shape in ((B, H, T, S), (B, G, T, blocks)))
+    raw, importance = (torch.empty(*shape, dtype=torch.float32, device=q.device) for shape in ((B, H, T, row), (B, G, T, row)))
     lists = torch.empty(B, G, T, min(n, blocks), dtype=torch.int32, device=q.device)
     out, part, stats, shares = read_shares(q, k, v, q_pos, cache.pos, cache.length, scale, k2=k2, raw=raw)
-    chunks = triton.cdiv(blocks, BJ)
+    many = min(SCORES, power(B * H * T * row // (8 * SMS)))  # scores of one program: fewer where they would not fill the GPU
+    BE = max(128, many // power(h))
+    chunks = triton.cdiv(row, BE)
     importance_kernel[(B * G * T, chunks + (h if shares["splits"] > 1 else 0))](raw, part, stats, out, importance, cache.length, T, h, S, G,
-                                                                                blocks, chunks=chunks, FOLD=block // d, OVERLAP=l // d - 1,
-                                                                                BJ=BJ, HP=power(h), **shares)  # fmt: skip
-    decode_select_kernel[(B * G * T,)](importance, q_pos, lists, G, T, blocks, lists.shape[3], *q_pos.stride(), BLOCK=block,
-                                       BJ=power(blocks, 16), NP=power(lists.shape[3]),
+                                                                                chunks=chunks, BE=BE, HP=power(h), **shares)  # fmt: skip
+    decode_select_kernel[(B * G * T,)](importance, q_pos, lists, G, T, S, lists.shape[3], *q_pos.stride(), FOLD=block // d,
+                                       OVERLAP=l // d - 1, BLOCK=block, BJ=power(blocks, 16), NP=power(lists.shape[3]),
                                        num_warps=max(1, min(8, power(blocks) // 512)))  # fmt: skip
     return out.transpose(1, 2), lists
 
