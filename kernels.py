@@ -991,8 +991,8 @@ def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, list
     rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
     BM, widths = power(h * TQ, 16), dict(DK=DK, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16))
     BN = TILE // ((widths["PK"] + widths["P2"] * (D2 > 0) + (0 if v is k else widths["PV"])) * k.element_size())
-    BN = max(32, min(128, power(BN + 1) // 2))  # the power of 2 below: with more keys at once, the queries are fetched less often
     area, keys = BM * widths["PV"], n * block if n else S
+    BN = max(32, min(128 if area <= 2**12 else 32, power(BN + 1) // 2))  # the power of 2 below: queries are fetched anew for each tile
     each = min(PER_SM, 4 if area <= 2**12 else 2 if area <= 2**14 else 1)  # alone, a program would wait half of its time
     tiles = triton.cdiv(keys, BN)
     splits = max(1, min(64, keys // 128, each * SMS // rows))  # one full wave of programs, with 128 keys or more for each ..
