@@ -493,11 +493,13 @@ if triton is not None:
     # 6) decode_attention
 
     @triton.jit
-    def decode_kernel(q, k, k2, v, out, stats, raw, lists, q_pos, k_pos, length, scale, window, T, TQ, h, S, G, pos_heads, splits, n_list,
-                      qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
-                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, BLOCK: tl.constexpr,
+    def decode_kernel(q, k, k2, v, out, stats, raw, lists, q_pos, k_pos, length, scale, window, T, TQ, h, S, G, fan, pos_heads, splits,
+                      n_list, qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+                      DV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, BLOCK: tl.constexpr,
                       NP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: the h heads of one group x TQ queries against one share of its slots; an online softmax, base 2.
+
+        `fan` of the G groups read the same slots: parts of a group of many heads.
 
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
         the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
@@ -523,7 +525,7 @@ if triton is not None:
         keys_all = filled
         if BLOCK > 0:  # slot s holds position s: what the query may see ends where it stands
             i = tl.arange(0, NP)
-            lists += (bg * T + first) * n_list
+            lists += (bg // fan * T + first) * n_list
             keys_all = tl.sum((tl.load(lists + i, mask=i < n_list, other=-1) >= 0).to(tl.int32), 0) * BLOCK
             filled = tl.minimum(filled, tl.load(q_pos + b * pb + first * pt).to(tl.int32) + 1)
         share = tl.cdiv(tl.cdiv(keys_all, splits), BN) * BN
@@ -533,7 +535,7 @@ if triton is not None:
         for start in range(split * share, tl.minimum((split + 1) * share, keys_all), BN):
             s = where_keys_lie(lists, start, keys_all, filled, BN, BLOCK)  # (BN,)
             ok = s < filled
-            slot = (bg * S + s).to(tl.int64)  # in k, v and their positions
+            slot = (bg // fan * S + s).to(tl.int64)  # in k, v and their positions
             keys = tl.load(k + slot[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0)  # (BN, PK)
             score = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (BM, BN)
             if D2 > 0:
@@ -543,11 +545,12 @@ if triton is not None:
             if BLOCK > 0:
                 see = ok[None, :]
             else:
-                lies = tl.load(k_pos + (b * pos_heads + g % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
+                lies = tl.load(k_pos + (b * pos_heads + g // fan % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
                 see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
             score = tl.where(see, score * scale, -1e30)  # scale includes log2(e)
             if RAW:
-                tl.store(raw + row[:, None] * (tl.cdiv(S, 16) * 16) + s[None, :], score, mask=rows & (s < tl.cdiv(filled, 16) * 16)[None, :])
+                near = s < tl.cdiv(filled, 16) * 16
+                tl.store(raw + row[:, None] * (tl.cdiv(S, 16) * 16) + s[None, :], score, mask=rows & near[None, :])
             high = tl.maximum(top, tl.max(score, 1))
             p = tl.where(see, tl.exp2(score - high[:, None]), 0.0)  # (BM, BN)
             fade = tl.exp2(top - high)
@@ -754,6 +757,7 @@ def rope(x, pos, base=10000.0):
 SMS = 132  # multiprocessors of an H100 or H200
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
 PER_SM, TILE = 2, 40 * 2**10  # decoding: programs that share a multiprocessor, and bytes of keys and values that each multiplies at once
+AREA = 2**13  # decoding: numbers of a program's output; larger ones are shared between programs by heads
 SCORES = 2**13  # decoding: scores that one program turns into importance
 
 
@@ -980,12 +984,13 @@ def append(data, pos_buffer, length, new, pos, count):
                                               YP=power(y.shape[3]))  # fmt: skip
 
 
-def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None):
+def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None, fan=1):
     """decode_attention up to the point where the shares of the slots are put together; raw (B, H, T, S): receives the scores in base 2.
 
     -> out (B, T, H, Dv), which is done if there is one share; part and stats of each share; how many and how wide they are.
     """
     (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
+    G *= fan  # parts of groups
     h, D2, TQ = H // G, 0 if k2 is None else k2.shape[3], T if lists is None else 1
     q = q if q.stride(-1) == 1 else q.contiguous()
     rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
@@ -1004,9 +1009,9 @@ def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, list
     if splits > 1 or raw is not None:
         stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
     decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
-                                  window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(),
+                                  window or 2**31 - 1, T, TQ, h, S, G, fan, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(),
                                   **widths, SHARED=v is k, WHOLE=splits == 1, RAW=raw is not None, BLOCK=block if n else 0, NP=power(n),
-                                  BM=BM, BN=BN, num_warps=8 if DK > 256 else 4, num_stages=3,
+                                  BM=BM, BN=BN, num_warps=8 if DK > 256 and area > 2**13 else 4, num_stages=3,
                                   maxnreg=128 if each == 4 else None)  # fmt: skip
     return out, part, stats, dict(splits=splits, DV=DV, PV=widths["PV"], BM=BM, SPLITS=power(splits))
 
@@ -1025,7 +1030,11 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None,
     if h * TQ > 128:  # more rows than one tile: as many queries at a time as fit
         parts = zip(q.split(128 // h, dim=2), q_pos.split(128 // h, dim=1))
         return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2) for q_i, pos_i in parts], dim=2)
-    out, part, stats, shares = read_shares(q, k, v, q_pos, k_pos, length, scale, window, k2, lists, block)
+    fan = 1  # programs that take a part each of a group's heads, as one would be short of registers with them all
+    while h * TQ * v.shape[3] > AREA * fan and h % (2 * fan) == 0 and h * TQ >= 32 * fan:
+        fan *= 2
+    h, G = h // fan, G * fan
+    out, part, stats, shares = read_shares(q, k, v, q_pos, k_pos, length, scale, window, k2, lists, block, fan=fan)
     if shares["splits"] > 1:
         combine_kernel[(B * G * T // TQ, h * TQ)](part, stats, out, T, TQ, h, G, **shares, num_warps=4 if shares["splits"] > 16 else 1)
     return out.transpose(1, 2)

@@ -835,6 +835,10 @@ def test_decode_attention_splits_and_lists():
         with kernels_in_use(False):
             want = nsa.selected_attention(q, k, v, lists, pos, k_pos, 16, 0.3, k2)
         close(kernels.decode_attention(q, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=16), want, 1e-5, "slots of a list")
+        q = torch.randn(B, 32 * G, T, D + 8, device=DEVICE)
+        with swapped(kernels, "AREA", 400):  # four programs for the heads of a group
+            got = kernels.decode_attention(q, k, v, pos, k_pos, length, 0.3, 70, k2)
+        close(got, attend(q, la.join(k, k2), v, visible(pos, k_pos, 70), 0.3), 1e-5, "decode_attention, parts of groups")
 
 
 @torch.no_grad()
