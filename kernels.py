@@ -172,9 +172,9 @@ if triton is not None:
         """Rows of the keys i .. i + BN - 1 of a walk -> (BN,): the same numbers, or looked up in the list's blocks, S behind their end."""
         j = tl.arange(0, BN)
         s = i + j
-        for u in tl.static_range(BN // BLOCK if BLOCK > 0 else 0):  # one number per block: an address per row would be slow
+        for u in tl.static_range(max(BN // BLOCK, 1) if BLOCK > 0 else 0):  # one number per block: an address per row would be slow
             block = tl.load(lists + i // BLOCK + u, mask=i + u * BLOCK < end, other=2**20)
-            s = tl.minimum(tl.where(j // BLOCK == u, block * BLOCK + j % BLOCK, s), S)
+            s = tl.minimum(tl.where(j // BLOCK == u, block * BLOCK + (j if BN >= BLOCK else i + j) % BLOCK, s), S)
         return s
 
     @triton.jit
@@ -503,20 +503,23 @@ if triton is not None:
     # 6) decode_attention
 
     @triton.jit
-    def decode_kernel(q, k, k2, v, out, stats, raw, lists, q_pos, k_pos, length, scale, window, T, TQ, h, S, G, pos_heads, splits, n_list,
-                      qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
-                      PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, LISTED: tl.constexpr,
-                      BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    def decode_kernel(q, k, k2, v, out, stats, raw, lists, q_pos, k_pos, length, scale, window, T, TQ, h, S, G, fan, pos_heads, splits,
+                      n_list, qb, qh, qt, pb, pt, DK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+                      DV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, RAW: tl.constexpr, BLOCK: tl.constexpr,
+                      NP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: the h heads of one group x TQ queries against one share of its slots; an online softmax, base 2.
+
+        `fan` of the G groups read the same slots: parts of a group of many heads.
 
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
         the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
-        LISTED: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S).
+        BLOCK > 0: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S), and (max, sum).
+        Rows of raw start at, and its masks end at, multiples of 16 entries, so that several numbers move at once: S is padded to them.
         """
         which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, first = which // (T // TQ), (which % (T // TQ) * TQ).to(tl.int32)
         b, g = bg // G, bg % G
-        m, n = tl.arange(0, BM), tl.arange(0, BN)
+        m = tl.arange(0, BM)
         head, t = m // TQ, first + m % TQ  # of the query rows
         dk, dv = tl.arange(0, PK), tl.arange(0, PV)
         rows = (m < h * TQ)[:, None]
@@ -530,32 +533,34 @@ if triton is not None:
 
         filled = tl.minimum(tl.load(length + b), S).to(tl.int32)
         keys_all = filled
-        if LISTED:
-            lists += (bg * T + first) * n_list
-            keys_all = n_list * BLOCK
+        if BLOCK > 0:  # slot s holds position s: what the query may see ends where it stands
+            i = tl.arange(0, NP)
+            lists += (bg // fan * T + first) * n_list
+            keys_all = tl.sum((tl.load(lists + i, mask=i < n_list, other=-1) >= 0).to(tl.int32), 0) * BLOCK
+            filled = tl.minimum(filled, tl.load(q_pos + b * pb + first * pt).to(tl.int32) + 1)
         share = tl.cdiv(tl.cdiv(keys_all, splits), BN) * BN
         top = tl.full((BM,), -1e30, tl.float32)
         total = tl.zeros((BM,), tl.float32)
         mean = tl.zeros((BM, PV), tl.float32)
         for start in range(split * share, tl.minimum((split + 1) * share, keys_all), BN):
-            s = start + n
-            ok = s < keys_all
-            if LISTED:
-                block = tl.load(lists + s // BLOCK, mask=ok, other=-1)
-                s = block * BLOCK + s % BLOCK
-                ok = (block >= 0) & (s < filled)
-            slot = (bg * S + s).to(tl.int64)  # in k, v and their positions
+            s = where_keys_lie(lists, start, keys_all, filled, BN, BLOCK)  # (BN,)
+            ok = s < filled
+            slot = (bg // fan * S + s).to(tl.int64)  # in k, v and their positions
             keys = tl.load(k + slot[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0)  # (BN, PK)
             score = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (BM, BN)
             if D2 > 0:
                 at2 = k2 + (b * S + s)[:, None] * D2 + d2[None, :]
                 keys2 = tl.load(at2, mask=ok[:, None] & (d2 < D2)[None, :], other=0)  # (BN, P2)
                 score += tl.dot(queries2, tl.trans(keys2), input_precision="ieee")
-            lies = tl.load(k_pos + (b * pos_heads + g % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
-            see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
+            if BLOCK > 0:
+                see = ok[None, :]
+            else:
+                lies = tl.load(k_pos + (b * pos_heads + g // fan % pos_heads) * S + s, mask=ok, other=-1)  # (BN,)
+                see = (lies >= 0)[None, :] & (lies[None, :] <= where[:, None]) & (lies[None, :] > where[:, None] - window)
             score = tl.where(see, score * scale, -1e30)  # scale includes log2(e)
             if RAW:
-                tl.store(raw + row[:, None] * S + s[None, :], score, mask=rows & ok[None, :])
+                near = s < tl.cdiv(filled, 16) * 16
+                tl.store(raw + row[:, None] * (tl.cdiv(S, 16) * 16) + s[None, :], score, mask=rows & near[None, :])
             high = tl.maximum(top, tl.max(score, 1))
             p = tl.where(see, tl.exp2(score - high[:, None]), 0.0)  # (BM, BN)
             fade = tl.exp2(top - high)
@@ -566,19 +571,20 @@ if triton is not None:
                 values = tl.load(v + slot[:, None] * DV + dv[None, :], mask=ok[:, None] & (dv < DV)[None, :], other=0)  # (BN, PV)
             mean = mean * fade[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         mean = mean / tl.where(total > 0, total, 1.0)[:, None]
+        part = (which * splits + split) * BM + m
         if WHOLE:
             to = out + (((b * T + t) * G + g) * h + head)[:, None] * DV + dv[None, :]
             tl.store(to, mean.to(out.dtype.element_ty), mask=rows & (dv < DV)[None, :])
         else:
-            part = (which * splits + split) * BM + m
             tl.store(out + part[:, None] * PV + dv[None, :], mean)
+        if RAW or not WHOLE:
             tl.store(stats + part * 2, top)
             tl.store(stats + part * 2 + 1, total)
 
     @triton.jit
-    def combine_kernel(part, stats, out, T, TQ, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
-        """One program: one query row; the shares' means, weighted by their sums."""
-        which, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    def combine(part, stats, out, which, m, T, TQ, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr,
+                SPLITS: tl.constexpr):  # fmt: skip
+        """One query row: the shares' means, weighted by their sums."""
         i, d = tl.arange(0, SPLITS), tl.arange(0, PV)
         at = (which * splits + i) * BM + m
         top = tl.load(stats + at * 2, mask=i < splits, other=-1e30)
@@ -592,28 +598,45 @@ if triton is not None:
         tl.store(out + to * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
 
     @triton.jit
-    def decode_select_kernel(raw, pos, length, lists, G, h, T, S, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
-                             BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):  # fmt: skip
-        """One program: the list of one query and group, from the scores raw (B, H, T, S) of the compressed blocks: eqs 8 to 11."""
-        which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
+    def combine_kernel(part, stats, out, T, TQ, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
+        combine(part, stats, out, tl.program_id(0).to(tl.int64), tl.program_id(1), T, TQ, h, G, splits, DV, PV, BM, SPLITS)
+
+    @triton.jit
+    def importance_kernel(raw, part, stats, out, importance, length, T, h, S, G, splits, chunks, BE: tl.constexpr, HP: tl.constexpr,
+                          DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+        """What is left when all scores raw (B, H, T, S) are known, for one query and group; two kinds of programs, as neither waits.
+
+        The first `chunks` sum the weights of BE entries over heads, importance (B, G, T, S). The others combine, one a head.
+        """
+        which, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, t = which // T, which % T
-        count = tl.minimum(tl.load(length + bg // G), S)
-        score = tl.zeros((BJ,), tl.float32)
-        for head in range(h):
-            z = raw + ((bg * h + head) * T + t) * S
-            top = tl.full((BJ,), -1e29, tl.float32)  # above what is masked
-            for m in tl.static_range(FOLD):
-                top = tl.maximum(top, tl.load(z + j * FOLD + m, mask=j * FOLD + m < count, other=-1e30))
-            high, total, mine = tl.max(top, 0), tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
-            for m in tl.static_range(-OVERLAP, FOLD):
-                i = j * FOLD + m
-                p = tl.exp2(tl.load(z + i, mask=(i >= 0) & (i < count), other=-1e30) - high)  # (BJ,)
-                if m >= 0:
-                    total += p
-                mine += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)  # strides that block i shares with j
-            total = tl.sum(total, 0)
-            score += mine / tl.where(total > 0, total, 1.0)
-        own = tl.load(pos + bg // G * pb + t * pt).to(tl.int32) // BLOCK
+        if chunk >= chunks:
+            combine(part, stats, out, bg, ((chunk - chunks) * T + t).to(tl.int32), T, T, h, G, splits, DV, PV, BM, SPLITS)
+        else:
+            head, i, e, row = tl.arange(0, HP), tl.arange(0, SPLITS), chunk * BE + tl.arange(0, BE), tl.cdiv(S, 16) * 16
+            count = tl.minimum(tl.load(length + bg // G), S).to(tl.int32)
+            ok = (head < h)[:, None] & (e < tl.cdiv(count, 16) * 16)[None, :]
+            score = tl.load(raw + ((bg * h + head) * T + t)[:, None] * row + e[None, :], mask=ok, other=-1e30)  # (HP, BE)
+            at = (bg * splits + i[:, None]) * BM + (head * T + t)[None, :]  # (SPLITS, HP)
+            ok = (i < splits)[:, None] & (head < h)[None, :]
+            tops = tl.load(stats + at * 2, mask=ok, other=-1e30)
+            top = tl.maximum(tl.max(tops, 0), -1e29)  # (HP,) above what is masked
+            total = tl.sum(tl.load(stats + at * 2 + 1, mask=ok, other=0) * tl.exp2(tops - top[None, :]), 0)  # (HP,)
+            weight = 1 / tl.where(total > 0, total, 1.0)
+            p = tl.exp2(score - top[:, None]) * weight[:, None]  # (HP, BE)
+            tl.store(importance + which * row + e, tl.sum(p, 0), mask=e < row)
+
+    @triton.jit
+    def decode_select_kernel(importance, pos, lists, G, T, S, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
+                             BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):  # fmt: skip
+        """One program: the list of one query and group, from importance (B, G, T, S) of entries: eqs 8 to 11."""
+        which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
+        own = tl.load(pos + which // T // G * pb + which % T * pt).to(tl.int32) // BLOCK
+        row, score = tl.cdiv(S, 16) * 16, tl.zeros((BJ,), tl.float32)
+        for m in tl.static_range(-OVERLAP, FOLD):
+            e = j * FOLD + m  # an entry that touches block j, and how many strides they share
+            p = tl.load(importance + which * row + e, mask=(e >= 0) & (e < row), other=0)
+            score += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)
         choose(score, j, own, lists + which * n, n, NP)
 
     # -----------------------------------------------------------------------------------------------------------------------------
@@ -741,8 +764,11 @@ def rope(x, pos, base=10000.0):
     return Rope.apply(x, pos, base, 1)
 
 
-L2 = 2**25  # bytes of queries that find room in the cache of 50 MB, beside all else
+SMS, L2 = 132, 2**25  # of an H100 or H200: multiprocessors; bytes of queries that find room in its cache of 50 MB, beside all else
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
+PER_SM, TILE = 2, 40 * 2**10  # decoding: programs that share a multiprocessor, and bytes of keys and values that each multiplies at once
+AREA = 2**13  # decoding: numbers of a program's output; larger ones are shared between programs by heads
+SCORES = 2**13  # decoding: scores that one program turns into importance
 
 
 def tile(kind, rows, width, dtype, block=0):
@@ -838,7 +864,7 @@ class Walk(torch.autograd.Function):
             readers, owners, begins, ends, firsts = invert(lists, blocks, parts, chunks)
             pieces = len(owners)
         else:
-            parts = min(triton.cdiv(528, total), triton.cdiv(T, 16 * BQ)) if 0 < total < 264 else 1  # 4 programs for each of 132 processors
+            parts = min(triton.cdiv(4 * SMS, total), triton.cdiv(T, 16 * BQ)) if 0 < total < 2 * SMS else 1
             pieces, firsts = total * parts, torch.arange(0, total * parts + 1, parts, device=q.device)
         split = pieces > total
         new = lambda x: torch.empty((pieces, BN, x.shape[3]) if split else (B, G, S, x.shape[3]),
@@ -991,52 +1017,82 @@ def append(data, pos_buffer, length, new, pos, count):
                                               YP=power(y.shape[3]))  # fmt: skip
 
 
-def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None):
+def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None, fan=1):
+    """decode_attention up to the point where the shares of the slots are put together; raw (B, H, T, S): receives the scores in base 2.
+
+    -> out (B, T, H, Dv), which is done if there is one share; part and stats of each share; how many and how wide they are.
+    """
+    (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
+    G *= fan  # parts of groups
+    h, D2, TQ = H // G, 0 if k2 is None else k2.shape[3], T if lists is None else 1
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
+    BM, widths = power(h * TQ, 16), dict(DK=DK, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16))
+    BN = TILE // ((widths["PK"] + widths["P2"] * (D2 > 0) + (0 if v is k else widths["PV"])) * k.element_size())
+    area, keys = BM * widths["PV"], n * block if n else S
+    BN = max(32, min(128 if area <= 2**12 else 32, power(BN + 1) // 2))  # the power of 2 below: queries are fetched anew for each tile
+    each = PER_SM if area <= 2**14 else 1  # alone, a program waits half of its time
+    tiles = triton.cdiv(keys, BN)
+    splits = max(1, min(64, keys // 128, each * SMS // rows))  # one full wave of programs, with 128 keys or more for each ..
+    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # .. and none without a tile
+    out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
+    part, stats = out, out
+    if splits > 1:
+        part = torch.empty(rows, splits, BM, widths["PV"], dtype=torch.float32, device=q.device)
+    if splits > 1 or raw is not None:
+        stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
+    decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
+                                  window or 2**31 - 1, T, TQ, h, S, G, fan, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(),
+                                  **widths, SHARED=v is k, WHOLE=splits == 1, RAW=raw is not None, BLOCK=block if n else 0, NP=power(n),
+                                  BM=BM, BN=BN, num_warps=8 if DK > 256 and area > 2**13 else 4, num_stages=3)  # fmt: skip
+    return out, part, stats, dict(splits=splits, DV=DV, PV=widths["PV"], BM=BM, SPLITS=power(splits))
+
+
+def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1):
     """attend(q, [k ; k2], v, visible(q_pos, k_pos, window), scale) for a few queries, reading only the filled slots.
 
     q (B, H, T, Dk + D2), k (B, G, S, Dk), v (B, G, S, Dv), possibly k itself; k2 (B, 1, S, D2) or None; q_pos (B, T), k_pos (B, 1 or G,
     S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. Raises ValueError for more than 128 heads in a group.
-    lists (B, G, T, n): only the slots of these blocks, slot s holding position s. raw (B, H, T, S): receives the scores in base 2.
+    lists (B, G, T, n): only the slots of these blocks, slot s holding position s.
     """
-    (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
-    h, D2, TQ = H // G, 0 if k2 is None else k2.shape[3], T if lists is None else 1
+    (B, H, T, _), G = q.shape, k.shape[1]
+    h, TQ = H // G, T if lists is None else 1
     if h > 128:
         raise ValueError(f"decode_attention takes at most 128 heads per group, not {h}")
     if h * TQ > 128:  # more rows than one tile: as many queries at a time as fit
-        parts = zip(*(x.split(128 // h, dim=i) for x, i in ((q, 2), (q_pos, 1), *(((raw, 2),) if raw is not None else ()))))
-        return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2, raw=raw_i[0] if raw_i else None)
-                          for q_i, pos_i, *raw_i in parts], dim=2)  # fmt: skip
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    rows, n = B * G * (T // TQ), 0 if lists is None else lists.shape[3]
-    BM, BN = power(h * TQ, 16), 64 if DK <= 128 else 32
-    splits = min(64, triton.cdiv(n * block if n else S, 4 * BN), triton.cdiv(132, rows))  # enough programs to fill a GPU, not more
-    out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
-    part, stats = out, out
-    if splits > 1:
-        part = torch.empty(rows, splits, BM, power(DV, 16), dtype=torch.float32, device=q.device)
-        stats = torch.empty(rows, splits, BM, 2, dtype=torch.float32, device=q.device)
-    decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
-                                  window or 2**31 - 1, T, TQ, h, S, G, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(), DK=DK,
-                                  PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, PV=power(DV, 16), SHARED=v is k, WHOLE=splits == 1,
-                                  RAW=raw is not None, LISTED=n > 0, BLOCK=block, BM=BM, BN=BN, num_warps=8 if DK > 256 else 4)  # fmt: skip
-    if splits > 1:
-        combine_kernel[(rows, h * TQ)](part, stats, out, T, TQ, h, G, splits, DV=DV, PV=power(DV, 16), BM=BM, SPLITS=power(splits),
-                                       num_warps=1)  # fmt: skip
+        parts = zip(q.split(128 // h, dim=2), q_pos.split(128 // h, dim=1))
+        return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2) for q_i, pos_i in parts], dim=2)
+    fan = 1  # programs that take a part each of a group's heads, as one would be short of registers with them all
+    while h * TQ * v.shape[3] > AREA * fan and h % (2 * fan) == 0 and h * TQ >= 32 * fan:
+        fan *= 2
+    h, G = h // fan, G * fan
+    out, part, stats, shares = read_shares(q, k, v, q_pos, k_pos, length, scale, window, k2, lists, block, fan=fan)
+    if shares["splits"] > 1:
+        combine_kernel[(B * G * T // TQ, h * TQ)](part, stats, out, T, TQ, h, G, **shares, num_warps=4 if shares["splits"] > 16 else 1)
     return out.transpose(1, 2)
 
 
 def decode_blocks(q, k, v, q_pos, cache, tokens, l, d, block, n, scale, k2=None):
-    """nsa.read_blocks for a few queries against the cache of compressed entries -> o (B, H, T, Dv), lists (B, G, T, min(n, blocks))."""
+    """nsa.read_blocks for a few queries against the cache of compressed entries -> o (B, H, T, Dv), lists (B, G, T, min(n, blocks)).
+
+    Raises ValueError for more than 128 rows, heads of a group times queries.
+    """
     (B, H, T, _), (_, G, S, _), blocks = q.shape, k.shape, triton.cdiv(tokens, block)
-    if blocks > 2**15:
-        raise ValueError(f"decode_blocks: {blocks} blocks; at most {2**15} are ranked at once")
-    raw = torch.empty(B, H, T, S, dtype=torch.float32, device=q.device)
+    h, row = H // G, triton.cdiv(S, 16) * 16
+    if h * T > 128 or blocks > 2**15:
+        raise ValueError(f"decode_blocks: {h} heads x {T} queries, {blocks} blocks; at most 128, and {2**15} are ranked at once")
+    raw, importance = (torch.empty(*shape, dtype=torch.float32, device=q.device) for shape in ((B, H, T, row), (B, G, T, row)))
     lists = torch.empty(B, G, T, min(n, blocks), dtype=torch.int32, device=q.device)
-    o = decode_attention(q, k, v, q_pos, cache.pos, cache.length, scale, k2=k2, raw=raw)
-    decode_select_kernel[(B * G * T,)](raw, q_pos, cache.length, lists, G, H // G, T, S, lists.shape[3], *q_pos.stride(), FOLD=block // d,
+    out, part, stats, shares = read_shares(q, k, v, q_pos, cache.pos, cache.length, scale, k2=k2, raw=raw)
+    many = min(SCORES, power(B * H * T * row // (8 * SMS)))  # scores of one program: fewer where they would not fill the GPU
+    BE = max(128, many // power(h))
+    chunks = triton.cdiv(row, BE)
+    importance_kernel[(B * G * T, chunks + (h if shares["splits"] > 1 else 0))](raw, part, stats, out, importance, cache.length, T, h, S, G,
+                                                                                chunks=chunks, BE=BE, HP=power(h), **shares)  # fmt: skip
+    decode_select_kernel[(B * G * T,)](importance, q_pos, lists, G, T, S, lists.shape[3], *q_pos.stride(), FOLD=block // d,
                                        OVERLAP=l // d - 1, BLOCK=block, BJ=power(blocks, 16), NP=power(lists.shape[3]),
                                        num_warps=max(1, min(8, power(blocks) // 512)))  # fmt: skip
-    return o, lists
+    return out.transpose(1, 2), lists
 
 
 def draw(logits, temperature, noise=None):

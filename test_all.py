@@ -835,6 +835,41 @@ def test_decode_attention_splits_and_lists():
         with kernels_in_use(False):
             want = nsa.selected_attention(q, k, v, lists, pos, k_pos, 16, 0.3, k2)
         close(kernels.decode_attention(q, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=16), want, 1e-5, "slots of a list")
+        q = torch.randn(B, 32 * G, T, D + 8, device=DEVICE)
+        with swapped(kernels, "AREA", 400):  # four programs for the heads of a group
+            got = kernels.decode_attention(q, k, v, pos, k_pos, length, 0.3, 70, k2)
+        close(got, attend(q, la.join(k, k2), v, visible(pos, k_pos, 70), 0.3), 1e-5, "decode_attention, parts of groups")
+
+
+@torch.no_grad()
+def decode_blocks_equals_read_blocks(decode):
+    """Outputs and lists: NSA's and ASA's blocks, rows of all lengths, one query and several, heads that fill a tile, one share and more."""
+    for l, d, block, n, h, T, S in ((16, 16, 16, 6, 4, 1, 400), (32, 16, 64, 4, 3, 2, 150), (16, 16, 16, 20, 16, 8, 140),
+                                    (8, 4, 16, 5, 1, 1, 90)):  # fmt: skip
+        B, G, D = 3, 2, 16
+        count = torch.tensor([S, S // 2, 0], device=DEVICE)  # entries of each row
+        cache = la.SlotCache(B, S, ((G, D), (1, 8)), device=DEVICE)
+        at = torch.arange(S, device=DEVICE)
+        cache.pos[:] = torch.where(at < count[:, None], at * d + l - 1, -1)[:, None]
+        cache.length[:] = count
+        q, k, k2 = (torch.randn(B, *shape, device=DEVICE) for shape in ((G * h, T, D + 8), (G, S, D), (1, S, 8)))
+        pos, tokens = (count * d)[:, None] + torch.arange(T, device=DEVICE) + l, S * d + l + T
+        with kernels_in_use(False):
+            want, lists = nsa.read_blocks(q, k, k, cache.pos, pos, tokens, l, d, block, n, 0.3, k2)
+        for sms in (132, 1):  # several shares, or one
+            with swapped(kernels, "SMS", sms):
+                o, got = decode(q, k, k, pos, cache, tokens, l, d, block, n, 0.3, k2)
+            seen = cache.pos[:, 0].ge(0).any(-1)[:, None, None, None]
+            close(o, torch.where(seen, want, 0), 1e-5, f"decode_blocks, {h} heads, {T} queries, {sms} SMs: outputs")
+            assert torch.equal(got.sort(-1).values.long(), lists.sort(-1).values), f"decode_blocks, blocks of {block} by {l} / {d}: lists"
+
+
+def test_decode_blocks_kernel_equals_read_blocks():
+    with kernels_in_use():
+        right = kernels.decode_blocks
+        decode_blocks_equals_read_blocks(right)
+        fails(decode_blocks_equals_read_blocks, lambda q, k, *rest: right(q, k.flip(2), *rest))
+        fails(decode_blocks_equals_read_blocks, lambda *args: right(*args[:6], args[7], *args[7:]))  # entries as long as their stride
 
 
 def test_draws_and_commits_on_kernels_equal_mtp():
