@@ -771,10 +771,11 @@ AREA = 2**13  # decoding: numbers of a program's output; larger ones are shared 
 SCORES = 2**13  # decoding: scores that one program turns into importance
 
 
-def tile(kind, rows, width, dtype, block=0):
+def tile(kind, rows, width, dtype, block=0, shared=False):
     """(rows of queries at once, keys at once, warps, stages) of the attention kernels: the only numbers that were tuned, on an H200.
 
-    rows: those that a list of blocks joins (0: as many as one likes); width: of a key. In fp32 only small tiles fit.
+    rows: those that a list of blocks joins (0: as many as one likes); width: of a key; shared: it is the value too. In fp32 only small
+    tiles fit.
     """
     BM = 32 if kind == "dkv" and max(rows, block) >= 32 else max(rows, 16)  # with lists
     if dtype == torch.float32:
@@ -782,16 +783,16 @@ def tile(kind, rows, width, dtype, block=0):
     if rows and kind == "dkv":
         return BM, block, 4 if block >= 64 else 2, 3 if width > 64 and rows < 64 else 2
     if rows >= 64:
-        return BM, max(block, 32), 4, 2 if kind == "forward" else 1
+        return BM, max(block, 32), rows // 16, 2 if kind == "forward" else 1
     if rows:
-        return BM, max(block, 64 if kind == "forward" else 32), triton.cdiv(rows, 16), 2
+        return BM, max(block, 64 if kind == "forward" else 32), triton.cdiv(rows, 16) * (1 if width <= 160 else 2), 2
     if kind == "forward":
         return (64, 64, 4, 3 if width <= 160 else 2) if width <= 192 else (128, 64, 8, 2)
     if kind == "scores":
         return (64, 128, 8, 2) if width > 192 else (128, 64, 4, 3)
     if kind == "dq":
         return (64, 64, 4, 2) if width <= 96 else (128, 64, 8, 3) if width <= 192 else (128, 32, 8, 3)
-    return (64, 64, 4, 2) if width <= 96 else (32 if 160 < width <= 192 else 64, 128, 8, 3 if width <= 192 else 2)
+    return (64, 64, 4, 2) if width <= 96 else (64 if width <= 160 or shared else 32, 128, 8, 3 if width <= 192 else 2)
 
 
 def sizes(q, k, k2, v):
@@ -854,7 +855,7 @@ class Walk(torch.autograd.Function):
         dq_kernel[(triton.cdiv(T, BQ), B * G)](q, k_, k2_, v_, lists, out, lse, dout, delta, dq, *ctx.plain, lists.shape[3] if rows else 0,
                                                **w, num_warps=warps, num_stages=stages)  # fmt: skip
 
-        BM, BN, warps, stages = tile("dkv", rows, width, q.dtype, ctx.block)
+        BM, BN, warps, stages = tile("dkv", rows, width, q.dtype, ctx.block, v is None)
         BQ, blocks, chunks, readers, owners, begins, ends = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN), 1, *[None] * 4
         total = B * G * blocks  # 0 where T < l: there is no entry yet
         if rows:  # pieces of at most twice the average number of readers: a popular block is many pieces
@@ -1146,8 +1147,11 @@ class Timed:
         return " / ".join(f"{ms:.2f}" for ms in self.ms) + " ms (products {}, bytes {})".format(*shares)
 
 
-def bench_layer(kind, T, H, G, D):
-    """Every kernel of a layer, and "layer": all of it but the matrices around it; on random data, with lists of its own: {name: Timed}."""
+def bench_layer(kind, T, H, G, D, only=None):
+    """Every kernel of a layer, and "layer": all of it but the matrices around it; on random data, with lists of its own: {name: Timed}.
+
+    only: the name of one of them, to time no other.
+    """
     import nsa  # not at import: nsa imports this file
     from latent_attention import LatentAttention
 
@@ -1155,13 +1159,14 @@ def bench_layer(kind, T, H, G, D):
     P, W, t, pos = D // 2, 512, torch.arange(T), torch.arange(T, device="cuda")[None]
     products = lambda reads, width: 2.0 * H * width * reads.clamp(min=0).double().sum().item()  # reads (T,): keys per query
     windowed = (t + 1).clamp(max=W)
+    timed = lambda what: {name: Timed(*args) for name, args in what.items() if only in (None, name)}
     if kind == "asa local":
         layer = LatentAttention(H * D, H, D, 1, 4 * D, P, window=W).cuda().bfloat16()
         layer.out = torch.nn.Identity()
         parts = q_c, q_r, c, k_r = new(1, H, T, D), new(1, H, T, P), new(1, 1, T, 4 * D), new(1, 1, T, P)
         q, k, v = new(1, H, T, D + P), new(1, H, T, D), new(1, H, T, D)
-        return {"window": Timed(lambda: window_attention(q, k, v, W, layer.scale, k_r), (q, k, v, k_r), products(windowed, 2 * D + P)),
-                "layer": Timed(lambda: layer.materialised(*parts), parts)}  # fmt: skip
+        return timed({"window": (lambda: window_attention(q, k, v, W, layer.scale, k_r), (q, k, v, k_r), products(windowed, 2 * D + P)),
+                      "layer": (lambda: layer.materialised(*parts), parts)})  # fmt: skip
 
     # to compress: `parts`; to select from: `tokens` (k, v, k2); `width` of a key and a value together
     if kind == "nsa":
@@ -1197,15 +1202,14 @@ def bench_layer(kind, T, H, G, D):
     lists, done = choose(), (t + 1 - l + d) // d  # done (T,): entries that a query reads
     given = lambda k, v, k2: [x for x in (q, k, None if v is k else v, k2) if x is not None]
     selected = lambda: selected_attention(q, *tokens[:2], lists, block, scale, tokens[2], every)
-    found = {"compressed": Timed(lambda: compressed_attention(q, k, v, l, d, scale, k2)[0], given(k, v, k2), products(done, width)),
-             "top-n": Timed(choose, flop=products(done[::every], q.shape[3])),
-             "selected": Timed(selected, given(*tokens), products((t + 1).clamp(max=n * block), width))}  # fmt: skip
+    what = {"compressed": (lambda: compressed_attention(q, k, v, l, d, scale, k2)[0], given(k, v, k2), products(done, width)),
+            "top-n": (choose, (), products(done[::every], q.shape[3])),
+            "selected": (selected, given(*tokens), products((t + 1).clamp(max=n * block), width))}  # fmt: skip
     if kind == "nsa":
-        found["window"] = Timed(lambda: window_attention(q, k_w, v_w, W, scale), (q, k_w, v_w), products(windowed, width))
+        what["window"] = lambda: window_attention(q, k_w, v_w, W, scale), (q, k_w, v_w), products(windowed, width)
     o = [new(1, H, T, tokens[1].shape[3]) for _ in range(branches)]
-    found["gates"] = Timed(lambda: mix(gates, *o), (gates, *o))
-    found["layer"] = Timed(whole, (*leaves, gates))
-    return found
+    what |= {"gates": (lambda: mix(gates, *o), (gates, *o)), "layer": (whole, (*leaves, gates))}
+    return timed(what)
 
 
 def bench(lengths=(4096, 8192, 16384, 32768, 65536)):
@@ -1237,7 +1241,7 @@ def bench_memory(lengths=(16384, 32768, 65536, 131072, 262144), H=16, G=4, D=64)
     print(f"\nPeak memory of the attention of one layer in training, {H} heads in {G} groups, width {D}, bf16:\n"
           f"MiB per 1024 tokens, at {', '.join(map(str, lengths))} tokens\n")  # fmt: skip
     for kind in ("nsa", "asa local", "asa global"):
-        peaks = [bench_layer(kind, T, H, G, D)["layer"].peak / 2**20 / (T / 1024) for T in lengths]
+        peaks = [bench_layer(kind, T, H, G, D, "layer")["layer"].peak / 2**20 / (T / 1024) for T in lengths]
         print(f"  {kind:10} " + ", ".join(f"{peak:.2f}" for peak in peaks), flush=True)
 
 

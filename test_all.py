@@ -628,6 +628,11 @@ def test_attention_kernels_equal_attend_with_gradients():
             s = Sizes(T, h, G, D, Dv, **{**more, "block": more.get("block", 32)})
             for branch in ("window", "selected") + ("compressed",) * (s.entries[0].shape[2] > 0):
                 kernels_equal_attend(s, branch)
+        with swapped(kernels, "L2", 2**12):  # the queries of the last one, 16 heads x 4 to a list, in 13 chunks
+            kernels_equal_attend(s, "selected")
+            right = kernels.invert
+            with swapped(kernels, "invert", lambda *args: (right(*args)[0].flip(0), *right(*args)[1:])):
+                fails(kernels_equal_attend, s, "selected")
         s = Sizes(31, 2, 2, 16, 16)
         none = with_gradients(s.fast("compressed"), s.leaves(s.entries))
         assert all((x == 0).all() for x in none), "before the first block: exactly 0, and so are the gradients"
