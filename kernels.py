@@ -787,7 +787,7 @@ def tile(kind, rows, width, dtype, block=0, shared=False):
     if rows:
         return BM, max(block, 64 if kind == "forward" else 32), triton.cdiv(rows, 16) * (1 if width <= 160 else 2), 2
     if kind == "forward":
-        return (64, 64, 4, 3 if width <= 160 else 2) if width <= 192 else (128, 64, 8, 2)
+        return (64, 64, 4, 3) if width <= 96 else (128, 64, 8, 3) if width <= 160 else (64, 64, 4, 2) if width <= 192 else (128, 64, 8, 2)
     if kind == "scores":
         return (64, 128, 8, 2) if width > 192 else (128, 64, 4, 3)
     if kind == "dq":
@@ -897,7 +897,7 @@ def invert(lists, blocks, parts, chunks):
     chunk = place(tiles) // triton.cdiv(tiles, chunks)  # (tiles,)
     owner = (chunk[:, None] * B * G + place(B * G).view(B, G, 1, 1)) * blocks + lists  # (B, G, tiles, n)
     owner, order = owner.masked_fill(lists < 0, chunks * total).flatten().sort(stable=True)
-    readers = (order // n % tiles).to(torch.int32)
+    readers = order.to(torch.int32) // n % tiles
     starts = torch.searchsorted(owner, place(chunks * total + 1), out_int32=True)
     firsts = F.pad(((starts.diff() + parts - 1) // parts).cumsum(0), (1, 0))  # (chunks total + 1,)
     pieces = torch.arange(chunks * total + lists.numel() // parts, device=lists.device)
@@ -1063,8 +1063,8 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None,
     if h * TQ > 128:  # more rows than one tile: as many queries at a time as fit
         parts = zip(q.split(128 // h, dim=2), q_pos.split(128 // h, dim=1))
         return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2) for q_i, pos_i in parts], dim=2)
-    fan = 1  # programs that take a part each of a group's heads, as one would be short of registers with them all
-    while h * TQ * v.shape[3] > AREA * fan and h % (2 * fan) == 0 and h * TQ >= 32 * fan:
+    fan = 1  # programs that take a part each of a group's heads, as one would be short of registers with them all; few rows have room
+    while h * TQ * v.shape[3] > AREA * fan and h % (2 * fan) == 0 and h * TQ >= 32 * fan and 4 * fan * B * G <= SMS:
         fan *= 2
     h, G = h // fan, G * fan
     out, part, stats, shares = read_shares(q, k, v, q_pos, k_pos, length, scale, window, k2, lists, block, fan=fan)
