@@ -37,7 +37,7 @@ paging, packed texts.
 `python kernels.py` compares them with dense attention, `--bench` times them. Not to be confused with the package `kernels` on PyPI.
 
 Letters as in latent_attention.py and nsa.py. A tile has BM rows, BQ queries x HP: row m is query m // HP, head m % HP. Sizes must be powers
-of 2 here, and the rest is masked: HP is h padded, NP n, and PK, P2, PV are the widths DK, D2, DV of k, k2, v.
+of 2 here, and the rest is masked: HP is h padded, NP n, and PK, P2, PV are the widths DK, D2, DV of k, k2, v. WK, WV: see `align`.
 """
 import os
 import sys
@@ -171,7 +171,7 @@ if triton is not None:
     def where_keys_lie(lists, i, end, S, BN: tl.constexpr, BLOCK: tl.constexpr):
         """Rows of the keys i .. i + BN - 1 of a walk -> (BN,): the same numbers, or looked up in the list's blocks, S behind their end."""
         j = tl.arange(0, BN)
-        s = i + j
+        s = i + j  # i is a multiple of BN
         for u in tl.static_range(max(BN // BLOCK, 1) if BLOCK > 0 else 0):  # one number per block: an address per row would be slow
             block = tl.load(lists + i // BLOCK + u, mask=i + u * BLOCK < end, other=2**20)
             s = tl.minimum(tl.where(j // BLOCK == u, block * BLOCK + (j if BN >= BLOCK else i + j) % BLOCK, s), S)
@@ -230,9 +230,9 @@ if triton is not None:
 
     @triton.jit
     def dq_kernel(q, k, k2, v, lists, out, lse, dout, delta, dq, scale, T, S, G, G2, l, d, window, n, h: tl.constexpr, HP: tl.constexpr,
-                  DK: tl.constexpr, WK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr,
-                  PV: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr):  # fmt: skip
+                  DK: tl.constexpr, WK: tl.constexpr, PK: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr, DV: tl.constexpr,
+                  WV: tl.constexpr, PV: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, NP: tl.constexpr, BQ: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j with delta = do . o, which is kept for the keys' turn."""
         bg, tile, t, ok, row, queries, queries2 = tile_of_queries(q, T, h, HP, DK, PK, D2, P2, BQ, BM)
         low, high = span(t, S, l, d, window)  # (BM,)
@@ -276,12 +276,12 @@ if triton is not None:
         """One program: BN keys of a group (one block of the lists) against one piece of the query tiles that read them.
 
         dv = sum_i p_i do_i, dk = scale sum_i p_i (do_i . v - delta_i) q_i. A piece is one of `parts` equal parts of the tiles of queries
-        that see the keys; with lists it is up to `parts` of the block's readers, from begin to end, as `invert` sorted them.
+        that see the keys; with lists it is some of the block's readers, from begin to end, as `invert` sorted them.
         With PIECES, dk, dk2 and dv are (pieces, BN, width) and sum_kernel adds them up, in order; without, a block is one piece.
         """
         piece = tl.program_id(0).to(tl.int64)
-        R: tl.constexpr = BQ * HP  # rows of a tile of queries: with lists, PARTS steps for one tile, or BM // R tiles in a step
-        PARTS: tl.constexpr = (R + BM - 1) // BM
+        R: tl.constexpr = BQ * HP  # rows of a tile of queries; with lists, BM may be less: a tile takes STEPS; or more: BM // R in a step
+        STEPS: tl.constexpr = (R + BM - 1) // BM
         if LISTED:
             owner, begin, end = tl.load(owners + piece), tl.load(begins + piece), tl.load(ends + piece)
         else:
@@ -299,7 +299,7 @@ if triton is not None:
             edge = tl.minimum(tl.maximum((first + tl.minimum(window, T)) // BQ, whole), end)  # from here on not any more
             walk = begin, whole, edge, end
         else:
-            walk = begin * PARTS, end * PARTS
+            walk = begin * STEPS, end * STEPS
         keys = load_rows(k + bg * S * WK, s, live, WK, PK, WK)  # (BN, PK)
         keys2 = load_rows(k2 + (bg // G * G2 + bg % G2) * S * D2, s, live, D2, P2, D2) if D2 > 0 else keys  # (BN, P2)
         values = keys if SHARED else load_rows(v + bg * S * WV, s, live, WV, PV, WV)  # (BN, PV)
@@ -311,12 +311,12 @@ if triton is not None:
         q, dout, lse, delta = q + group * (WK + D2), dout + group * WV, lse + group, delta + group
         unit = scale * 0.6931471805599453
         for phase in tl.static_range(1 if LISTED else 3):  # masked, all see all, masked
-            for start in range(walk[phase], walk[phase + 1], BM * PARTS // R):
+            for start in range(walk[phase], walk[phase + 1], BM * STEPS // R):
                 i = start + m // R
                 t = i * BQ + inside
-                for u in tl.static_range(BM * PARTS // R if LISTED else 0):
-                    reader = tl.load(readers + start // PARTS + u, mask=start // PARTS + u < end, other=0)
-                    t = tl.where(m // R == u, reader * BQ + start % PARTS * (BM // HP) + inside, t)
+                for u in tl.static_range(BM * STEPS // R if LISTED else 0):
+                    reader = tl.load(readers + start // STEPS + u, mask=start // STEPS + u < end, other=0)
+                    t = tl.where(m // R == u, reader * BQ + start % STEPS * (BM // HP) + inside, t)
                 ok, row = (head < h) & (t < T) & (i < walk[phase + 1]), head * T + t
                 queries = load_rows(q, row, ok, WK, PK, WK + D2)  # (BM, PK)
                 queries2 = load_rows(q + WK, row, ok, D2, P2, WK + D2) if D2 > 0 else queries  # (BM, P2)
@@ -351,7 +351,7 @@ if triton is not None:
         for chunk in range(chunks):
             first = firsts + chunk * tl.num_programs(0) + owner
             for piece in range(tl.load(first), tl.load(first + 1)):
-                total += load_rows(pieces, piece * BN + n, n >= 0, D, P, D)
+                total += load_rows(pieces, piece * BN + n, n, D, P, D, True)
         s = owner % blocks * BN + n
         store_rows(out, owner // blocks * S + s, s < S, total, D, P, D)
 
@@ -509,12 +509,11 @@ if triton is not None:
                       NP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
         """One program: the h heads of one group x TQ queries against one share of its slots; an online softmax, base 2.
 
-        `fan` of the G groups read the same slots: parts of a group of many heads.
-
+        A group of many heads comes as `fan` of the G groups here, which read the same slots.
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
         the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
         BLOCK > 0: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S), and (max, sum).
-        Rows of raw start at, and its masks end at, multiples of 16 entries, so that several numbers move at once: S is padded to them.
+        Rows of raw are padded to a multiple of 16 entries, and written up to one, so that a thread moves 16 bytes at once.
         """
         which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, first = which // (T // TQ), (which % (T // TQ) * TQ).to(tl.int32)
@@ -545,7 +544,7 @@ if triton is not None:
         for start in range(split * share, tl.minimum((split + 1) * share, keys_all), BN):
             s = where_keys_lie(lists, start, keys_all, filled, BN, BLOCK)  # (BN,)
             ok = s < filled
-            slot = (bg // fan * S + s).to(tl.int64)  # in k, v and their positions
+            slot = bg // fan * S + s  # (BN,) in k and v
             keys = tl.load(k + slot[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0)  # (BN, PK)
             score = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (BM, BN)
             if D2 > 0:
@@ -604,7 +603,7 @@ if triton is not None:
     @triton.jit
     def importance_kernel(raw, part, stats, out, importance, length, T, h, S, G, splits, chunks, BE: tl.constexpr, HP: tl.constexpr,
                           DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-        """What is left when all scores raw (B, H, T, S) are known, for one query and group; two kinds of programs, as neither waits.
+        """What is left when all scores raw (B, H, T, S) are known, for one query and group; two kinds of programs, side by side.
 
         The first `chunks` sum the weights of BE entries over heads, importance (B, G, T, S). The others combine, one a head.
         """
@@ -766,16 +765,14 @@ def rope(x, pos, base=10000.0):
 
 SMS, L2 = 132, 2**25  # of an H100 or H200: multiprocessors; bytes of queries that find room in its cache of 50 MB, beside all else
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
-PER_SM, TILE = 2, 40 * 2**10  # decoding: programs that share a multiprocessor, and bytes of keys and values that each multiplies at once
-AREA = 2**13  # decoding: numbers of a program's output; larger ones are shared between programs by heads
-SCORES = 2**13  # decoding: scores that one program turns into importance
+TILE, AREA = 40 * 2**10, 2**13  # decoding: bytes of keys and values that a program multiplies at once; numbers of its output
 
 
 def tile(kind, rows, width, dtype, block=0, shared=False):
     """(rows of queries at once, keys at once, warps, stages) of the attention kernels: the only numbers that were tuned, on an H200.
 
-    rows: those that a list of blocks joins (0: as many as one likes); width: of a key; shared: it is the value too. In fp32 only small
-    tiles fit.
+    rows: query rows that read one list (0: no lists, any number can be joined); width: of a key; shared: it is the value too. In fp32
+    only small tiles fit. The timings are in results/kernels-versions.md.
     """
     BM = 32 if kind == "dkv" and max(rows, block) >= 32 else max(rows, 16)  # with lists
     if dtype == torch.float32:
@@ -796,14 +793,14 @@ def tile(kind, rows, width, dtype, block=0, shared=False):
 
 
 def sizes(q, k, k2, v):
-    """Widths of keys [k ; k2] and values as the kernels want them: D of the tensor, W of its rows in memory, P a power of 2."""
+    """Widths of keys [k ; k2] and values as the kernels want them: D of the tensor, W of aligned rows, P a power of 2."""
     h, DK, D2, DV = q.shape[1] // k.shape[1], k.shape[3], 0 if k2 is None else k2.shape[3], (k if v is None else v).shape[3]
     return dict(h=h, HP=power(h), DK=DK, WK=DK + -DK % 16, PK=power(DK, 16), D2=D2, P2=power(D2, 16), DV=DV, WV=DV + -DV % 16,
                 PV=power(DV, 16), SHARED=v is None)  # fmt: skip
 
 
 def align(x, D2=0):
-    """x (.., D + D2), dense, with zeros behind its first D columns that make them a multiple of 16.
+    """x (.., D + D2), dense, copied with zeros behind its first D columns that make them a multiple of 16; x itself if they are one.
 
     Memory comes in sectors of 32 bytes: of rows of 120 numbers, which begin anywhere, 40 % more are fetched than needed.
     """
@@ -856,13 +853,13 @@ class Walk(torch.autograd.Function):
                                                **w, num_warps=warps, num_stages=stages)  # fmt: skip
 
         BM, BN, warps, stages = tile("dkv", rows, width, q.dtype, ctx.block, v is None)
-        BQ, blocks, chunks, readers, owners, begins, ends = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN), 1, *[None] * 4
-        total = B * G * blocks  # 0 where T < l: there is no entry yet
+        BQ, blocks = w["BQ"] if rows else max(1, BM // w["HP"]), triton.cdiv(S, BN)
+        total, parts, chunks = B * G * blocks, 1, 1  # total 0 where T < l: there is no entry yet
+        readers = owners = begins = ends = None
         if rows:  # pieces of at most twice the average number of readers: a popular block is many pieces
-            parts = max(1, 2 * lists.shape[3] * BN // BQ)
             if rows >= 64:  # much to fetch: the queries in chunks that stay in the GPU's L2 cache while all blocks read them
                 chunks = min(16, triton.cdiv(q.nbytes + dout.nbytes, B * G * L2))
-            readers, owners, begins, ends, firsts = invert(lists, blocks, parts, chunks)
+            readers, owners, begins, ends, firsts = invert(lists, blocks, max(1, 2 * lists.shape[3] * BN // BQ), chunks)
             pieces = len(owners)
         else:
             parts = min(triton.cdiv(4 * SMS, total), triton.cdiv(T, 16 * BQ)) if 0 < total < 2 * SMS else 1
@@ -885,12 +882,13 @@ class Walk(torch.autograd.Function):
         return dq, *grads, *[None] * 7
 
 
-def invert(lists, blocks, parts, chunks):
+def invert(lists, blocks, most, chunks):
     """Who reads a block: the entries of the lists (B, G, tiles, n) sorted by chunk of the tiles, then by block.
 
-    The readers of a block in a chunk are pieces of at most `parts`. -> readers (entries,) tiles of queries; of each piece (pieces,) its
-    owner, a block (bg, block), and its readers begin .. end - 1; firsts (chunks B G blocks + 1,) the first piece of each block in each
-    chunk. Nothing is read back to the host: there are as many pieces as there may be, the last ones empty.
+    The readers of one block in one chunk are cut into pieces of at most `most`, a program each, in this order: while the queries of a
+    chunk lie in L2, all blocks read them. Every block has a reader, its own queries. -> readers (entries,) tiles of queries; of each piece
+    (pieces,) its owner, a block (bg, block), and its readers begin .. end - 1; firsts (chunks B G blocks + 1,) the first piece of each
+    block in each chunk. Nothing is read back to the host: there are as many pieces as there may be, the last ones empty.
     """
     B, G, tiles, n = lists.shape
     total, place = B * G * blocks, lambda size: torch.arange(size, dtype=torch.int32, device=lists.device)
@@ -899,11 +897,11 @@ def invert(lists, blocks, parts, chunks):
     owner, order = owner.masked_fill(lists < 0, chunks * total).flatten().sort(stable=True)
     readers = order.to(torch.int32) // n % tiles
     starts = torch.searchsorted(owner, place(chunks * total + 1), out_int32=True)
-    firsts = F.pad(((starts.diff() + parts - 1) // parts).cumsum(0), (1, 0))  # (chunks total + 1,)
-    pieces = torch.arange(chunks * total + lists.numel() // parts, device=lists.device)
+    firsts = F.pad(((starts.diff() + most - 1) // most).cumsum(0), (1, 0))  # (chunks total + 1,)
+    pieces = torch.arange(chunks * total + lists.numel() // most, device=lists.device)
     owner = (torch.searchsorted(firsts, pieces, right=True) - 1).clamp(max=chunks * total - 1)  # (pieces,)
-    begins = starts[owner] + ((pieces - firsts[owner]) * parts).to(torch.int32)
-    return readers, owner % total, begins, torch.minimum(begins + parts, starts[owner + 1]), firsts
+    begins = torch.minimum(starts[owner] + (pieces - firsts[owner]) * most, starts[owner + 1])  # 64 bits: a surplus piece lies far out
+    return readers, owner % total, begins.to(torch.int32), torch.minimum(begins + most, starts[owner + 1]).to(torch.int32), firsts
 
 
 def split_key(k, k2, shared):
@@ -1032,10 +1030,10 @@ def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, list
     BN = TILE // ((widths["PK"] + widths["P2"] * (D2 > 0) + (0 if v is k else widths["PV"])) * k.element_size())
     area, keys = BM * widths["PV"], n * block if n else S
     BN = max(32, min(128 if area <= 2**12 else 32, power(BN + 1) // 2))  # the power of 2 below: queries are fetched anew for each tile
-    each = PER_SM if area <= 2**14 else 1  # alone, a program waits half of its time
-    tiles = triton.cdiv(keys, BN)
-    splits = max(1, min(64, keys // 128, each * SMS // rows))  # one full wave of programs, with 128 keys or more for each ..
-    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # .. and none without a tile
+    each = 2 if area <= 2**14 else 1  # programs that share a multiprocessor: alone, one waits half of its time
+    tiles = max(1, triton.cdiv(keys, BN))
+    splits = max(1, min(64, keys // 128, each * SMS // rows))  # at most one wave of programs, each with at least 128 keys
+    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # none without a tile
     out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
     part, stats = out, out
     if splits > 1:
@@ -1045,7 +1043,7 @@ def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, list
     decode_kernel[(rows, splits)](q, k, k2 if D2 else k, v, part, stats, raw, lists, q_pos, k_pos, length, scale * LOG2_E,
                                   window or 2**31 - 1, T, TQ, h, S, G, fan, k_pos.shape[1], splits, n, *q.stride()[:3], *q_pos.stride(),
                                   **widths, SHARED=v is k, WHOLE=splits == 1, RAW=raw is not None, BLOCK=block if n else 0, NP=power(n),
-                                  BM=BM, BN=BN, num_warps=8 if DK > 256 and area > 2**13 else 4, num_stages=3)  # fmt: skip
+                                  BM=BM, BN=BN, num_warps=8 if DK > 256 and area > 2**13 else 4)  # fmt: skip
     return out, part, stats, dict(splits=splits, DV=DV, PV=widths["PV"], BM=BM, SPLITS=power(splits))
 
 
@@ -1054,7 +1052,7 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None,
 
     q (B, H, T, Dk + D2), k (B, G, S, Dk), v (B, G, S, Dv), possibly k itself; k2 (B, 1, S, D2) or None; q_pos (B, T), k_pos (B, 1 or G,
     S), length (B,) -> (B, H, T, Dv). A query that sees nothing gets 0. Raises ValueError for more than 128 heads in a group.
-    lists (B, G, T, n): only the slots of these blocks, slot s holding position s.
+    lists (B, G, T, n): only the slots of these blocks, in any order, then -1; slot s holds position s, and k_pos, window do not matter.
     """
     (B, H, T, _), G = q.shape, k.shape[1]
     h, TQ = H // G, T if lists is None else 1
@@ -1063,7 +1061,7 @@ def decode_attention(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None,
     if h * TQ > 128:  # more rows than one tile: as many queries at a time as fit
         parts = zip(q.split(128 // h, dim=2), q_pos.split(128 // h, dim=1))
         return torch.cat([decode_attention(q_i, k, v, pos_i, k_pos, length, scale, window, k2) for q_i, pos_i in parts], dim=2)
-    fan = 1  # programs that take a part each of a group's heads, as one would be short of registers with them all; few rows have room
+    fan = 1  # programs that share a group's heads: one with them all is short of registers. Where few run only: each reads all the keys
     while h * TQ * v.shape[3] > AREA * fan and h % (2 * fan) == 0 and h * TQ >= 32 * fan and 4 * fan * B * G <= SMS:
         fan *= 2
     h, G = h // fan, G * fan
@@ -1085,7 +1083,7 @@ def decode_blocks(q, k, v, q_pos, cache, tokens, l, d, block, n, scale, k2=None)
     raw, importance = (torch.empty(*shape, dtype=torch.float32, device=q.device) for shape in ((B, H, T, row), (B, G, T, row)))
     lists = torch.empty(B, G, T, min(n, blocks), dtype=torch.int32, device=q.device)
     out, part, stats, shares = read_shares(q, k, v, q_pos, cache.pos, cache.length, scale, k2=k2, raw=raw)
-    many = min(SCORES, power(B * H * T * row // (8 * SMS)))  # scores of one program: fewer where they would not fill the GPU
+    many = min(2**13, power(B * H * T * row // (8 * SMS)))  # scores of one program: fewer where they would not fill the GPU
     BE = max(128, many // power(h))
     chunks = triton.cdiv(row, BE)
     importance_kernel[(B * G * T, chunks + (h if shares["splits"] > 1 else 0))](raw, part, stats, out, importance, cache.length, T, h, S, G,
@@ -1206,7 +1204,7 @@ def bench_layer(kind, T, H, G, D, only=None):
             "top-n": (choose, (), products(done[::every], q.shape[3])),
             "selected": (selected, given(*tokens), products((t + 1).clamp(max=n * block), width))}  # fmt: skip
     if kind == "nsa":
-        what["window"] = lambda: window_attention(q, k_w, v_w, W, scale), (q, k_w, v_w), products(windowed, width)
+        what["window"] = (lambda: window_attention(q, k_w, v_w, W, scale), (q, k_w, v_w), products(windowed, width))
     o = [new(1, H, T, tokens[1].shape[3]) for _ in range(branches)]
     what |= {"gates": (lambda: mix(gates, *o), (gates, *o)), "layer": (whole, (*leaves, gates))}
     return timed(what)

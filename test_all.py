@@ -628,11 +628,13 @@ def test_attention_kernels_equal_attend_with_gradients():
             s = Sizes(T, h, G, D, Dv, **{**more, "block": more.get("block", 32)})
             for branch in ("window", "selected") + ("compressed",) * (s.entries[0].shape[2] > 0):
                 kernels_equal_attend(s, branch)
-        with swapped(kernels, "L2", 2**12):  # the queries of the last one, 16 heads x 4 to a list, in 13 chunks
-            kernels_equal_attend(s, "selected")
-            right = kernels.invert
+        right, chunks = kernels.invert, []
+        with swapped(kernels, "L2", 2**12):  # the last one, 16 heads x 4 queries to a list, its queries in chunks
+            with swapped(kernels, "invert", lambda *args: [chunks.append(args[3]), right(*args)][1]):
+                kernels_equal_attend(s, "selected")
             with swapped(kernels, "invert", lambda *args: (right(*args)[0].flip(0), *right(*args)[1:])):
                 fails(kernels_equal_attend, s, "selected")
+        assert min(chunks) > 4, f"chunks: {chunks}"
         s = Sizes(31, 2, 2, 16, 16)
         none = with_gradients(s.fast("compressed"), s.leaves(s.entries))
         assert all((x == 0).all() for x in none), "before the first block: exactly 0, and so are the gradients"
@@ -836,20 +838,26 @@ def test_decode_attention_splits_and_lists():
                 want = attend(q, la.join(k, k2), k if shared else v, visible(pos, k_pos, window), 0.3)
                 got = kernels.decode_attention(q, k, k if shared else v, pos, k_pos, length, 0.3, window, k2)
                 close(got, want, 1e-5, f"decode_attention, window {window}, values = keys: {shared}")
-        lists = nsa.select_blocks(torch.rand(B, G, T, 38, device=DEVICE), pos, 16, 20)
-        with kernels_in_use(False):
-            want = nsa.selected_attention(q, k, v, lists, pos, k_pos, 16, 0.3, k2)
-        close(kernels.decode_attention(q, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=16), want, 1e-5, "slots of a list")
-        q = torch.randn(B, 32 * G, T, D + 8, device=DEVICE)
-        with swapped(kernels, "AREA", 400):  # four programs for the heads of a group
-            got = kernels.decode_attention(q, k, v, pos, k_pos, length, 0.3, 70, k2)
-        close(got, attend(q, la.join(k, k2), v, visible(pos, k_pos, 70), 0.3), 1e-5, "decode_attention, parts of groups")
+        many, fans, read_shares = torch.randn(B, 32 * G, T, D + 8, device=DEVICE), [], kernels.read_shares
+        for block, n, size in ((16, 20, kernels.TILE), (64, 4, 0)):  # the second: tiles of half a block
+            lists = nsa.select_blocks(torch.rand(B, G, T, -(-S // block), device=DEVICE), pos, block, n)
+            for queries, area in ((q, kernels.AREA), (many, 200)):  # the second: several programs for the heads of a group
+                with kernels_in_use(False):
+                    want = nsa.selected_attention(queries, k, v, lists, pos, k_pos, block, 0.3, k2)
+                with swapped(kernels, "TILE", size), swapped(kernels, "AREA", area):
+                    got = kernels.decode_attention(queries, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=block)
+                close(got, want, 1e-5, f"slots of a list, blocks of {block}")
+        k_pos = torch.where(k_pos < 0, -1, k_pos * 2 + torch.arange(G, device=DEVICE)[:, None])  # each group at positions of its own
+        with swapped(kernels, "AREA", 400), swapped(kernels, "read_shares", lambda *a, **o: [fans.append(o["fan"]), read_shares(*a, **o)][1]):
+            got = kernels.decode_attention(many, k, v, pos * 2, k_pos, length, 0.3, 70, k2)
+        close(got, attend(many, la.join(k, k2), v, visible(pos * 2, k_pos, 70), 0.3), 1e-5, "decode_attention, parts of groups")
+        assert fans == [4], f"parts of a group: {fans}"
 
 
 @torch.no_grad()
 def decode_blocks_equals_read_blocks(decode):
     """Outputs and lists: NSA's and ASA's blocks, rows of all lengths, one query and several, heads that fill a tile, one share and more."""
-    for l, d, block, n, h, T, S in ((16, 16, 16, 6, 4, 1, 400), (32, 16, 64, 4, 3, 2, 150), (16, 16, 16, 20, 16, 8, 140),
+    for l, d, block, n, h, T, S in ((16, 16, 16, 6, 4, 1, 400), (32, 16, 64, 12, 3, 2, 150), (16, 16, 16, 20, 16, 8, 140),
                                     (8, 4, 16, 5, 1, 1, 90)):  # fmt: skip
         B, G, D = 3, 2, 16
         count = torch.tensor([S, S // 2, 0], device=DEVICE)  # entries of each row
@@ -858,7 +866,8 @@ def decode_blocks_equals_read_blocks(decode):
         cache.pos[:] = torch.where(at < count[:, None], at * d + l - 1, -1)[:, None]
         cache.length[:] = count
         q, k, k2 = (torch.randn(B, *shape, device=DEVICE) for shape in ((G * h, T, D + 8), (G, S, D), (1, S, 8)))
-        pos, tokens = (count * d)[:, None] + torch.arange(T, device=DEVICE) + l, S * d + l + T
+        end = (count - 1) * d + l - 1  # where the last entry ends: the first queries do not see it
+        pos, tokens = (end[:, None] - T // 2 + torch.arange(T, device=DEVICE)).clamp(min=0), S * d + l + T
         with kernels_in_use(False):
             want, lists = nsa.read_blocks(q, k, k, cache.pos, pos, tokens, l, d, block, n, 0.3, k2)
         for sms in (132, 1):  # several shares, or one
