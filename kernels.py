@@ -12,7 +12,7 @@ are never written: to memory go the output and one number per row, lse, from whi
     3) select             block scores, made again from the compressed branch's lse and summed over heads by a matrix product; the n best
     4) mix                the gates, and the heads merged
     5) append             keys, values and positions of new tokens to their slots, each row at its own length
-    6) decode_attention   a few queries per row against its slots, or those of its list's blocks, split over the slots
+    6) decode_attention   a few queries per row against its slots, or those of its list's blocks, split over the slots; and which blocks
     7) draw               softmax and one sample of it
     8) commit             drafts accepted or refused, the token after them, stops and limits (mtp.py)
 
@@ -512,8 +512,8 @@ if triton is not None:
         A group of many heads comes as `fan` of the G groups here, which read the same slots.
         A key is [k ; k2] (k2 is shared by the groups; D2 = 0: none). SHARED: v is k. WHOLE: one share is all, and out (B, T, H, DV) is as
         the output matrix will read it; otherwise the share's weighted mean and (max, sum) go to combine_kernel.
-        BLOCK > 0: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S), and (max, sum).
-        Rows of raw are padded to a multiple of 16 entries, and written up to one, so that a thread moves 16 bytes at once.
+        BLOCK > 0: one query (TQ = 1) against the slots of its list's blocks. RAW: the scores as well, raw (B, H, T, S), and (max, sum):
+        its rows are padded to a multiple of 16 entries, and written up to one, so that a thread moves 16 bytes at once.
         """
         which, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, first = which // (T // TQ), (which % (T // TQ) * TQ).to(tl.int32)
@@ -586,39 +586,40 @@ if triton is not None:
         """One query row: the shares' means, weighted by their sums."""
         i, d = tl.arange(0, SPLITS), tl.arange(0, PV)
         at = (which * splits + i) * BM + m
-        top = tl.load(stats + at * 2, mask=i < splits, other=-1e30)
-        total = tl.load(stats + at * 2 + 1, mask=i < splits, other=0)
+        top = tl.load(stats + at * 2, mask=i < splits, other=-1e30)  # (SPLITS,)
+        total = tl.load(stats + at * 2 + 1, mask=i < splits, other=0)  # (SPLITS,)
         weight = total * tl.exp2(top - tl.max(top, 0))  # (SPLITS,)
         means = tl.load(part + at[:, None] * PV + d[None, :], mask=(i < splits)[:, None], other=0)  # (SPLITS, PV)
         norm = tl.sum(weight, 0)
-        o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)
+        o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)  # (PV,)
         bg, query = which // (T // TQ), which % (T // TQ) * TQ + m % TQ
         to = (((bg // G) * T + query) * G + bg % G) * h + m // TQ
         tl.store(out + to * DV + d, o.to(out.dtype.element_ty), mask=d < DV)
 
     @triton.jit
     def combine_kernel(part, stats, out, T, TQ, h, G, splits, DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
+        """One program: one query row."""
         combine(part, stats, out, tl.program_id(0).to(tl.int64), tl.program_id(1), T, TQ, h, G, splits, DV, PV, BM, SPLITS)
 
     @triton.jit
-    def importance_kernel(raw, part, stats, out, importance, length, T, h, S, G, splits, chunks, BE: tl.constexpr, HP: tl.constexpr,
+    def importance_kernel(raw, part, stats, out, importance, length, T, h, row, G, splits, chunks, BE: tl.constexpr, HP: tl.constexpr,
                           DV: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
-        """What is left when all scores raw (B, H, T, S) are known, for one query and group; two kinds of programs, side by side.
+        """What is left when all scores raw (B, H, T, row) are known, for one query and group; two kinds of programs, side by side.
 
-        The first `chunks` sum the weights of BE entries over heads, importance (B, G, T, S). The others combine, one a head.
+        The first `chunks` sum the weights of BE entries over heads, importance (B, G, T, row). The others combine, one a head.
         """
         which, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
         bg, t = which // T, which % T
         if chunk >= chunks:
             combine(part, stats, out, bg, ((chunk - chunks) * T + t).to(tl.int32), T, T, h, G, splits, DV, PV, BM, SPLITS)
         else:
-            head, i, e, row = tl.arange(0, HP), tl.arange(0, SPLITS), chunk * BE + tl.arange(0, BE), tl.cdiv(S, 16) * 16
-            count = tl.minimum(tl.load(length + bg // G), S).to(tl.int32)
+            head, i, e = tl.arange(0, HP), tl.arange(0, SPLITS), chunk * BE + tl.arange(0, BE)
+            count = tl.minimum(tl.load(length + bg // G), row).to(tl.int32)
             ok = (head < h)[:, None] & (e < tl.cdiv(count, 16) * 16)[None, :]
             score = tl.load(raw + ((bg * h + head) * T + t)[:, None] * row + e[None, :], mask=ok, other=-1e30)  # (HP, BE)
             at = (bg * splits + i[:, None]) * BM + (head * T + t)[None, :]  # (SPLITS, HP)
             ok = (i < splits)[:, None] & (head < h)[None, :]
-            tops = tl.load(stats + at * 2, mask=ok, other=-1e30)
+            tops = tl.load(stats + at * 2, mask=ok, other=-1e30)  # (SPLITS, HP)
             top = tl.maximum(tl.max(tops, 0), -1e29)  # (HP,) above what is masked
             total = tl.sum(tl.load(stats + at * 2 + 1, mask=ok, other=0) * tl.exp2(tops - top[None, :]), 0)  # (HP,)
             weight = 1 / tl.where(total > 0, total, 1.0)
@@ -626,15 +627,15 @@ if triton is not None:
             tl.store(importance + which * row + e, tl.sum(p, 0), mask=e < row)
 
     @triton.jit
-    def decode_select_kernel(importance, pos, lists, G, T, S, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
+    def decode_select_kernel(importance, pos, lists, G, T, row, n, pb, pt, FOLD: tl.constexpr, OVERLAP: tl.constexpr,
                              BLOCK: tl.constexpr, BJ: tl.constexpr, NP: tl.constexpr):  # fmt: skip
-        """One program: the list of one query and group, from importance (B, G, T, S) of entries: eqs 8 to 11."""
+        """One program: the list of one query and group, from importance (B, G, T, row) of entries: NSA's eqs 8 to 11."""
         which, j = tl.program_id(0).to(tl.int64), tl.arange(0, BJ)
         own = tl.load(pos + which // T // G * pb + which % T * pt).to(tl.int32) // BLOCK
-        row, score = tl.cdiv(S, 16) * 16, tl.zeros((BJ,), tl.float32)
+        score = tl.zeros((BJ,), tl.float32)
         for m in tl.static_range(-OVERLAP, FOLD):
             e = j * FOLD + m  # an entry that touches block j, and how many strides they share
-            p = tl.load(importance + which * row + e, mask=(e >= 0) & (e < row), other=0)
+            p = tl.load(importance + which * row + e, mask=(e >= 0) & (e < row), other=0)  # (BJ,)
             score += p * (min(m + OVERLAP, FOLD - 1) - max(m, 0) + 1)
         choose(score, j, own, lists + which * n, n, NP)
 
@@ -783,13 +784,12 @@ def tile(kind, rows, width, dtype, block=0, shared=False):
         return BM, max(block, 32), rows // 16, 2 if kind == "forward" else 1
     if rows:
         return BM, max(block, 64 if kind == "forward" else 32), triton.cdiv(rows, 16) * (1 if width <= 160 else 2), 2
-    if kind == "forward":
-        return (64, 64, 4, 3) if width <= 96 else (128, 64, 8, 3) if width <= 160 else (64, 64, 4, 2) if width <= 192 else (128, 64, 8, 2)
-    if kind == "scores":
-        return (64, 128, 8, 2) if width > 192 else (128, 64, 4, 3)
-    if kind == "dq":
-        return (64, 64, 4, 2) if width <= 96 else (128, 64, 8, 3) if width <= 192 else (128, 32, 8, 3)
-    return (64, 64, 4, 2) if width <= 96 else (64 if width <= 160 or shared else 32, 128, 8, 3 if width <= 192 else 2)
+    fits = 64 if shared else 32
+    shapes = {"forward": {96: (64, 64, 4, 3), 160: (128, 64, 8, 3), 192: (64, 64, 4, 2), 512: (128, 64, 8, 2)},  # {widths up to: shape}
+              "scores": {192: (128, 64, 4, 3), 512: (64, 128, 8, 2)},
+              "dq": {96: (64, 64, 4, 2), 192: (128, 64, 8, 3), 512: (128, 32, 8, 3)},
+              "dkv": {96: (64, 64, 4, 2), 160: (64, 128, 8, 3), 192: (fits, 128, 8, 3), 512: (fits, 128, 8, 2)}}  # fmt: skip
+    return next(shape for widest, shape in shapes[kind].items() if width <= widest)
 
 
 def sizes(q, k, k2, v):
@@ -894,14 +894,14 @@ def invert(lists, blocks, most, chunks):
     total, place = B * G * blocks, lambda size: torch.arange(size, dtype=torch.int32, device=lists.device)
     chunk = place(tiles) // triton.cdiv(tiles, chunks)  # (tiles,)
     owner = (chunk[:, None] * B * G + place(B * G).view(B, G, 1, 1)) * blocks + lists  # (B, G, tiles, n)
-    owner, order = owner.masked_fill(lists < 0, chunks * total).flatten().sort(stable=True)
-    readers = order.to(torch.int32) // n % tiles
-    starts = torch.searchsorted(owner, place(chunks * total + 1), out_int32=True)
+    owner, order = owner.masked_fill(lists < 0, chunks * total).flatten().sort(stable=True)  # (entries,)
+    readers = order.to(torch.int32) // n % tiles  # (entries,)
+    starts = torch.searchsorted(owner, place(chunks * total + 1), out_int32=True)  # (chunks total + 1,)
     firsts = F.pad(((starts.diff() + most - 1) // most).cumsum(0), (1, 0))  # (chunks total + 1,)
     pieces = torch.arange(chunks * total + lists.numel() // most, device=lists.device)
-    owner = (torch.searchsorted(firsts, pieces, right=True) - 1).clamp(max=chunks * total - 1)  # (pieces,)
-    begins = torch.minimum(starts[owner] + (pieces - firsts[owner]) * most, starts[owner + 1])  # 64 bits: a surplus piece lies far out
-    return readers, owner % total, begins.to(torch.int32), torch.minimum(begins + most, starts[owner + 1]).to(torch.int32), firsts
+    cut = (torch.searchsorted(firsts, pieces, right=True) - 1).clamp(max=chunks * total - 1)  # (pieces,) the (chunk, owner) cut into it
+    begins = torch.minimum(starts[cut] + (pieces - firsts[cut]) * most, starts[cut + 1])  # in 64 bits: a surplus piece lies far out
+    return readers, cut % total, begins.to(torch.int32), torch.minimum(begins + most, starts[cut + 1]).to(torch.int32), firsts
 
 
 def split_key(k, k2, shared):
@@ -1017,9 +1017,10 @@ def append(data, pos_buffer, length, new, pos, count):
 
 
 def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, lists=None, block=1, raw=None, fan=1):
-    """decode_attention up to the point where the shares of the slots are put together; raw (B, H, T, S): receives the scores in base 2.
+    """decode_attention up to the point where the shares of the slots are put together.
 
-    -> out (B, T, H, Dv), which is done if there is one share; part and stats of each share; how many and how wide they are.
+    raw (B, H, T, S, padded to a multiple of 16): receives the scores in base 2; fan: see decode_kernel. -> out (B, T, H, Dv), which is done
+    if there is one share; part and stats of each share; how many and how wide they are.
     """
     (B, H, T, _), (_, G, S, DK), DV = q.shape, k.shape, v.shape[3]
     G *= fan  # parts of groups
@@ -1030,7 +1031,7 @@ def read_shares(q, k, v, q_pos, k_pos, length, scale, window=None, k2=None, list
     BN = TILE // ((widths["PK"] + widths["P2"] * (D2 > 0) + (0 if v is k else widths["PV"])) * k.element_size())
     area, keys = BM * widths["PV"], n * block if n else S
     BN = max(32, min(128 if area <= 2**12 else 32, power(BN + 1) // 2))  # the power of 2 below: queries are fetched anew for each tile
-    each = 2 if area <= 2**14 else 1  # programs that share a multiprocessor: alone, one waits half of its time
+    each = 2 if area <= 2**14 else 1  # programs that share a multiprocessor: one waits while another multiplies
     tiles = max(1, triton.cdiv(keys, BN))
     splits = max(1, min(64, keys // 128, each * SMS // rows))  # at most one wave of programs, each with at least 128 keys
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # none without a tile
@@ -1086,9 +1087,10 @@ def decode_blocks(q, k, v, q_pos, cache, tokens, l, d, block, n, scale, k2=None)
     many = min(2**13, power(B * H * T * row // (8 * SMS)))  # scores of one program: fewer where they would not fill the GPU
     BE = max(128, many // power(h))
     chunks = triton.cdiv(row, BE)
-    importance_kernel[(B * G * T, chunks + (h if shares["splits"] > 1 else 0))](raw, part, stats, out, importance, cache.length, T, h, S, G,
-                                                                                chunks=chunks, BE=BE, HP=power(h), **shares)  # fmt: skip
-    decode_select_kernel[(B * G * T,)](importance, q_pos, lists, G, T, S, lists.shape[3], *q_pos.stride(), FOLD=block // d,
+    combining = h if shares["splits"] > 1 else 0  # programs
+    importance_kernel[(B * G * T, chunks + combining)](raw, part, stats, out, importance, cache.length, T, h, row, G, chunks=chunks, BE=BE,
+                                                       HP=power(h), **shares)  # fmt: skip
+    decode_select_kernel[(B * G * T,)](importance, q_pos, lists, G, T, row, lists.shape[3], *q_pos.stride(), FOLD=block // d,
                                        OVERLAP=l // d - 1, BLOCK=block, BJ=power(blocks, 16), NP=power(lists.shape[3]),
                                        num_warps=max(1, min(8, power(blocks) // 512)))  # fmt: skip
     return out.transpose(1, 2), lists
