@@ -2466,7 +2466,8 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
         for args in (f"--warm {tmp}/words --correct twin", f"--warm {tmp}/asa", "--resume --warm nowhere", "--lr -1", "--warm-steps 0",
                      "--max-norm -1", "--recent -1", "--wrong", "--task chess", "--budget 2", "--buffer 0", "--queries 0", "--group-size 1",
                      "--minibatches 3", "--attn asa", "--width 30", "--warm nowhere", f"--warm {torn}", "--resume", "--clip 2",
-                     "--correct twice", "--size 0", "--sinks 7", "--task words --correct replay", *["--device cuda"] * (not torch.cuda.is_available())):  # fmt: skip
+                     "--correct twice", "--size 0", "--sinks 7", "--task words --correct replay",
+                     *["--device cuda"] * (not torch.cuda.is_available())):  # fmt: skip
             code, _, err = in_rl("--out", tmp, "--name", "bad", *args.split())
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, f"{args}: exit code {code}, {err!r}"
             assert not pathlib.Path(tmp, "bad", "ckpt.pt").exists(), f"{args}: something was written"

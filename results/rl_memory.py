@@ -69,7 +69,9 @@ def main():
             print(f"{mib:9} {name:>14} {rows:5} {cache / 2**20:9.1f} {peak / 2**20:9.1f} {speed:9.0f} {speed / dense:8.2f}", flush=True)
             if given.out:
                 with open(given.out, "a") as f:
-                    entry = dict(hardware=torch.cuda.get_device_name() if device == "cuda" else "CPU", limit_mib=mib, cache=name, rows=rows, cache_bytes=cache, peak_bytes=peak, tokens_per_second=speed)
+                    hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+                    entry = dict(hardware=hardware, limit_mib=mib, cache=name, rows=rows, cache_bytes=cache, peak_bytes=peak,
+                                 tokens_per_second=speed)  # fmt: skip
                     f.write(json.dumps(entry) + "\n")
 
 
