@@ -7,6 +7,7 @@
 Identities are checked in fp64 at small sizes, and messages carry the largest and the mean difference. Where a test is subtle, it is also
 run on a deliberately wrong implementation (a mutant), which it has to catch.
 """
+
 import ast
 import contextlib
 import dataclasses
@@ -62,7 +63,9 @@ def setup_function(fn=None):  # before each test, by pytest and by main
 def close(a, b, tol, what):
     diff = (a.double() - b.double()).abs()
     assert a.shape == b.shape and a.numel(), f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    assert diff.max() <= tol, f"{what}: max difference {diff.max():.2e}, mean {diff.mean():.2e}, allowed {tol:.0e}"  # NaN fails
+    assert diff.max() <= tol, (
+        f"{what}: max difference {diff.max():.2e}, mean {diff.mean():.2e}, allowed {tol:.0e}"
+    )  # NaN fails
 
 
 def fails(test, *args):
@@ -95,7 +98,18 @@ def mutant(function, right, wrong):
 
 def tiny(attn, **changes):
     """A config whose block and window edges all lie within 160 tokens."""
-    sizes = dict(layers=4, width=32, heads=4, groups=2, window=20, blocks=4, nsa_blocks=4, nsa_block=32, vocab=61, context=160)
+    sizes = dict(
+        layers=4,
+        width=32,
+        heads=4,
+        groups=2,
+        window=20,
+        blocks=4,
+        nsa_blocks=4,
+        nsa_block=32,
+        vocab=61,
+        context=160,
+    )
     return Config(**{**sizes, "attn": attn, **changes})
 
 
@@ -122,9 +136,16 @@ def test_rope_is_relative_and_half_split():
     score = lambda shift: (rope(x, pos + shift) * rope(y, pos * 2 + shift)).sum(-1)
     close(score(0), score(37), 1e-12, "a common shift of the positions")
     pairs = torch.complex(x[..., :4], x[..., 4:])  # channel i with channel i + P/2
-    turn = torch.polar(torch.ones(4).double(), torch.ones(4).double() * 7 * 10000.0 ** (-torch.arange(4).double() / 4))
+    turn = torch.polar(
+        torch.ones(4).double(), torch.ones(4).double() * 7 * 10000.0 ** (-torch.arange(4).double() / 4)
+    )
     turned = pairs * turn
-    close(rope(x, torch.full((2, 5), 7)), torch.cat([turned.real, turned.imag], -1), 1e-12, "rotation in complex numbers")
+    close(
+        rope(x, torch.full((2, 5), 7)),
+        torch.cat([turned.real, turned.imag], -1),
+        1e-12,
+        "rotation in complex numbers",
+    )
 
 
 class ListCache:
@@ -156,9 +177,17 @@ def slots_match_lists(window, max_len=64, margin=4):
             for i in range(int(count[b])):  # what every new query sees
                 see = visible(pos[b : b + 1, i : i + 1], read[2][b : b + 1], window)[0, 0, 0]
                 got = sorted(zip(read[2][b, 0][see].tolist(), read[0][b, 1, :, 0][see].tolist()))
-                want = sorted(e for e in lists.rows[b] if e[0] <= pos[b, i] and (window is None or e[0] > pos[b, i] - window))
-                assert [p for p, _ in got] == [p for p, _ in want], f"window {window}: row {b} sees {got}, expected {want}"
-                assert all(abs(x - y) < 1e-6 for (_, x), (_, y) in zip(got, want)), f"window {window}: values of row {b}"
+                want = sorted(
+                    e
+                    for e in lists.rows[b]
+                    if e[0] <= pos[b, i] and (window is None or e[0] > pos[b, i] - window)
+                )
+                assert [p for p, _ in got] == [p for p, _ in want], (
+                    f"window {window}: row {b} sees {got}, expected {want}"
+                )
+                assert all(abs(x - y) < 1e-6 for (_, x), (_, y) in zip(got, want)), (
+                    f"window {window}: values of row {b}"
+                )
         seen = seen + count
         back = torch.tensor([draw.randint(0, margin) for _ in range(3)]).minimum(seen) * (draw.random() < 0.5)
         seen = seen - back
@@ -176,7 +205,9 @@ def test_slot_cache_equals_lists():
         cache = slots_match_lists(window)
         assert cache.pos.shape[2] == (64 if window is None else min(64, window + 3)), "slots = W - 1 + margin"
 
-    def small_ring(self, batch, max_len, widths, window=None, margin=8, **kind):  # a ring of W slots loses what a rejected draft needs
+    def small_ring(
+        self, batch, max_len, widths, window=None, margin=8, **kind
+    ):  # a ring of W slots loses what a rejected draft needs
         SlotCache.init(self, batch, max_len, widths, window and max(1, window - margin + 1), margin, **kind)
 
     SlotCache.init = SlotCache.__init__
@@ -188,16 +219,24 @@ def test_slot_cache_keep_gathers_kept_slots():
     cache = SlotCache(2, 10, ((3, 4), (3, 2)))
     k, v, pos = torch.randn(2, 3, 8, 4), torch.randn(2, 3, 8, 2), torch.arange(8).expand(2, -1)
     cache.append(k, v, pos=pos, count=torch.tensor([8, 6]))
-    index = torch.tensor([[[0, 3, 7], [1, 2, 5], [4, 5, 6]], [[0, 5, -1], [1, 2, -1], [3, 4, -1]]])  # (B, heads, n): each head its own
+    index = torch.tensor(
+        [[[0, 3, 7], [1, 2, 5], [4, 5, 6]], [[0, 5, -1], [1, 2, -1], [3, 4, -1]]]
+    )  # (B, heads, n): each head its own
     cache.keep(index)
     for b, h in [(b, h) for b in range(2) for h in range(3)]:
         kept = [i for i in index[b, h].tolist() if i >= 0]
         close(cache.data[0][b, h, : len(kept)], k[b, h, kept], 0, "kept keys")
         close(cache.data[1][b, h, : len(kept)], v[b, h, kept], 0, "kept values")
-        assert cache.pos[b, h].tolist() == kept + [-1] * (10 - len(kept)), "kept slots carry their original positions, the rest is empty"
+        assert cache.pos[b, h].tolist() == kept + [-1] * (10 - len(kept)), (
+            "kept slots carry their original positions, the rest is empty"
+        )
     assert cache.length.tolist() == [3, 2]
-    cache.append(k[:, :, :1], v[:, :, :1], pos=torch.tensor([[8], [6]]), count=torch.ones(2, dtype=torch.long))
-    assert cache.pos[:, 0, :4].tolist() == [[0, 3, 7, 8], [0, 5, 6, -1]], "the next token goes behind the kept ones"
+    cache.append(
+        k[:, :, :1], v[:, :, :1], pos=torch.tensor([[8], [6]]), count=torch.ones(2, dtype=torch.long)
+    )
+    assert cache.pos[:, 0, :4].tolist() == [[0, 3, 7, 8], [0, 5, 6, -1]], (
+        "the next token goes behind the kept ones"
+    )
 
 
 def test_slot_cache_refuses_to_overflow():
@@ -215,7 +254,9 @@ def plain_attention(q, k, v, mask, scale):
     h, out = q.shape[1] // k.shape[1], []
     for i in range(q.shape[1]):
         see = mask[:, min(i // h, mask.shape[1] - 1)]
-        out.append((q[:, i] @ k[:, i // h].mT * scale).masked_fill(~see, -torch.inf).softmax(-1) @ v[:, i // h])
+        out.append(
+            (q[:, i] @ k[:, i // h].mT * scale).masked_fill(~see, -torch.inf).softmax(-1) @ v[:, i // h]
+        )
     return torch.stack(out, 1)
 
 
@@ -223,23 +264,36 @@ def test_attend_equals_plain_attention_with_gradients():
     cases = [(3, 2, 8, 8, 2, 2), (40, 2, 12, 8, 2, 2), (40, 2, 8, 16, 1, 1), (40, 1, 8, 8, 2, 1)]
     for T, G, Dk, Dv, B1, G1 in [*cases, (33, 2, 192, 128, 2, 1), (33, 4, 160, 128, 1, 1)]:
         S = T + 5
-        q, k, v = (torch.randn(2, h, n, d, dtype=torch.float64, requires_grad=True) for h, n, d in ((4, T, Dk), (G, S, Dk), (G, S, Dv)))
+        q, k, v = (
+            torch.randn(2, h, n, d, dtype=torch.float64, requires_grad=True)
+            for h, n, d in ((4, T, Dk), (G, S, Dk), (G, S, Dv))
+        )
         mask = torch.rand(B1, G1, T, S) < 0.5
         mask[..., 0] = True
         results = []
         for f in (attend, plain_attention):
             o = f(q, k, v, mask, 0.3)
-            results.append([o, *torch.autograd.grad((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum(), (q, k, v))])
+            results.append(
+                [o, *torch.autograd.grad((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum(), (q, k, v))]
+            )
         for a, b, what in zip(*results, ("output", "dq", "dk", "dv")):
             close(a, b, 1e-11, f"attend, {what}, T {T}, G {G}, widths {Dk}/{Dv}, mask {B1}x{G1}")
 
 
 def test_window_attention_equals_a_mask_with_gradients():
     for T, W in [(1, 4), (5, 4), (31, 8), (64, 16), (40, 40), (40, 41), (33, 1), (100, 7)]:
-        q, k, v = (torch.randn(2, h, T, d, dtype=torch.float64, requires_grad=True) for h, d in ((4, 12), (2, 12), (2, 8)))
+        q, k, v = (
+            torch.randn(2, h, T, d, dtype=torch.float64, requires_grad=True)
+            for h, d in ((4, 12), (2, 12), (2, 8))
+        )
         pos, results = torch.arange(T)[None], []
-        for o in (la.window_attention(q, k, v, W, 0.3), plain_attention(q, k, v, visible(pos, pos[:, None], W), 0.3)):
-            results.append([o, *torch.autograd.grad((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum(), (q, k, v))])
+        for o in (
+            la.window_attention(q, k, v, W, 0.3),
+            plain_attention(q, k, v, visible(pos, pos[:, None], W), 0.3),
+        ):
+            results.append(
+                [o, *torch.autograd.grad((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum(), (q, k, v))]
+            )
         for a, b, what in zip(*results, ("output", "dq", "dk", "dv")):
             close(a, b, 1e-11, f"window attention, {what}, T {T}, window {W}")
 
@@ -251,12 +305,19 @@ def test_absorbed_equals_materialised():
         parts, mask = layer.project(x, pos), visible(pos, pos[:, None], window)
 
         def same():
-            close(layer.absorbed(*parts, mask), layer.materialised(*parts), 1e-10, f"{latents} latents, window {window}")
+            close(
+                layer.absorbed(*parts, mask),
+                layer.materialised(*parts),
+                1e-10,
+                f"{latents} latents, window {window}",
+            )
 
         same()
         scale = layer.scale
         wrong = layer.absorb
-        layer.absorb = lambda q_c, q_r: wrong(q_c, q_r) * ((24 + 6) ** -0.5 / scale)  # the scale of the absorbed width: a classic
+        layer.absorb = lambda q_c, q_r: (
+            wrong(q_c, q_r) * ((24 + 6) ** -0.5 / scale)
+        )  # the scale of the absorbed width: a classic
         fails(same)
 
 
@@ -268,19 +329,25 @@ def test_cache_bytes_are_the_formula():
     assert per_layer(GQA(128, H, H, D)) == 2 * H * D * T
     assert per_layer(LatentAttention(128, H, D, 1, R, P)) == (R + P) * T
     assert per_layer(LatentAttention(128, H, D, 1, R, P, window=W)) == (R + P) * (W - 1 + margin)
-    assert per_layer(LatentAttention(128, H, D, 1, R, P, window=1000)) == (R + P) * T, "a window is never larger than the text"
+    assert per_layer(LatentAttention(128, H, D, 1, R, P, window=1000)) == (R + P) * T, (
+        "a window is never larger than the text"
+    )
     assert per_layer(LatentAttention(128, H, D, G, R, P)) == (G * R + P) * T
     layer = NSA(128, H, G, D, window=W, n=4, block=32)
     assert per_layer(layer) == 2 * G * D * (T + (T - 32) // 16 + 1 + W - 1 + margin + 32 - 1 + margin)
     cache = ASAGlobal(128, H, D, G, R, P, n=4).new_cache(B, T, margin, **bf16)
     assert (cache["tokens"].nbytes + cache["blocks"].nbytes) / (2 * B) == (G * R + P) * (T + T // 16)
-    assert cache["lists"].nbytes == 4 * B * G * 4 * (margin // SHARE + 2), "the lists' bytes do not depend on T"
+    assert cache["lists"].nbytes == 4 * B * G * 4 * (margin // SHARE + 2), (
+        "the lists' bytes do not depend on T"
+    )
 
 
 def test_asa_halves_the_cache_of_nsa():
     for preset, most in (("base", 0.501), ("340m", 0.501), ("1.3b", 0.501)):
         cfg = Config(**{**train_lm.PRESETS[preset], "preset": preset, "vocab": 257})
-        assert cfg.groups * cfg.rank + cfg.rotary == 2 * cfg.groups * cfg.head_width, "the latents are as wide as the keys and values"
+        assert cfg.groups * cfg.rank + cfg.rotary == 2 * cfg.groups * cfg.head_width, (
+            "the latents are as wide as the keys and values"
+        )
         size = train_lm.count_caches(dataclasses.replace(cfg, layers=2))
         assert size["asa"] / size["nsa"] <= most, f"{preset}: {size}"
 
@@ -293,19 +360,25 @@ def test_block_importance_is_geometric():
     for l, d, block in ((32, 16, 64), (16, 16, 16), (32, 16, 32), (8, 4, 16), (64, 16, 64)):
         tokens = 256
         N = int(nsa.blocks_done(tokens, l, d))
-        got = nsa.block_importance(torch.eye(N)[None, None], 1, l, d, block, tokens)[0, 0]  # (N, blocks): one-hot weights
+        got = nsa.block_importance(torch.eye(N)[None, None], 1, l, d, block, tokens)[
+            0, 0
+        ]  # (N, blocks): one-hot weights
 
         def geometric(got):
             for i, j in [(i, j) for i in range(N) for j in range(got.shape[1])]:
                 # strides [i d + a d, + d) of compressed block i that lie inside selection block j
                 shared = sum(block * j <= i * d + a * d < block * (j + 1) for a in range(l // d))
-                assert got[i, j] == shared, f"l {l}, d {d}, l' {block}: block {i} counts {got[i, j]} for {j}, shares {shared} strides"
+                assert got[i, j] == shared, (
+                    f"l {l}, d {d}, l' {block}: block {i} counts {got[i, j]} for {j}, shares {shared} strides"
+                )
 
         geometric(got)
         if (l, d, block) == (32, 16, 64):
             assert got[:, 1].tolist()[3:8] == [1, 2, 2, 2, 1], "the weights of NSA's own sizes"
             i, j = torch.arange(N)[:, None], torch.arange(tokens // block)
-            literal = sum((i == 4 * j - m - n) for m in range(4) for n in range(2)).float()  # eq. 9 read 0-based as printed
+            literal = sum(
+                (i == 4 * j - m - n) for m in range(4) for n in range(2)
+            ).float()  # eq. 9 read 0-based as printed
             fails(geometric, literal)
 
 
@@ -322,7 +395,9 @@ def test_select_blocks_equals_a_loop():
             got = lists[b, g, t].tolist()
             valid = [j for j in got if j >= 0]
             assert got == valid + [-1] * (len(got) - len(valid)), "valid blocks first, then -1"
-            assert len(set(valid)) == len(valid) == min(n, own + 1), f"block {block}, n {n}, t {t}: {valid} are unique, min(n, own + 1)"
+            assert len(set(valid)) == len(valid) == min(n, own + 1), (
+                f"block {block}, n {n}, t {t}: {valid} are unique, min(n, own + 1)"
+            )
             assert set(valid) == want, f"block {block}, n {n}, t {t}: {valid} instead of {want}"
 
 
@@ -332,16 +407,28 @@ def test_lists_are_shared_by_the_first_of_four():
     for t in range(T):
         assert torch.equal(shared[:, :, t], lists[:, :, t // SHARE * SHARE]), f"query {t}"
     repeated = lists[:, :, ::SHARE].repeat_interleave(SHARE, 2)[:, :, :T]
-    assert torch.equal(nsa.share_lists(repeated, torch.arange(T)[None]), repeated), "shared = own when neighbours agree"
+    assert torch.equal(nsa.share_lists(repeated, torch.arange(T)[None]), repeated), (
+        "shared = own when neighbours agree"
+    )
 
 
 def nsa_by_loops(layer, x):
     """NSA for one text, query by query and head by head, from the paper's equations with its tokens and blocks counted from 1."""
-    T, H, G, D, l, d, block = x.shape[0], layer.heads, layer.groups, layer.head_width, layer.l, layer.d, layer.block
+    T, H, G, D, l, d, block = (
+        x.shape[0],
+        layer.heads,
+        layer.groups,
+        layer.head_width,
+        layer.l,
+        layer.d,
+        layer.block,
+    )
     pos = torch.arange(T)[None]
     q0 = layer.q(x).view(T, H, D)
     kv = layer.kv(x).view(T, 6, G, D)
-    turn = lambda a, p: rope(a[None], torch.as_tensor(p, dtype=torch.float64).view(1, -1), layer.base)[0]  # (heads, T, D)
+    turn = lambda a, p: rope(a[None], torch.as_tensor(p, dtype=torch.float64).view(1, -1), layer.base)[
+        0
+    ]  # (heads, T, D)
     gates = layer.gate(x).sigmoid().view(T, 3, H)
     out = torch.zeros(T, H, D).double()
     for t in range(1, T + 1):
@@ -350,24 +437,39 @@ def nsa_by_loops(layer, x):
             n_cmp = (t - l) // d + 1 if t >= l else 0
             k_cmp, v_cmp = [], []
             for i in range(n_cmp):  # eq. 7: tokens i d + 1 .. i d + l
-                k_cmp.append(turn(layer.phi_k(kv[i * d : i * d + l, 0, g]).view(1, 1, D), [i * d + (l - 1) / 2])[0, 0])
+                k_cmp.append(
+                    turn(layer.phi_k(kv[i * d : i * d + l, 0, g]).view(1, 1, D), [i * d + (l - 1) / 2])[0, 0]
+                )
                 v_cmp.append(layer.phi_v(kv[i * d : i * d + l, 1, g]))
             p = torch.zeros(q.shape[0], 0).double()
             if n_cmp:
                 p = (q @ torch.stack(k_cmp).T / math.sqrt(D)).softmax(-1)  # eq. 8
-                out[t - 1, g * H // G : (g + 1) * H // G] += gates[t - 1, 0, g * H // G : (g + 1) * H // G, None] * (p @ torch.stack(v_cmp))
+                out[t - 1, g * H // G : (g + 1) * H // G] += gates[
+                    t - 1, 0, g * H // G : (g + 1) * H // G, None
+                ] * (p @ torch.stack(v_cmp))
             own, score = (t - 1) // block + 1, {}
             for j in range(1, own + 1):  # eq. 9 as printed, j and the compressed index counted from 1
                 ids = [block // d * j - m - n for m in range(block // d) for n in range(l // d)]
                 score[j] = sum(p[:, i - 1].sum().item() for i in ids if 1 <= i <= n_cmp)  # eq. 10
             forced = {1, own, max(1, own - 1)}
             rest = sorted(set(score) - forced, key=lambda j: -score[j])[: layer.n - len(forced)]
-            for branch, keys in ((1, [s for j in sorted(forced | set(rest)) for s in range((j - 1) * block + 1, min(j * block, t) + 1)]),
-                                 (2, range(max(1, t - layer.window + 1), t + 1))):
+            for branch, keys in (
+                (
+                    1,
+                    [
+                        s
+                        for j in sorted(forced | set(rest))
+                        for s in range((j - 1) * block + 1, min(j * block, t) + 1)
+                    ],
+                ),
+                (2, range(max(1, t - layer.window + 1), t + 1)),
+            ):
                 keys = torch.tensor(list(keys)) - 1
                 k = turn(kv[keys, 2 * branch, g][None], keys.double())[0]
                 w = (q @ k.T / math.sqrt(D)).softmax(-1)
-                mixed = gates[t - 1, branch, g * H // G : (g + 1) * H // G, None] * (w @ kv[keys, 2 * branch + 1, g])
+                mixed = gates[t - 1, branch, g * H // G : (g + 1) * H // G, None] * (
+                    w @ kv[keys, 2 * branch + 1, g]
+                )
                 out[t - 1, g * H // G : (g + 1) * H // G] += mixed
     return layer.out(out.view(T, H * D))
 
@@ -378,7 +480,9 @@ def asa_by_loops(layer, x):
     q_c, _, c, _ = layer.project(x[None], torch.arange(T)[None])
     q_r = layer.q_up(layer.q_norm(layer.q_down(x))).view(T, H, -1)[..., -P:]
     r = layer.kv_down(x)[:, G * R :]  # (T, P) un-rotated
-    turn = lambda a, p: rope(a.view(1, 1, -1, P), torch.as_tensor(p, dtype=torch.float64).view(1, -1), layer.base)[0, 0]
+    turn = lambda a, p: rope(
+        a.view(1, 1, -1, P), torch.as_tensor(p, dtype=torch.float64).view(1, -1), layer.base
+    )[0, 0]
     gates, D = layer.gate(x).sigmoid().view(T, 2, H), q_c.shape[-1]
     out = torch.zeros(T, H, D).double()
 
@@ -403,10 +507,14 @@ def asa_by_loops(layer, x):
                     score[b] += w[b].item()
             if t % SHARE == 0:
                 forced = {0, t // 16, max(0, t // 16 - 1)}
-                chosen = forced | set(sorted(set(score) - forced, key=lambda b: -score[b])[: layer.n - len(forced)])
+                chosen = forced | set(
+                    sorted(set(score) - forced, key=lambda b: -score[b])[: layer.n - len(forced)]
+                )
             keys = [s for s in range(t + 1) if s // 16 in chosen]
             for i in heads:
-                out[t, i] += gates[t, 1, i] * attention(t, i, c[0, g, keys], r[keys], [float(s) for s in keys])[1]
+                out[t, i] += (
+                    gates[t, 1, i] * attention(t, i, c[0, g, keys], r[keys], [float(s) for s in keys])[1]
+                )
     return layer.out(out.view(T, H * D))
 
 
@@ -437,13 +545,21 @@ def test_everything_selected_is_dense_attention():
     layer = lm("asa", layers=2, blocks=99).blocks[1].attn
     layer.gate.weight.zero_()
     layer.gate.bias.copy_(torch.tensor([-99.0, 99.0]).repeat_interleave(4))
-    close(layer(x, pos), LatentAttention.forward(layer, x, pos), 1e-12, "ASA global, all blocks selected, against GLA")
+    close(
+        layer(x, pos),
+        LatentAttention.forward(layer, x, pos),
+        1e-12,
+        "ASA global, all blocks selected, against GLA",
+    )
 
 
 @torch.no_grad()
 def test_window():
     x, pos = torch.randn(1, 60, 32).double(), torch.arange(60)[None]
-    full, local = LatentAttention(32, 4, 8, 1, 32, 4).double(), LatentAttention(32, 4, 8, 1, 32, 4, window=60).double()
+    full, local = (
+        LatentAttention(32, 4, 8, 1, 32, 4).double(),
+        LatentAttention(32, 4, 8, 1, 32, 4, window=60).double(),
+    )
     local.load_state_dict(full.state_dict())
     close(local(x, pos), full(x, pos), 1e-14, "window >= T is full attention")
     local.window = 13
@@ -452,16 +568,31 @@ def test_window():
         other = x.clone()
         other[:, t - back] += 1
         moved = (local(other, pos)[:, t] - before[:, t]).abs().max() > 0
-        assert moved == reaches, f"window 13: a change {back} tokens back {'reaches' if moved else 'does not reach'} the query"
+        assert moved == reaches, (
+            f"window 13: a change {back} tokens back {'reaches' if moved else 'does not reach'} the query"
+        )
 
 
 def compressed_rotation():
     layer = ASAGlobal(32, 4, 8, 2, 14, 8, n=4).double()
-    c, r = torch.randn(1, 2, 3, 16, 14).double(), torch.randn(1, 1, 3, 1, 8).double().expand(-1, -1, -1, 16, -1)  # r constant in a block
+    c, r = (
+        torch.randn(1, 2, 3, 16, 14).double(),
+        torch.randn(1, 1, 3, 1, 8).double().expand(-1, -1, -1, 16, -1),
+    )  # r constant in a block
     keys = lambda shift: rope(r.reshape(1, 1, 48, 8), shift + torch.arange(48)[None]).view(1, 1, 3, 16, 8)
     small = layer.compress(c, keys(0))[1]
-    close(small.norm(dim=-1), r[..., 0, :].norm(dim=-1), 1e-12, "the length of a compressed rotary key over a constant block")
-    close(small, rope(r[..., 0, :], torch.tensor([[7.5, 23.5, 39.5]])), 1e-12, "a compressed rotary key stands at its block's middle")
+    close(
+        small.norm(dim=-1),
+        r[..., 0, :].norm(dim=-1),
+        1e-12,
+        "the length of a compressed rotary key over a constant block",
+    )
+    close(
+        small,
+        rope(r[..., 0, :], torch.tensor([[7.5, 23.5, 39.5]])),
+        1e-12,
+        "a compressed rotary key stands at its block's middle",
+    )
     q = torch.randn(1, 1, 1, 8).double()
     score = lambda shift: (rope(q, torch.tensor([[60 + shift]])) * layer.compress(c, keys(shift))[1]).sum(-1)
     close(score(0), score(160), 1e-11, "scores after a shift of all positions")
@@ -469,7 +600,9 @@ def compressed_rotation():
 
 def test_rotation_and_pooling():
     compressed_rotation()
-    with swapped(ASAGlobal, "compress", lambda self, c, k_r, end=None: (c.mean(-2), k_r.mean(-2))):  # pooling after rotation
+    with swapped(
+        ASAGlobal, "compress", lambda self, c, k_r, end=None: (c.mean(-2), k_r.mean(-2))
+    ):  # pooling after rotation
         fails(compressed_rotation)
 
 
@@ -483,8 +616,12 @@ def causal(attn):
         other = text.clone()
         other[0, t] = (other[0, t] + 1) % model.cfg.vocab
         after = model(other)
-        assert torch.equal(before[:, :t], after[:, :t]), f"{attn}: a change at token {t} reached an earlier output"
-        assert not torch.equal(before[:, t], after[:, t]), f"{attn}: a change at token {t} did not reach its own output"
+        assert torch.equal(before[:, :t], after[:, :t]), (
+            f"{attn}: a change at token {t} reached an earlier output"
+        )
+        assert not torch.equal(before[:, t], after[:, t]), (
+            f"{attn}: a change at token {t} did not reach its own output"
+        )
 
 
 def test_causality_is_bit_exact():
@@ -492,8 +629,16 @@ def test_causality_is_bit_exact():
         causal(attn)
     see = lambda q_pos, k_pos, window=None: visible(q_pos + 1, k_pos, window)
     shared_by_last = lambda lists, pos, earlier=None: lists.gather(  # the list of the last of the four
-        2, (torch.arange(pos.shape[1]) // 4 * 4 + 3).clamp(max=pos.shape[1] - 1)[None, None, :, None].expand_as(lists))
-    for attn, name, wrong in (("nsa", "visible", see), ("asa", "visible", see), ("asa", "share_lists", shared_by_last)):
+        2,
+        (torch.arange(pos.shape[1]) // 4 * 4 + 3)
+        .clamp(max=pos.shape[1] - 1)[None, None, :, None]
+        .expand_as(lists),
+    )
+    for attn, name, wrong in (
+        ("nsa", "visible", see),
+        ("asa", "visible", see),
+        ("asa", "share_lists", shared_by_last),
+    ):
         with swapped(nsa, name, wrong):
             fails(causal, attn)
 
@@ -506,10 +651,16 @@ def test_first_tokens_are_finite():
             logits = model(text_of(model, 2, T))
             logits.square().sum().backward()
             assert logits.isfinite().all(), f"{attn}, {T} tokens: logits"
-            bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            bad = [
+                n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+            ]
             assert not bad, f"{attn}, {T} tokens: gradients of {bad}"
     for N in (0, 3):
-        q, k, v = torch.randn(1, 4, 5, 8, requires_grad=True), torch.randn(1, 2, N, 8), torch.randn(1, 2, N, 6)
+        q, k, v = (
+            torch.randn(1, 4, 5, 8, requires_grad=True),
+            torch.randn(1, 2, N, 8),
+            torch.randn(1, 2, N, 6),
+        )
         see = torch.zeros(1, 1, 5, N, dtype=torch.bool)
         o, p = nsa.compressed_attention(q, k, v, see, 1.0)
         assert (o == 0).all() and (p == 0).all(), "no finished block: exactly 0"
@@ -518,12 +669,16 @@ def test_first_tokens_are_finite():
 
 def test_block_scores_learn_through_the_compressed_branch():
     x, pos = torch.randn(1, 100, 32).double(), torch.arange(100)[None]
-    for attn, names in (("nsa", ("phi_k.up.weight", "phi_v.down.weight", "kv.weight", "q.weight")),
-                        ("asa", ("pool", "k_up", "kv_down.weight", "q_up.weight"))):
+    for attn, names in (
+        ("nsa", ("phi_k.up.weight", "phi_v.down.weight", "kv.weight", "q.weight")),
+        ("asa", ("pool", "k_up", "kv_down.weight", "q_up.weight")),
+    ):
         layer = lm(attn, layers=2).blocks[1].attn
         with torch.no_grad():
             layer.gate.weight.zero_()
-            layer.gate.bias.copy_(torch.tensor([0.0, -99, -99][: layer.gate.bias.numel() // 4]).repeat_interleave(4))
+            layer.gate.bias.copy_(
+                torch.tensor([0.0, -99, -99][: layer.gate.bias.numel() // 4]).repeat_interleave(4)
+            )
         layer(x, pos).square().sum().backward()
         for name in names:
             gradient = dict(layer.named_parameters())[name].grad
@@ -534,11 +689,14 @@ def test_nsa_branches_have_keys_and_values_of_their_own():
     C, H, G, D, l = 64, 4, 2, 16, 32
     layer = NSA(C, H, G, D, window=20, n=4, block=32)
     want = C * H * D * 2 + 3 * 2 * C * G * D + 3 * H * (C + 1) + 2 * (l * D + l * D * D + D * D)
-    assert sum(p.numel() for p in layer.parameters()) == want, "parameters of NSA = formula with three independent k, v"
+    assert sum(p.numel() for p in layer.parameters()) == want, (
+        "parameters of NSA = formula with three independent k, v"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # kernels.py: on a CPU in Triton's interpreter, fp32; on a GPU compiled
+
 
 @contextlib.contextmanager
 def kernels_in_use(yes=True):
@@ -547,7 +705,11 @@ def kernels_in_use(yes=True):
         raise unittest.SkipTest("needs Triton")
 
     def able(x, k=None, v=None, block=16, share=1):
-        return yes and x.dtype != torch.float64 and (k is None or not kernels.complaint(x, k, v, None, block, share))
+        return (
+            yes
+            and x.dtype != torch.float64
+            and (k is None or not kernels.complaint(x, k, v, None, block, share))
+        )
 
     with swapped(kernels, "fast", able):
         yield
@@ -556,15 +718,31 @@ def kernels_in_use(yes=True):
 class Sizes:
     """One attention problem: queries, and keys [k ; k2] and values (v is k: latents) of tokens and of compressed blocks."""
 
-    def __init__(self, T, h, G, D, Dv=None, P=0, l=32, d=16, block=64, n=4, W=20, every=1, B=1, dtype=torch.float32):
-        self.T, self.l, self.d, self.block, self.n, self.W, self.every, self.G, self.scale = T, l, d, block, n, W, every, G, (D + P) ** -0.5
-        new = lambda heads, S, width: torch.randn(B, heads, S, width, dtype=dtype, device=DEVICE, requires_grad=True)
+    def __init__(
+        self, T, h, G, D, Dv=None, P=0, l=32, d=16, block=64, n=4, W=20, every=1, B=1, dtype=torch.float32
+    ):
+        self.T, self.l, self.d, self.block, self.n, self.W, self.every, self.G, self.scale = (
+            T,
+            l,
+            d,
+            block,
+            n,
+            W,
+            every,
+            G,
+            (D + P) ** -0.5,
+        )
+        new = lambda heads, S, width: torch.randn(
+            B, heads, S, width, dtype=dtype, device=DEVICE, requires_grad=True
+        )
         keys = lambda S: (k := new(G, S, D), new(1, S, P) if P else None, new(G, S, Dv) if Dv else k)
         self.q, self.tokens, self.entries = new(h * G, T, D + P), keys(T), keys(int(nsa.blocks_done(T, l, d)))
         self.pos = torch.arange(T, device=DEVICE)[None]
         self.end = (torch.arange(self.entries[0].shape[2], device=DEVICE) * d + l - 1)[None, None]
         lists = nsa.select_blocks(torch.rand(B, G, T, -(-T // block), device=DEVICE), self.pos, block, n)
-        lists = lists[:, :, ::every].masked_fill(lists[:, :, ::every] < 0, 2**20).sort(-1)[0]  # ascending, (B, G, ceil(T / every), n)
+        lists = (
+            lists[:, :, ::every].masked_fill(lists[:, :, ::every] < 0, 2**20).sort(-1)[0]
+        )  # ascending, (B, G, ceil(T / every), n)
         self.lists = lists.masked_fill(lists == 2**20, -1)
         self.name = f"T {T}, {h} x {G} heads, widths {D}/{P}/{Dv}, blocks {l}/{d}/{block}"
 
@@ -576,8 +754,11 @@ class Sizes:
         """What each branch may read (1, 1 or G, T, S), for the reference."""
         lists = self.lists.repeat_interleave(self.every, 2)[:, :, : self.T]
         tokens = self.pos[:, None]
-        return {"window": visible(self.pos, tokens, self.W), "compressed": visible(self.pos, self.end),
-                "selected": nsa.chosen_tokens(lists, tokens, self.block, visible(self.pos, tokens))}  # fmt: skip
+        return {
+            "window": visible(self.pos, tokens, self.W),
+            "compressed": visible(self.pos, self.end),
+            "selected": nsa.chosen_tokens(lists, tokens, self.block, visible(self.pos, tokens)),
+        }
 
     def fast(self, branch):
         k, k2, v = self.entries if branch == "compressed" else self.tokens
@@ -596,8 +777,12 @@ class Sizes:
         mask = self.masks()[branch]
         none = ~mask.any(-1, keepdim=True)  # queries before the first block: exactly 0
         o = attend(q, la.join(k, k2), v, mask | none, self.scale)
-        return o.masked_fill(none.expand(-1, q.shape[1] if none.shape[1] == 1 else none.shape[1], -1, -1)
-                             if none.shape[1] == 1 else none.repeat_interleave(q.shape[1] // self.G, 1), 0), copies  # fmt: skip
+        return o.masked_fill(
+            none.expand(-1, q.shape[1] if none.shape[1] == 1 else none.shape[1], -1, -1)
+            if none.shape[1] == 1
+            else none.repeat_interleave(q.shape[1] // self.G, 1),
+            0,
+        ), copies
 
 
 def with_gradients(o, leaves, weight=None):
@@ -620,16 +805,27 @@ def kernels_equal_attend(s, branch):
 def test_attention_kernels_equal_attend_with_gradients():
     with kernels_in_use():
         for T, h, G, D, Dv, more in [
-            (31, 1, 2, 16, 16, {}), (31, 2, 1, 24, 16, {}), (31, 3, 1, 16, 48, dict(P=8)), (50, 16, 1, 16, 16, {}), (31, 5, 1, 96, 64, {}),
-            (31, 8, 1, 192, 128, {}), (31, 4, 1, 64, 64, dict(n=3, W=33)), (31, 12, 1, 16, 16, {}), (31, 1, 1, 128, 128, dict(B=2)),
-            (100, 2, 1, 16, 16, dict(l=16, d=8, block=32, n=3)), (31, 1, 2, 64, 64, dict(P=32, W=7)),  # NSA, MLA
-            (257, 4, 1, 24, None, dict(P=8, l=16, block=16, every=4)), (50, 16, 2, 30, None, dict(P=16, l=16, block=16, every=4)),  # ASA
-        ]:  # fmt: skip
+            (31, 1, 2, 16, 16, {}),
+            (31, 2, 1, 24, 16, {}),
+            (31, 3, 1, 16, 48, dict(P=8)),
+            (50, 16, 1, 16, 16, {}),
+            (31, 5, 1, 96, 64, {}),
+            (31, 8, 1, 192, 128, {}),
+            (31, 4, 1, 64, 64, dict(n=3, W=33)),
+            (31, 12, 1, 16, 16, {}),
+            (31, 1, 1, 128, 128, dict(B=2)),
+            (100, 2, 1, 16, 16, dict(l=16, d=8, block=32, n=3)),
+            (31, 1, 2, 64, 64, dict(P=32, W=7)),  # NSA, MLA
+            (257, 4, 1, 24, None, dict(P=8, l=16, block=16, every=4)),
+            (50, 16, 2, 30, None, dict(P=16, l=16, block=16, every=4)),  # ASA
+        ]:
             s = Sizes(T, h, G, D, Dv, **{**more, "block": more.get("block", 32)})
             for branch in ("window", "selected") + ("compressed",) * (s.entries[0].shape[2] > 0):
                 kernels_equal_attend(s, branch)
         right, chunks = kernels.invert, []
-        with swapped(kernels, "L2", 2**12):  # the last one, 16 heads x 4 queries to a list, its queries in chunks
+        with swapped(
+            kernels, "L2", 2**12
+        ):  # the last one, 16 heads x 4 queries to a list, its queries in chunks
             with swapped(kernels, "invert", lambda *args: [chunks.append(args[3]), right(*args)][1]):
                 kernels_equal_attend(s, "selected")
             with swapped(kernels, "invert", lambda *args: (right(*args)[0].flip(0), *right(*args)[1:])):
@@ -637,17 +833,25 @@ def test_attention_kernels_equal_attend_with_gradients():
         assert min(chunks) > 4, f"chunks: {chunks}"
         s = Sizes(31, 2, 2, 16, 16)
         none = with_gradients(s.fast("compressed"), s.leaves(s.entries))
-        assert all((x == 0).all() for x in none), "before the first block: exactly 0, and so are the gradients"
+        assert all((x == 0).all() for x in none), (
+            "before the first block: exactly 0, and so are the gradients"
+        )
         k, _, v = s.tokens
-        late = lambda q, k, v, W, scale, k2=None: kernels.attend("late", q, k, v, None, scale, k2, window=W + 1)[0]
+        late = lambda q, k, v, W, scale, k2=None: kernels.attend(
+            "late", q, k, v, None, scale, k2, window=W + 1
+        )[0]
         with swapped(kernels, "window_attention", late):
             fails(kernels_equal_attend, s, "window")
 
 
 def test_selection_kernels_equal_the_reference():
     with kernels_in_use():
-        for T, h, G, more in [(100, 2, 1, dict(n=3, block=32)), (257, 4, 1, dict(n=4, every=4, l=16, block=16)),
-                              (31, 3, 2, dict(n=9, block=16, l=16)), (70, 1, 1, dict(n=3, l=32, d=8, block=32))]:  # fmt: skip
+        for T, h, G, more in [
+            (100, 2, 1, dict(n=3, block=32)),
+            (257, 4, 1, dict(n=4, every=4, l=16, block=16)),
+            (31, 3, 2, dict(n=9, block=16, l=16)),
+            (70, 1, 1, dict(n=3, l=32, d=8, block=32)),
+        ]:
             s = Sizes(T, h, G, 16, None, P=8, **more)
             k, k2, v = s.entries
             _, lse = kernels.compressed_attention(s.q, k, v, s.l, s.d, s.scale, k2)
@@ -655,14 +859,24 @@ def test_selection_kernels_equal_the_reference():
             p = nsa.compressed_attention(s.q, la.join(k, k2), v, visible(s.pos, s.end), s.scale)[1]
             score = nsa.block_importance(p, s.G, s.l, s.d, s.block, T)
             want = nsa.select_blocks(score, s.pos, s.block, s.n)[:, :, :: s.every]
-            value = lambda x: torch.where(x >= 0, score[:, :, :: s.every].gather(-1, x.clamp(min=0)), 0).sum(-1)
-            close(value(lists), value(want), 1e-5, f"{s.name}: score of the chosen blocks")  # near ties may be decided otherwise
-            assert torch.equal((lists >= 0).sum(-1), (want >= 0).sum(-1)) and torch.equal(lists[..., 0], want[..., 0] * 0)
+            value = lambda x: torch.where(x >= 0, score[:, :, :: s.every].gather(-1, x.clamp(min=0)), 0).sum(
+                -1
+            )
+            close(
+                value(lists), value(want), 1e-5, f"{s.name}: score of the chosen blocks"
+            )  # near ties may be decided otherwise
+            assert torch.equal((lists >= 0).sum(-1), (want >= 0).sum(-1)) and torch.equal(
+                lists[..., 0], want[..., 0] * 0
+            )
             valid = lists.masked_fill(lists < 0, 2**20)
-            assert ((valid.diff(dim=-1) > 0) | (valid[..., 1:] == 2**20)).all(), "ascending, each block once, then -1"
+            assert ((valid.diff(dim=-1) > 0) | (valid[..., 1:] == 2**20)).all(), (
+                "ascending, each block once, then -1"
+            )
             own = s.pos[:, None, :: s.every, None] // s.block
             for forced in (0, own - 1, own):
-                assert (lists == torch.as_tensor(forced).clamp(min=0)).any(-1).all(), f"{s.name}: a forced block is missing"
+                assert (lists == torch.as_tensor(forced).clamp(min=0)).any(-1).all(), (
+                    f"{s.name}: a forced block is missing"
+                )
 
 
 def test_layers_on_kernels_equal_the_reference():
@@ -681,8 +895,11 @@ def test_layers_on_kernels_equal_the_reference():
 def test_kernels_refuse_what_they_cannot_do():
     with kernels_in_use():
         q = lambda heads, width=16, **kind: torch.randn(1, heads, 8, width, device=DEVICE, **kind)
-        for what, args in {"1 to 64 heads": (q(130), q(1), q(1)), "at most 256": (q(2, 320), q(2, 320), q(2, 64)),
-                           "one dtype": (q(2), q(2, dtype=torch.float16), q(2))}.items():  # fmt: skip
+        for what, args in {
+            "1 to 64 heads": (q(130), q(1), q(1)),
+            "at most 256": (q(2, 320), q(2, 320), q(2, 64)),
+            "one dtype": (q(2), q(2, dtype=torch.float16), q(2)),
+        }.items():
             try:
                 kernels.window_attention(*args, 4, 1.0)
             except ValueError as e:
@@ -690,7 +907,9 @@ def test_kernels_refuse_what_they_cannot_do():
             else:
                 raise AssertionError(f"not refused: {what}")
             assert not kernels.fast(*args), "what is refused is left to the reference"
-        assert "at most 128 rows" in kernels.complaint(q(64), q(1), q(1), share=4) and not kernels.complaint(q(32), q(1), q(1), share=4)
+        assert "at most 128 rows" in kernels.complaint(q(64), q(1), q(1), share=4) and not kernels.complaint(
+            q(32), q(1), q(1), share=4
+        )
 
 
 def test_kernels_compiled_in_bf16():
@@ -698,19 +917,30 @@ def test_kernels_compiled_in_bf16():
     if not CUDA:
         raise unittest.SkipTest("needs CUDA")
     asa = dict(l=16, block=16, n=12, every=4, dtype=torch.bfloat16)
-    for sizes in [(1000, 16, 4, 128, 128, {}), (1000, 4, 4, 64, 64, {}), (257, 1, 2, 64, 64, {}), (257, 3, 1, 96, 96, {}),
-                  (257, 16, 1, 192, 128, {}), (257, 1, 8, 64, 64, dict(P=32)), (1000, 4, 4, 120, None, dict(P=32, **asa)),
-                  (1000, 16, 2, 240, None, dict(P=64, **asa))]:  # fmt: skip
+    for sizes in [
+        (1000, 16, 4, 128, 128, {}),
+        (1000, 4, 4, 64, 64, {}),
+        (257, 1, 2, 64, 64, {}),
+        (257, 3, 1, 96, 96, {}),
+        (257, 16, 1, 192, 128, {}),
+        (257, 1, 8, 64, 64, dict(P=32)),
+        (1000, 4, 4, 120, None, dict(P=32, **asa)),
+        (1000, 16, 2, 240, None, dict(P=64, **asa)),
+    ]:
         s = Sizes(*sizes[:5], **{"W": 200, "dtype": torch.bfloat16, **sizes[5]})
         for branch in ("window", "compressed", "selected"):
             leaves = s.leaves(s.entries if branch == "compressed" else s.tokens)
             grad = torch.randn(*s.q.shape[:3], leaves[1 if sizes[4] is None else -1].shape[3], device="cuda")
             one, two = (with_gradients(s.fast(branch), leaves, grad) for _ in range(2))
             assert all(torch.equal(a, b) for a, b in zip(one, two)), f"{branch}, {s.name}: two runs differ"
-            exact, sdpa = (with_gradients(*s.plain(branch, dtype), grad) for dtype in (torch.float64, torch.bfloat16))
+            exact, sdpa = (
+                with_gradients(*s.plain(branch, dtype), grad) for dtype in (torch.float64, torch.bfloat16)
+            )
             for i, (a, b, c) in enumerate(zip(one, sdpa, exact)):
                 ours, theirs = off(a, c), off(b, c)
-                assert ours < 1.5 * theirs + 1e-4, f"{branch}, {s.name}: result {i} is off by {ours:.1e}, SDPA by {theirs:.1e}"
+                assert ours < 1.5 * theirs + 1e-4, (
+                    f"{branch}, {s.name}: result {i} is off by {ours:.1e}, SDPA by {theirs:.1e}"
+                )
 
 
 def test_kernels_address_more_than_2_to_31_elements():
@@ -718,16 +948,27 @@ def test_kernels_address_more_than_2_to_31_elements():
     if not CUDA:
         raise unittest.SkipTest("needs CUDA")
     T, h, G, D = 131072 + 64, 16, 5, 256
-    new = lambda heads, S: torch.randn(1, heads, S, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    new = lambda heads, S: torch.randn(
+        1, heads, S, D, device="cuda", dtype=torch.bfloat16, requires_grad=True
+    )
     q, k, v, N = new(h * G, T), new(G, T), new(G, T), (T - 32) // 16 + 1
     assert q.numel() > 2**31
-    k_c, v_c, weight, results = new(G, N), new(G, N), torch.randn(1, 1, T, 1, device="cuda", dtype=torch.bfloat16), []
+    k_c, v_c, weight, results = (
+        new(G, N),
+        new(G, N),
+        torch.randn(1, 1, T, 1, device="cuda", dtype=torch.bfloat16),
+        [],
+    )
     for only in (False, True):
         pick = lambda x, heads: x.detach()[:, -heads:].contiguous().requires_grad_() if only else x
         leaves = q_, k_, v_, kc_, vc_ = pick(q, h), pick(k, 1), pick(v, 1), pick(k_c, 1), pick(v_c, 1)
         o, lse = kernels.compressed_attention(q_, kc_, vc_, 32, 16, D**-0.5)
         lists = kernels.select(q_, kc_, lse, 32, 16, 64, 16, D**-0.5)
-        o = o + kernels.selected_attention(q_, k_, v_, lists, 64, D**-0.5) + kernels.window_attention(q_, k_, v_, 512, D**-0.5)
+        o = (
+            o
+            + kernels.selected_attention(q_, k_, v_, lists, 64, D**-0.5)
+            + kernels.window_attention(q_, k_, v_, 512, D**-0.5)
+        )
         grads = torch.autograd.grad(o, leaves, weight.expand_as(o).contiguous())
         results.append([x[:, -heads:].clone() for x, heads in zip((o, lists, *grads), (h, 1, h, 1, 1, 1, 1))])
         del o, lse, lists, grads
@@ -739,8 +980,15 @@ def test_kernels_address_more_than_2_to_31_elements():
 
 
 def test_rope_kernel_equals_rope_with_gradient():
-    x, pos = torch.randn(2, 3, 31, 12, device=DEVICE, requires_grad=True), torch.randint(4096, (2, 31), device=DEVICE)
-    for at, part in ((pos, x), (pos[:1] + 0.5, x[..., 1:11]), (pos[:, ::2], x[:, :, ::2])):  # fractions, one row of positions, strides
+    x, pos = (
+        torch.randn(2, 3, 31, 12, device=DEVICE, requires_grad=True),
+        torch.randint(4096, (2, 31), device=DEVICE),
+    )
+    for at, part in (
+        (pos, x),
+        (pos[:1] + 0.5, x[..., 1:11]),
+        (pos[:, ::2], x[:, :, ::2]),
+    ):  # fractions, one row of positions, strides
         results = []
         for wanted in (True, False):
             with kernels_in_use(wanted):
@@ -756,11 +1004,19 @@ def test_rope_and_append_reach_far():
     if kernels.triton is None:
         raise unittest.SkipTest("needs Triton")
     try:
-        memory = torch.empty(2**31 + 32, dtype=torch.float16, device=DEVICE)  # 4 GB of addresses; three rows of it are touched
+        memory = torch.empty(
+            2**31 + 32, dtype=torch.float16, device=DEVICE
+        )  # 4 GB of addresses; three rows of it are touched
     except RuntimeError:
         raise unittest.SkipTest("needs 4 GB")
     x = memory.as_strided((1, 1, 3, 8), (8, 8, 2**30 + 8, 1)).copy_(torch.arange(24).view(1, 1, 3, 8))
-    close(kernels.rope(x, torch.zeros(1, 3, device=DEVICE)), torch.arange(24.0, device=DEVICE).view(1, 1, 3, 8).half(), 0, "turned by nothing")
+    close(
+        kernels.rope(x, torch.zeros(1, 3, device=DEVICE)),
+        torch.arange(24.0, device=DEVICE).view(1, 1, 3, 8).half(),
+        0,
+        "turned by nothing",
+    )
+
     class Grid:
         def __getitem__(self, grid):
             self.grid = grid
@@ -776,16 +1032,25 @@ def test_rope_and_append_reach_far():
 @torch.no_grad()
 def decode_equals_attend(decode):
     """Ragged rows, positions per head or not, windows, latents as values, few and many queries, one share of the slots and several."""
-    for G, h, T, D, D2, window, S, heads in ((2, 3, 1, 16, 0, None, 600, 2), (2, 4, 7, 16, 0, None, 70, 1), (1, 8, 7, 40, 8, 30, 70, 1),
-                                             (2, 4, 3, 24, 8, None, 300, 2), (1, 1, 100, 12, 4, 9, 40, 1),
-                                             (1, 16, 9, 24, 8, 30, 70, 1)):  # fmt: skip
+    for G, h, T, D, D2, window, S, heads in (
+        (2, 3, 1, 16, 0, None, 600, 2),
+        (2, 4, 7, 16, 0, None, 70, 1),
+        (1, 8, 7, 40, 8, 30, 70, 1),
+        (2, 4, 3, 24, 8, None, 300, 2),
+        (1, 1, 100, 12, 4, 9, 40, 1),
+        (1, 16, 9, 24, 8, 30, 70, 1),
+    ):
         B, length = 3, torch.tensor([S, S // 3, 5], device=DEVICE)
         slot = torch.arange(S, device=DEVICE)
-        k_pos = torch.where(slot < length[:, None, None], slot * 2, -1).expand(B, heads, S).int()  # others were evicted
+        k_pos = (
+            torch.where(slot < length[:, None, None], slot * 2, -1).expand(B, heads, S).int()
+        )  # others were evicted
         q, k = torch.randn(B, G * h, T, D + D2, device=DEVICE), torch.randn(B, G, S, D, device=DEVICE)
         v = k if D2 else torch.randn(B, G, S, 20, device=DEVICE)
         k2 = torch.randn(B, 1, S, D2, device=DEVICE) if D2 else None
-        k, v = (x.masked_fill(slot[:, None] >= length[:, None, None, None], math.nan) for x in (k, v))  # what is not filled is not read
+        k, v = (
+            x.masked_fill(slot[:, None] >= length[:, None, None, None], math.nan) for x in (k, v)
+        )  # what is not filled is not read
         v = k if D2 else v
         pos = (2 * length - 2)[:, None] + torch.arange(T, device=DEVICE)
         got = decode(q, k, v, pos, k_pos, length, 0.3, window, k2)
@@ -793,15 +1058,25 @@ def decode_equals_attend(decode):
         mask = visible(pos, k_pos, window)
         want = attend(q, whole, v.nan_to_num(), mask, 0.3)
         seen = mask.any(-1).repeat_interleave(G * h // heads, 1)[..., None]
-        close(got, torch.where(seen, want, 0), 1e-5, f"G {G}, {h} heads each, {T} queries, widths {D} + {D2}, window {window}, {S} slots")
+        close(
+            got,
+            torch.where(seen, want, 0),
+            1e-5,
+            f"G {G}, {h} heads each, {T} queries, widths {D} + {D2}, window {window}, {S} slots",
+        )
 
 
 def test_decode_attention_kernel_equals_attend():
     with kernels_in_use(True):
         right = kernels.decode_attention
         decode_equals_attend(right)
-        fails(decode_equals_attend, lambda q, k, v, q_pos, *rest: right(q, k, v, q_pos + 2, *rest))  # one entry too many is read
-        fails(decode_equals_attend, lambda q, k, v, q_pos, k_pos, length, *rest: right(q, k, v, q_pos, k_pos, length - 1, *rest))
+        fails(
+            decode_equals_attend, lambda q, k, v, q_pos, *rest: right(q, k, v, q_pos + 2, *rest)
+        )  # one entry too many is read
+        fails(
+            decode_equals_attend,
+            lambda q, k, v, q_pos, k_pos, length, *rest: right(q, k, v, q_pos, k_pos, length - 1, *rest),
+        )
 
 
 @torch.no_grad()
@@ -820,7 +1095,9 @@ def test_decoding_on_kernels_equals_the_reference():
                     logits = model(text.gather(1, pos), cache, count)
                     out.append(logits[torch.arange(pos.shape[1], device=DEVICE) < count[:, None]])
                     cache.rollback(cache.seen - (count > 2).long())  # a rejected draft
-                parts = [part.data[0] for layer in cache.layers for name, part in layer.items() if name != "lists"]
+                parts = [
+                    part.data[0] for layer in cache.layers for name, part in layer.items() if name != "lists"
+                ]
                 results.append([torch.cat(out), *parts])
         for a, b in zip(*results):
             close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
@@ -829,9 +1106,15 @@ def test_decoding_on_kernels_equals_the_reference():
 def test_decode_attention_splits_and_lists():
     with kernels_in_use():
         B, H, G, T, S, D = 2, 6, 2, 3, 600, 16
-        q, k, v = (torch.randn(B, h, n, w, device=DEVICE) for h, n, w in ((H, T, D + 8), (G, S, D), (G, S, 24)))
+        q, k, v = (
+            torch.randn(B, h, n, w, device=DEVICE) for h, n, w in ((H, T, D + 8), (G, S, D), (G, S, 24))
+        )
         k2, length = torch.randn(B, 1, S, 8, device=DEVICE), torch.tensor([600, 333], device=DEVICE)
-        k_pos = torch.arange(S, device=DEVICE).expand(B, G, S).masked_fill(torch.arange(S, device=DEVICE) >= length[:, None, None], -1)
+        k_pos = (
+            torch.arange(S, device=DEVICE)
+            .expand(B, G, S)
+            .masked_fill(torch.arange(S, device=DEVICE) >= length[:, None, None], -1)
+        )
         pos = length[:, None] - T + torch.arange(T, device=DEVICE)
         for window in (None, 70):
             for shared in (False, True):
@@ -841,31 +1124,52 @@ def test_decode_attention_splits_and_lists():
         many, fans, read_shares = torch.randn(B, 32 * G, T, D + 8, device=DEVICE), [], kernels.read_shares
         for block, n, size in ((16, 20, kernels.TILE), (64, 4, 0)):  # the second: tiles of half a block
             lists = nsa.select_blocks(torch.rand(B, G, T, -(-S // block), device=DEVICE), pos, block, n)
-            for queries, area in ((q, kernels.AREA), (many, 200)):  # the second: several programs for the heads of a group
+            for queries, area in (
+                (q, kernels.AREA),
+                (many, 200),
+            ):  # the second: several programs for the heads of a group
                 with kernels_in_use(False):
                     want = nsa.selected_attention(queries, k, v, lists, pos, k_pos, block, 0.3, k2)
                 with swapped(kernels, "TILE", size), swapped(kernels, "AREA", area):
-                    got = kernels.decode_attention(queries, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=block)
+                    got = kernels.decode_attention(
+                        queries, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=block
+                    )
                 close(got, want, 1e-5, f"slots of a list, blocks of {block}")
-        k_pos = torch.where(k_pos < 0, -1, k_pos * 2 + torch.arange(G, device=DEVICE)[:, None])  # each group at positions of its own
-        with swapped(kernels, "AREA", 400), swapped(kernels, "read_shares", lambda *a, **o: [fans.append(o["fan"]), read_shares(*a, **o)][1]):
+        k_pos = torch.where(
+            k_pos < 0, -1, k_pos * 2 + torch.arange(G, device=DEVICE)[:, None]
+        )  # each group at positions of its own
+        with (
+            swapped(kernels, "AREA", 400),
+            swapped(kernels, "read_shares", lambda *a, **o: [fans.append(o["fan"]), read_shares(*a, **o)][1]),
+        ):
             got = kernels.decode_attention(many, k, v, pos * 2, k_pos, length, 0.3, 70, k2)
-        close(got, attend(many, la.join(k, k2), v, visible(pos * 2, k_pos, 70), 0.3), 1e-5, "decode_attention, parts of groups")
+        close(
+            got,
+            attend(many, la.join(k, k2), v, visible(pos * 2, k_pos, 70), 0.3),
+            1e-5,
+            "decode_attention, parts of groups",
+        )
         assert fans == [4], f"parts of a group: {fans}"
 
 
 @torch.no_grad()
 def decode_blocks_equals_read_blocks(decode):
     """Outputs and lists: NSA's and ASA's blocks, rows of all lengths, one query and several, heads that fill a tile, one share and more."""
-    for l, d, block, n, h, T, S in ((16, 16, 16, 6, 4, 1, 400), (32, 16, 64, 12, 3, 2, 150), (16, 16, 16, 20, 16, 8, 140),
-                                    (8, 4, 16, 5, 1, 1, 90)):  # fmt: skip
+    for l, d, block, n, h, T, S in (
+        (16, 16, 16, 6, 4, 1, 400),
+        (32, 16, 64, 12, 3, 2, 150),
+        (16, 16, 16, 20, 16, 8, 140),
+        (8, 4, 16, 5, 1, 1, 90),
+    ):
         B, G, D = 3, 2, 16
         count = torch.tensor([S, S // 2, 0], device=DEVICE)  # entries of each row
         cache = la.SlotCache(B, S, ((G, D), (1, 8)), device=DEVICE)
         at = torch.arange(S, device=DEVICE)
         cache.pos[:] = torch.where(at < count[:, None], at * d + l - 1, -1)[:, None]
         cache.length[:] = count
-        q, k, k2 = (torch.randn(B, *shape, device=DEVICE) for shape in ((G * h, T, D + 8), (G, S, D), (1, S, 8)))
+        q, k, k2 = (
+            torch.randn(B, *shape, device=DEVICE) for shape in ((G * h, T, D + 8), (G, S, D), (1, S, 8))
+        )
         end = (count - 1) * d + l - 1  # where the last entry ends: the first queries do not see it
         pos, tokens = (end[:, None] - T // 2 + torch.arange(T, device=DEVICE)).clamp(min=0), S * d + l + T
         with kernels_in_use(False):
@@ -874,8 +1178,15 @@ def decode_blocks_equals_read_blocks(decode):
             with swapped(kernels, "SMS", sms):
                 o, got = decode(q, k, k, pos, cache, tokens, l, d, block, n, 0.3, k2)
             seen = cache.pos[:, 0].ge(0).any(-1)[:, None, None, None]
-            close(o, torch.where(seen, want, 0), 1e-5, f"decode_blocks, {h} heads, {T} queries, {sms} SMs: outputs")
-            assert torch.equal(got.sort(-1).values.long(), lists.sort(-1).values), f"decode_blocks, blocks of {block} by {l} / {d}: lists"
+            close(
+                o,
+                torch.where(seen, want, 0),
+                1e-5,
+                f"decode_blocks, {h} heads, {T} queries, {sms} SMs: outputs",
+            )
+            assert torch.equal(got.sort(-1).values.long(), lists.sort(-1).values), (
+                f"decode_blocks, blocks of {block} by {l} / {d}: lists"
+            )
 
 
 def test_decode_blocks_kernel_equals_read_blocks():
@@ -883,7 +1194,9 @@ def test_decode_blocks_kernel_equals_read_blocks():
         right = kernels.decode_blocks
         decode_blocks_equals_read_blocks(right)
         fails(decode_blocks_equals_read_blocks, lambda q, k, *rest: right(q, k.flip(2), *rest))
-        fails(decode_blocks_equals_read_blocks, lambda *args: right(*args[:6], args[7], *args[7:]))  # entries as long as their stride
+        fails(
+            decode_blocks_equals_read_blocks, lambda *args: right(*args[:6], args[7], *args[7:])
+        )  # entries as long as their stride
 
 
 def test_draws_and_commits_on_kernels_equal_mtp():
@@ -894,18 +1207,35 @@ def test_draws_and_commits_on_kernels_equal_mtp():
             logits, noise = to(torch.randn(B, 2, V) * 3), to(torch.empty(B, 2, V).exponential_())
             p, token = kernels.draw(logits, temperature, noise)
             close(p, mtp.law(logits, temperature), 1e-6, f"law at temperature {temperature}")
-            assert torch.equal(token, (mtp.law(logits, temperature) / noise).argmax(-1)), f"tokens at temperature {temperature}"
+            assert torch.equal(token, (mtp.law(logits, temperature) / noise).argmax(-1)), (
+                f"tokens at temperature {temperature}"
+            )
         for case in range(20):
             g = case % 5
             p, q = (to((torch.randn(B, n, V) * 2).softmax(-1)) for n in (g + 1, g))
             q = p[:, :g] if case % 7 == 6 else q  # q = p: nothing is refused
             known, active = to(torch.randint(2, 9, (B,))), to(torch.rand(B) < 0.8)
             given, limit = known + to(torch.randint(-2, 3, (B,))), known + to(torch.randint(1, 8, (B,)))
-            drafts, u, noise = to(torch.randint(V, (B, g))), to(torch.rand(B, g)), to(torch.empty(B, V).exponential_())
+            drafts, u, noise = (
+                to(torch.randint(V, (B, g))),
+                to(torch.rand(B, g)),
+                to(torch.empty(B, V).exponential_()),
+            )
             text = to(torch.randint(V, (B, width)))
-            state = [text, to(torch.zeros(B, width)), known, given, limit, active, to(torch.zeros(B, 3, K)), to(torch.zeros(B, 2))]
+            state = [
+                text,
+                to(torch.zeros(B, width)),
+                known,
+                given,
+                limit,
+                active,
+                to(torch.zeros(B, 3, K)),
+                to(torch.zeros(B, 2)),
+            ]
             place = known[:, None] + torch.arange(g, device=DEVICE)
-            drafts = torch.where(place < given[:, None], text.gather(1, place), drafts)  # a prompt is a draft that is right
+            drafts = torch.where(
+                place < given[:, None], text.gather(1, place), drafts
+            )  # a prompt is a draft that is right
             both = []
             for f in (kernels.commit, mtp.commit):
                 mine = [x.clone() for x in state]
@@ -921,7 +1251,10 @@ def test_draws_and_commits_on_kernels_equal_mtp():
 def decode(model, text, plan, margin=8):
     """Feed text (B, T) in calls of plan's sizes: ints, or (B,) counts for ragged rows; -> logits (B, T, V) as they came."""
     B, T = text.shape
-    cache, out = model.new_cache(B, T, margin, dtype=torch.float64), torch.full((B, T, model.cfg.vocab), torch.nan).double()
+    cache, out = (
+        model.new_cache(B, T, margin, dtype=torch.float64),
+        torch.full((B, T, model.cfg.vocab), torch.nan).double(),
+    )
     for count in plan:
         count = torch.as_tensor(count).expand(B)
         n = max(1, int(count.max()))
@@ -956,9 +1289,13 @@ def test_decoding_equals_forward():
     for attn in KINDS:
         decoding_equals_forward(attn)
     one = {"1 token": [1] * 110}
-    with swapped(nsa.ASAGlobal, "cached_lists", lambda self, lists, pos, count, cache: lists):  # a fresh list at every step
+    with swapped(
+        nsa.ASAGlobal, "cached_lists", lambda self, lists, pos, count, cache: lists
+    ):  # a fresh list at every step
         fails(decoding_equals_forward, "asa", one)
-    with swapped(nsa, "find", lambda k_pos, want: (want - 1).clamp(0, k_pos.shape[1] - 1)):  # blocks made one token too early
+    with swapped(
+        nsa, "find", lambda k_pos, want: (want - 1).clamp(0, k_pos.shape[1] - 1)
+    ):  # blocks made one token too early
         fails(decoding_equals_forward, "nsa", one)
 
 
@@ -969,11 +1306,17 @@ def rollback_equals_forward(attn, T=100):
     full = model(text[:, :T])
     cache = model.new_cache(3, T + 8, dtype=torch.float64)
     model(text[:, :7], cache, torch.tensor([7, 3, 5]))
-    while int(cache.seen.min()) < T:  # a draft of wrong tokens is read, part of it taken back; then right ones
+    while (
+        int(cache.seen.min()) < T
+    ):  # a draft of wrong tokens is read, part of it taken back; then right ones
         before = cache.seen.clone()
         pos = before[:, None] + torch.arange(8)
         keep = torch.tensor([draw.randint(0, 3) for _ in range(3)]).minimum((T - before).clamp(min=0))
-        tokens = torch.where(torch.arange(8) < keep[:, None], text.gather(1, pos.clamp(max=T + 7)), wrong.gather(1, pos.clamp(max=T + 7)))
+        tokens = torch.where(
+            torch.arange(8) < keep[:, None],
+            text.gather(1, pos.clamp(max=T + 7)),
+            wrong.gather(1, pos.clamp(max=T + 7)),
+        )
         logits = model(tokens, cache, (T + 8 - before).clamp(max=8))
         for b in [b for b in range(3) if keep[b]]:
             got, want = logits[b, : keep[b]], full[b, before[b] : before[b] + keep[b]]
@@ -984,7 +1327,9 @@ def rollback_equals_forward(attn, T=100):
 def test_rejected_drafts_leave_no_trace():
     for attn in KINDS:
         rollback_equals_forward(attn)
-    with swapped(train_lm.Cache, "rollback", lambda self, seen: self.seen.copy_(seen)):  # positions set back, slots not
+    with swapped(
+        train_lm.Cache, "rollback", lambda self, seen: self.seen.copy_(seen)
+    ):  # positions set back, slots not
         for attn in KINDS:
             fails(rollback_equals_forward, attn)
 
@@ -997,7 +1342,12 @@ def test_rows_do_not_influence_each_other():
         plan = [[3, 40], [20, 1], [1, 9], [5, 0], [41, 20]]
         both = decode(model, text, plan)
         for b in range(2):
-            close(decode(model, text[b : b + 1], [[c[b]] for c in plan if c[b]]), both[b : b + 1], 1e-12, f"{attn}: row {b} alone")
+            close(
+                decode(model, text[b : b + 1], [[c[b]] for c in plan if c[b]]),
+                both[b : b + 1],
+                1e-12,
+                f"{attn}: row {b} alone",
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1011,7 +1361,9 @@ def test_losses_have_their_gradients():
     tokens, mask = torch.randint(V, (2, T)), torch.ones(2, T).double()
     head = torch.eye(V).double()  # the states are the logits
     z = [torch.randn(2, T - k, V).double() for k in range(1, K + 1)]
-    losses = {kind: lambda z, kind=kind: mtp.draft_loss(kind, z, head, p, tokens, mask) for kind in ("tv", "e2e")}
+    losses = {
+        kind: lambda z, kind=kind: mtp.draft_loss(kind, z, head, p, tokens, mask) for kind in ("tv", "e2e")
+    }
     for kind, loss in losses.items():
         leaves = [x.clone().requires_grad_() for x in z]
         grads = torch.autograd.grad(loss(leaves), leaves)
@@ -1020,21 +1372,43 @@ def test_losses_have_their_gradients():
             step[k][1, t, v] += 1e-6
             up = loss(step)
             step[k][1, t, v] -= 2e-6
-            close(grads[k][1, t, v], (up - loss(step)) / 2e-6, 1e-8, f"{kind}, depth {k + 1}, row {t}, logit {v}")
+            close(
+                grads[k][1, t, v],
+                (up - loss(step)) / 2e-6,
+                1e-8,
+                f"{kind}, depth {k + 1}, row {t}, logit {v}",
+            )
     z1, p1 = torch.randn(5, V).double().requires_grad_(), torch.randn(5, V).double().softmax(-1)
     q = z1.softmax(-1)
     below = (q <= p1).double()
     formula = -q * (below - (below * q).sum(-1, keepdim=True))
-    close(torch.autograd.grad(mtp.tv(z1, p1).sum(), z1)[0], formula, 1e-12, "TV's gradient, -q (1[q <= p] - S)")
+    close(
+        torch.autograd.grad(mtp.tv(z1, p1).sum(), z1)[0], formula, 1e-12, "TV's gradient, -q (1[q <= p] - S)"
+    )
     close(torch.autograd.grad(mtp.soft_ce(z1, p1).sum(), z1)[0], q - p1, 1e-12, "soft CE's gradient, q - p")
     close(losses["e2e"](z[:1]), losses["tv"](z[:1]), 1e-12, "end-to-end TV at one depth is TV")
     hot = F.one_hot(tokens, V).double().roll(-1, 1)  # row s of the trunk predicts x_{s+1}
-    close(mtp.draft_loss("soft", z, head, hot, tokens, mask), mtp.draft_loss("ce", z, head, hot, tokens, mask), 1e-12, "soft CE on one-hot")
-    even = mtp.draft_loss("tv", [torch.zeros_like(x) for x in z], head, torch.full_like(p, 1 / V), tokens, mask)
+    close(
+        mtp.draft_loss("soft", z, head, hot, tokens, mask),
+        mtp.draft_loss("ce", z, head, hot, tokens, mask),
+        1e-12,
+        "soft CE on one-hot",
+    )
+    even = mtp.draft_loss(
+        "tv", [torch.zeros_like(x) for x in z], head, torch.full_like(p, 1 / V), tokens, mask
+    )
     close(even + 1, torch.ones(()).double(), 1e-12, "q = p: no loss")
-    far = mtp.draft_loss("tv", [100 * F.one_hot(torch.zeros(2, T - k).long(), V).double() for k in range(1, 4)], head,
-                         F.one_hot(torch.ones(2, T).long(), V).double(), tokens, mask)
-    close(far, torch.ones(()).double(), 1e-12, "nothing in common: every depth costs 1, so the weights sum to 1")
+    far = mtp.draft_loss(
+        "tv",
+        [100 * F.one_hot(torch.zeros(2, T - k).long(), V).double() for k in range(1, 4)],
+        head,
+        F.one_hot(torch.ones(2, T).long(), V).double(),
+        tokens,
+        mask,
+    )
+    close(
+        far, torch.ones(()).double(), 1e-12, "nothing in common: every depth costs 1, so the weights sum to 1"
+    )
 
 
 def test_depth_masks_equal_a_loop():
@@ -1061,11 +1435,15 @@ def test_the_trunk_gets_no_gradient_from_the_module():
         with_module = torch.autograd.grad(train_lm.Objective(model)(x, y, w)[0], trunk)
         module, model.mtp = model.mtp, None
         without = torch.autograd.grad(train_lm.Objective(model)(x, y, w)[0], trunk)
-        assert all(torch.equal(a, b) for a, b in zip(with_module, without)), f"{attn}: the trunk's gradient changes with the module"
+        assert all(torch.equal(a, b) for a, b in zip(with_module, without)), (
+            f"{attn}: the trunk's gradient changes with the module"
+        )
         h = model.hidden(x)
         p = model.head(h).softmax(-1)
         for kind in ("ce", "soft", "tv", "e2e"):
-            loss = mtp.draft_loss(kind, module.unroll(h, x, model.embed.weight, 3), model.head.weight, p, x, torch.ones(2, 70))
+            loss = mtp.draft_loss(
+                kind, module.unroll(h, x, model.embed.weight, 3), model.head.weight, p, x, torch.ones(2, 70)
+            )
             found = torch.autograd.grad(loss, trunk, allow_unused=True, retain_graph=True)
             assert all(g is None for g in found), f"{attn}, {kind}: the draft loss reaches the trunk"
             own = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
@@ -1084,7 +1462,9 @@ def test_one_module_for_all_depths():
     want = norm(m.block(u, torch.arange(19)[None]), m.norm_out)
     close(m.unroll(h, x, model.embed.weight, 1)[0], want, 1e-12, "depth 1 is DeepSeek-V3's module")
     two = m.unroll(h, x, model.embed.weight, 3)
-    assert [t.shape[1] for t in two] == [19, 18, 17] and torch.equal(two[0], m.unroll(h, x, model.embed.weight, 1)[0])
+    assert [t.shape[1] for t in two] == [19, 18, 17] and torch.equal(
+        two[0], m.unroll(h, x, model.embed.weight, 1)[0]
+    )
 
 
 @torch.no_grad()
@@ -1096,7 +1476,9 @@ def drafts_see_what_training_saw(attn, K=4):
     decoder.fill(range(3), prompts, [110] * 3)
     original = mtp.draw
     for number in range(30):
-        g = (K, 2, 0, 0, 0, 1)[number % 6]  # while there are no drafts the module falls behind, and catches up at once
+        g = (K, 2, 0, 0, 0, 1)[
+            number % 6
+        ]  # while there are no drafts the module falls behind, and catches up at once
         known, drawn = decoder.known.clone(), []
         decoder.gap += g == 0
         if g:
@@ -1104,11 +1486,18 @@ def drafts_see_what_training_saw(attn, K=4):
         with swapped(mtp, "draw", lambda z, *a: (drawn.append(original(z, *a)), drawn[-1])[1]):
             drafts, _ = decoder.round(g)
         for b in range(3):
-            text = torch.cat([decoder.text[b, : known[b]], drafts[b]])[None]  # what was known, then the drafts
+            text = torch.cat([decoder.text[b, : known[b]], drafts[b]])[
+                None
+            ]  # what was known, then the drafts
             states = model.mtp.unroll(model.hidden(text), text, model.embed.weight, g)
             for k in range(g):
                 want = model.head(states[k][0, known[b] - 2]).softmax(-1)
-                close(drawn[k][0][b, 0], want, 1e-12, f"{attn}: row {b} at {int(known[b])}, draft {k + 1} of {g}")
+                close(
+                    drawn[k][0][b, 0],
+                    want,
+                    1e-12,
+                    f"{attn}: row {b} at {int(known[b])}, draft {k + 1} of {g}",
+                )
                 seen.append(k)
     assert seen.count(K - 1) == 15 and decoder.known.min() > 30, "a test of many rounds"
 
@@ -1117,7 +1506,9 @@ def test_drafts_see_what_training_saw():
     for attn in KINDS:
         drafts_see_what_training_saw(attn)
     catch_up = mtp.Decoder.catch_up
-    with swapped(mtp.Decoder, "catch_up", lambda self, h, count: catch_up(self, h.roll(1, 1), count)):  # states of the token before
+    with swapped(
+        mtp.Decoder, "catch_up", lambda self, h, count: catch_up(self, h.roll(1, 1), count)
+    ):  # states of the token before
         fails(drafts_see_what_training_saw, "gqa")
 
 
@@ -1132,41 +1523,71 @@ def within_errors(count, law, what, errors=4):
     n = count.sum()
     rate = law.clamp(10 / n, 1 - 10 / n)
     miss = (count / n - law).abs() / (rate * (1 - rate) / n).sqrt()
-    assert miss.max() <= errors, f"{what}: outcome {miss.argmax()} is {miss.max():.1f} standard errors off over {int(n)} draws"
+    assert miss.max() <= errors, (
+        f"{what}: outcome {miss.argmax()} is {miss.max():.1f} standard errors off over {int(n)} draws"
+    )
 
 
 def accept_is_lossless(g, greedy, temperature):
     """Drafts from q, verified against p, where both depend on the whole path: the first g + 1 tokens are distributed as p."""
     V = 3 if g < 4 else 2
     rng = torch.Generator().manual_seed(10 * g + greedy)
-    table = lambda depth, t: mtp.law(2 * torch.randn(*[V] * (depth + 1), generator=rng).double(), t)  # (V, .., V): a law for each path
-    p, q = [table(k, temperature) for k in range(g + 1)], [table(k, 0 if greedy else temperature) for k in range(g)]
+    table = lambda depth, t: mtp.law(
+        2 * torch.randn(*[V] * (depth + 1), generator=rng).double(), t
+    )  # (V, .., V): a law for each path
+    p, q = (
+        [table(k, temperature) for k in range(g + 1)],
+        [table(k, 0 if greedy else temperature) for k in range(g)],
+    )
     sample = lambda law: (law / torch.empty(DRAWS, V).double().exponential_()).argmax(-1)
     at = lambda tables, path: tables[tuple(path.T)] if path.shape[1] else tables.expand(DRAWS, V)
     drafts = torch.zeros(DRAWS, 0).long()
     for k in range(g):
         drafts = torch.cat([drafts, sample(at(q[k], drafts))[:, None]], 1)
-    p_rows, q_rows = (torch.stack([at(law, drafts[:, :k]) for k, law in enumerate(laws)], 1) for laws in (p, q))
-    n, last = mtp.accept(p_rows, q_rows, drafts, torch.zeros_like(drafts).bool(), torch.rand(DRAWS, g).double(),
-                         torch.empty(DRAWS, V).double().exponential_())  # fmt: skip
-    text = torch.where(torch.arange(g + 1) < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (DRAWS, g + 1)
+    p_rows, q_rows = (
+        torch.stack([at(law, drafts[:, :k]) for k, law in enumerate(laws)], 1) for laws in (p, q)
+    )
+    n, last = mtp.accept(
+        p_rows,
+        q_rows,
+        drafts,
+        torch.zeros_like(drafts).bool(),
+        torch.rand(DRAWS, g).double(),
+        torch.empty(DRAWS, V).double().exponential_(),
+    )
+    text = torch.where(
+        torch.arange(g + 1) < n[:, None], F.pad(drafts, (0, 1)), last[:, None]
+    )  # (DRAWS, g + 1)
     exact = p[0]
     for k in range(1, g + 1):  # what the round left open is drawn from p
         text[:, k] = torch.where(n < k, sample(at(p[k], text[:, :k])), text[:, k])
         exact = exact[..., None] * p[k]
     code = (text * V ** torch.arange(g, -1, -1)).sum(-1)
     kind = "greedy" if greedy else "sampled"
-    within_errors(torch.bincount(code, minlength=V ** (g + 1)), exact.flatten(), f"{g} {kind} drafts, temperature {temperature}")
+    within_errors(
+        torch.bincount(code, minlength=V ** (g + 1)),
+        exact.flatten(),
+        f"{g} {kind} drafts, temperature {temperature}",
+    )
 
 
 def test_verification_is_lossless():
-    for g, greedy, temperature in [(g, greedy, t) for g in range(1, 6) for greedy in (False, True) for t in (0.7, 1.0)]:
+    for g, greedy, temperature in [
+        (g, greedy, t) for g in range(1, 6) for greedy in (False, True) for t in (0.7, 1.0)
+    ]:
         accept_is_lossless(g, greedy, temperature)
     for greedy in (False, True):
         accept_is_lossless(3, greedy, 0)
-    for wrong in (("(p_n - q_n).clamp(min=0)", "p_n"), ("(p_n - q_n)", "(q_n - p_n)"),  # what is drawn after a refusal
-                  ("here = n[:, None, None]", "here = n.clamp(max=g - 1)[:, None, None]"),  # the bonus from p_g instead of p_{g+1}
-                  ("cumprod(1).sum(1)", "sum(1)"), ("u * q.gather", "u + 0 * q.gather")):  # fmt: skip
+    for wrong in (
+        ("(p_n - q_n).clamp(min=0)", "p_n"),
+        ("(p_n - q_n)", "(q_n - p_n)"),  # what is drawn after a refusal
+        (
+            "here = n[:, None, None]",
+            "here = n.clamp(max=g - 1)[:, None, None]",
+        ),  # the bonus from p_g instead of p_{g+1}
+        ("cumprod(1).sum(1)", "sum(1)"),
+        ("u * q.gather", "u + 0 * q.gather"),
+    ):
         with swapped(mtp, "accept", mutant(mtp.accept, *wrong)):
             fails(accept_is_lossless, 3, False, 1.0)
 
@@ -1183,14 +1604,26 @@ def test_verification_at_its_extremes():
     assert (n == 0).all(), "nothing in common: no draft is accepted"
     within_errors(torch.bincount(last, minlength=V)[2:5], high[2:5], "and the first token comes from p")
     one = torch.ones(1, V)
-    for forced in (False, True):  # a given token counts as accepted whatever p says, and the token behind it is drawn from its own law
-        n, last = mtp.accept(torch.stack([high, low], 0)[None], low[None, None], torch.tensor([[1]]), torch.tensor([[forced]]), torch.zeros(1, 1) + 0.5, one)
+    for forced in (
+        False,
+        True,
+    ):  # a given token counts as accepted whatever p says, and the token behind it is drawn from its own law
+        n, last = mtp.accept(
+            torch.stack([high, low], 0)[None],
+            low[None, None],
+            torch.tensor([[1]]),
+            torch.tensor([[forced]]),
+            torch.zeros(1, 1) + 0.5,
+            one,
+        )
         assert n.item() == int(forced) and (last.item() in (0, 1)) == forced
 
 
 def speculator(V=3, dtype=torch.float32, attn="gqa", **changes):
     """As `drafter`, so small that every continuation can be enumerated."""
-    return drafter(attn, 5, vocab=V, **{"layers": 1, "width": 8, "heads": 2, "groups": 1, "ffn": 8, **changes}).to(dtype)
+    return drafter(
+        attn, 5, vocab=V, **{"layers": 1, "width": 8, "heads": 2, "groups": 1, "ffn": 8, **changes}
+    ).to(dtype)
 
 
 @torch.no_grad()
@@ -1201,7 +1634,9 @@ def decoding_is_lossless(K, greedy, temperature, draws=DRAWS, new=3, rows=12_000
     decoder = mtp.Decoder(model, rows, 7, model.mtp, K, temperature, greedy=greedy, drafts=K)
     given, count = [prompts[i % 3] for i in range(rows)], torch.zeros(3, V**new)
     for _ in range(-(-draws // rows)):
-        decoder.fill(range(rows), given, [len(p) + new for p in given], at_once=K == 2)  # else prompts ride along as forced drafts
+        decoder.fill(
+            range(rows), given, [len(p) + new for p in given], at_once=K == 2
+        )  # else prompts ride along as forced drafts
         while decoder.active.any():
             decoder.round(K)
         for i, p in enumerate(prompts):
@@ -1217,9 +1652,17 @@ def decoding_is_lossless(K, greedy, temperature, draws=DRAWS, new=3, rows=12_000
 
 
 def test_decoding_is_lossless():
-    for K, greedy, temperature in ((1, False, 0.7), (2, True, 0.7), (3, False, 1.0), (4, True, 1.0), (5, False, 0.7)):
+    for K, greedy, temperature in (
+        (1, False, 0.7),
+        (2, True, 0.7),
+        (3, False, 1.0),
+        (4, True, 1.0),
+        (5, False, 0.7),
+    ):
         decoding_is_lossless(K, greedy, temperature)
-    stays = mutant(mtp.Decoder.round, "rollback(self.known - 1)", "rollback(self.known)")  # a refused draft, in the cache
+    stays = mutant(
+        mtp.Decoder.round, "rollback(self.known - 1)", "rollback(self.known)"
+    )  # a refused draft, in the cache
     with swapped(mtp.Decoder, "round", stays):
         fails(decoding_is_lossless, 3, False, 1.0, 40_000)
 
@@ -1234,14 +1677,28 @@ def test_greedy_text_is_the_same_with_drafts():
         for prompt, answer in zip(prompts, plain):
             whole = torch.cat([prompt, answer])[None]
             want = model(whole)[0, len(prompt) - 1 : -1].argmax(-1)
-            assert torch.equal(answer, want) and len(answer) == 14, f"{attn}: plain decoding against the full forward pass"
+            assert torch.equal(answer, want) and len(answer) == 14, (
+                f"{attn}: plain decoding against the full forward pass"
+            )
         stop = plain[0][6].item()
         cut = [t[: t.tolist().index(stop) + 1] if stop in t else t for t in plain]
         assert any(len(t) < 14 for t in cut)
         for K, batch, greedy in ((1, 1, False), (2, 7, True), (3, 2, False), (4, 16, True), (5, 3, False)):
-            decoder = mtp.Decoder(model, batch, 80, model.mtp, K, temperature=0, stop=stop, greedy=greedy, drafts=None if batch == 3 else K)
+            decoder = mtp.Decoder(
+                model,
+                batch,
+                80,
+                model.mtp,
+                K,
+                temperature=0,
+                stop=stop,
+                greedy=greedy,
+                drafts=None if batch == 3 else K,
+            )
             for (got, _), want in zip(decoder.generate(prompts, 14), cut):
-                assert torch.equal(got, want), f"{attn}, K {K}, batch {batch}, greedy {greedy}: {got.tolist()} instead of {want.tolist()}"
+                assert torch.equal(got, want), (
+                    f"{attn}, K {K}, batch {batch}, greedy {greedy}: {got.tolist()} instead of {want.tolist()}"
+                )
 
 
 @torch.no_grad()
@@ -1264,7 +1721,10 @@ def test_weights_may_change_between_calls():
 @torch.no_grad()
 def test_any_number_of_drafts_at_any_time():
     """Drafts change from segment to segment, long stretches have none, looks come late as on a GPU, windows are shorter than drafts."""
-    draw, late = random.Random(0), mutant(mtp.Decoder.generate, 'len(looks) > (self.text.device.type == "cuda")', "len(looks) > 1")
+    draw, late = (
+        random.Random(0),
+        mutant(mtp.Decoder.generate, 'len(looks) > (self.text.device.type == "cuda")', "len(looks) > 1"),
+    )
     for attn in KINDS:
         model = drafter(attn, 6, vocab=5, layers=2, window=2, context=400)
         prompts = [text_of(model, 1, n)[0] for n in (1, 2, 70, 17, 1, 40)]
@@ -1279,7 +1739,9 @@ def test_any_number_of_drafts_at_any_time():
         with swapped(decoder.pace, "choose", choose), swapped(mtp.Decoder, "generate", late):
             for again in range(2):
                 for (got, _), want in zip(decoder.generate(prompts, 80), plain):
-                    assert torch.equal(got, want), f"{attn}, call {again + 1}: {got.tolist()} instead of {want.tolist()}"
+                    assert torch.equal(got, want), (
+                        f"{attn}, call {again + 1}: {got.tolist()} instead of {want.tolist()}"
+                    )
 
 
 @torch.no_grad()
@@ -1296,7 +1758,9 @@ def recorded_equals_forward(attn, temperature):
 def test_recorded_log_probabilities_are_the_targets():
     for attn, temperature in [(attn, t) for attn in KINDS for t in (0.7, 1.0)]:
         recorded_equals_forward(attn, temperature)
-    drafters = mutant(mtp.commit, "p.gather(-1, y[..., None])", "F.pad(q, (0, 0, 0, 1)).gather(-1, y[..., None])")
+    drafters = mutant(
+        mtp.commit, "p.gather(-1, y[..., None])", "F.pad(q, (0, 0, 0, 1)).gather(-1, y[..., None])"
+    )
     with swapped(mtp, "commit", drafters):
         fails(recorded_equals_forward, "gqa", 1.0)
 
@@ -1311,18 +1775,36 @@ def test_acceptance_is_predicted():
         decoder.fill(range(rows), [prompt] * rows, [12] * rows)
         decoder.round(K)
         (reached, accepted, chance), (rounds, tokens) = decoder.counts.sum(0), decoder.reads.sum(0)
-        assert rounds == rows == reached[0] and tokens == rows + accepted.sum() and torch.equal(reached[1:], accepted[:-1])
-        assert ((accepted - chance).abs() <= 4 * (reached / 4).sqrt()).all(), f"greedy {greedy}: {accepted} counted, {chance} expected"
+        assert (
+            rounds == rows == reached[0]
+            and tokens == rows + accepted.sum()
+            and torch.equal(reached[1:], accepted[:-1])
+        )
+        assert ((accepted - chance).abs() <= 4 * (reached / 4).sqrt()).all(), (
+            f"greedy {greedy}: {accepted} counted, {chance} expected"
+        )
         plain = mtp.Decoder(model, rows, 12)
-        text = torch.cat([prompt.expand(rows, -1), torch.stack([t for t, _ in plain.generate([prompt] * rows, 4)])], 1)
+        text = torch.cat(
+            [prompt.expand(rows, -1), torch.stack([t for t, _ in plain.generate([prompt] * rows, 4)])], 1
+        )
         for k in range(1, K + 1):
-            x = text[:, : len(prompt) + k]  # so long that depth k has one row with a target: the one that the decoder drafts from
+            x = text[
+                :, : len(prompt) + k
+            ]  # so long that depth k has one row with a target: the one that the decoder drafts from
             mask = (torch.arange(x.shape[1]) >= len(prompt) - 1).float().expand(rows, -1)
             h = model.hidden(x)
-            rate = mtp.expected_acceptance(model.mtp.unroll(h, x, model.embed.weight, K)[:k], model.head.weight, mtp.law(model.head(h), 1.0), x,
-                                           mask, greedy=greedy)[k - 1]  # fmt: skip
+            rate = mtp.expected_acceptance(
+                model.mtp.unroll(h, x, model.embed.weight, K)[:k],
+                model.head.weight,
+                mtp.law(model.head(h), 1.0),
+                x,
+                mask,
+                greedy=greedy,
+            )[k - 1]
             error = (2 * 0.25 / rows) ** 0.5
-            assert (rate - accepted[k - 1] / rows).abs() < 4 * error, f"greedy {greedy}, depth {k}: {rate} estimated, {accepted[k - 1] / rows} counted"
+            assert (rate - accepted[k - 1] / rows).abs() < 4 * error, (
+                f"greedy {greedy}, depth {k}: {rate} estimated, {accepted[k - 1] / rows} counted"
+            )
 
 
 def test_the_number_of_drafts_follows_measurements():
@@ -1342,8 +1824,12 @@ def test_the_number_of_drafts_follows_measurements():
                 return used[-100:]
 
             assert play(0.99, 400).count(K) > 90, f"K {K}, {odd} disturbed: accepted drafts pay"
-            assert play(0.02, 400).count(0) > 90, f"K {K}, {odd} disturbed: refused drafts do not, and are tried only now and then"
-            assert play(0.99, 400).count(K) > 90, f"K {K}, {odd} disturbed: they are used again when they pay again"
+            assert play(0.02, 400).count(0) > 90, (
+                f"K {K}, {odd} disturbed: refused drafts do not, and are tried only now and then"
+            )
+            assert play(0.99, 400).count(K) > 90, (
+                f"K {K}, {odd} disturbed: they are used again when they pay again"
+            )
     fixed = mtp.Pace(4, fixed=2)
     assert [fixed.choose() for _ in range(9)] == [2] * 9
 
@@ -1352,14 +1838,19 @@ def test_the_number_of_drafts_follows_measurements():
 def test_counts_are_of_what_was_taken():
     """Tokens per read are those that were kept, and forgetting the counts leaves the measurements of the pace right."""
     model = drafter("gqa", 3, vocab=11)
-    model.mtp.forward = lambda h, e, pos, cache=None, count=None, source=None: (torch.zeros_like(h), h)  # drafts that mean nothing
+    model.mtp.forward = lambda h, e, pos, cache=None, count=None, source=None: (
+        torch.zeros_like(h),
+        h,
+    )  # drafts that mean nothing
     decoder = mtp.Decoder(model, 2, 60, model.mtp, 3, temperature=0, drafts=3)
     texts = decoder.generate([text_of(model, 1, n)[0] for n in (4, 9, 1, 30)], 2)
     rounds, tokens = decoder.reads.sum(0).tolist()
     assert tokens == sum(len(t) for t, _ in texts) == 8 and rounds <= 8, (rounds, tokens)
     decoder.forget_counts()
     heard = []
-    with swapped(decoder.pace, "update", lambda g, ms, reached, accepted: heard.append((list(reached), list(accepted)))):
+    with swapped(
+        decoder.pace, "update", lambda g, ms, reached, accepted: heard.append((list(reached), list(accepted)))
+    ):
         decoder.generate([text_of(model, 1, 4)[0]] * 2, 20)
     assert all(0 <= a <= r <= 8 for reached, accepted in heard for r, a in zip(reached, accepted)), heard
     for drafts in (-1, 4):
@@ -1381,13 +1872,17 @@ def test_equip_trains_the_module_and_nothing_else():
     before = {n: p.clone() for n, p in model.named_parameters()}
     given = [text_of(model, 1, 4)[0] for _ in range(64)]
     with torch.no_grad():
-        texts = torch.stack([torch.cat([g, t]) for g, (t, _) in zip(given, mtp.Decoder(model, 64, 40).generate(given, 36))])
+        texts = torch.stack(
+            [torch.cat([g, t]) for g, (t, _) in zip(given, mtp.Decoder(model, 64, 40).generate(given, 36))]
+        )
     lines, rates = [], []
     for steps in (1, 60):
         rates.append(mtp.equip(model, model.mtp, texts, 4, 3, steps, rows=16, lr=1e-2, say=lines.append))
     assert rates[1].sum() > rates[0].sum() + 0.1, f"acceptance grows: {rates}"
     for n, p in model.named_parameters():
-        assert n.startswith("mtp.") or torch.equal(p, before[n]) and p.grad is None, f"{n} is not the module's"
+        assert n.startswith("mtp.") or torch.equal(p, before[n]) and p.grad is None, (
+            f"{n} is not the module's"
+        )
         assert not n.startswith("mtp.") or not torch.equal(p, before[n]), f"{n} was not trained"
     assert "length per read" in lines[-1]
 
@@ -1420,7 +1915,10 @@ class Counts(torch.nn.Module):
             cache.text[b, place[b, t]] = tokens[b, t]
         cache.seen += real.sum(1)
         back = place[..., None] - torch.arange(5)  # (B, T, 5)
-        e = self.embed(cache.text.gather(1, back.clamp(0, cache.text.shape[1] - 1).flatten(1)).view(B, T, 5)) * (back >= 0)[..., None]
+        e = (
+            self.embed(cache.text.gather(1, back.clamp(0, cache.text.shape[1] - 1).flatten(1)).view(B, T, 5))
+            * (back >= 0)[..., None]
+        )
         return self.mix(e.flatten(2)).tanh() * 3
 
 
@@ -1430,8 +1928,18 @@ def test_any_trunk_will_do():
     module = mtp.MTP(train_lm.Block(cfg, 0), 32)
     given = [torch.randint(9, (n,)) for n in (1, 6, 3)]
     with torch.no_grad():
-        texts = torch.stack([torch.cat([p, t]) for p, (t, _) in zip([given[1]] * 48, mtp.Decoder(trunk, 48, 40).generate([given[1]] * 48, 30))])
-    before, after = (mtp.equip(trunk, module, texts, 6, 3, steps, rows=16, lr=1e-2, say=lambda line: None) for steps in (1, 60))
+        texts = torch.stack(
+            [
+                torch.cat([p, t])
+                for p, (t, _) in zip(
+                    [given[1]] * 48, mtp.Decoder(trunk, 48, 40).generate([given[1]] * 48, 30)
+                )
+            ]
+        )
+    before, after = (
+        mtp.equip(trunk, module, texts, 6, 3, steps, rows=16, lr=1e-2, say=lambda line: None)
+        for steps in (1, 60)
+    )
     assert after.sum() > before.sum() + 0.1, f"acceptance grows: {before} to {after}"
     plain = mtp.Decoder(trunk, 3, 60, temperature=0).generate(given, 40)
     drafted = mtp.Decoder(trunk, 2, 60, module, 3, temperature=0, drafts=3).generate(given, 40)
@@ -1452,20 +1960,33 @@ def test_a_run_with_a_module():
         with contextlib.redirect_stdout(io.StringIO()) as out:
             mtp.equip_run(tmp / "plain", 3, 4, "cpu", samples=40, prompt=8, new=24)
             mtp.bench_run(tmp / "plain", "cpu", [2], new=12, prompt=8, times=2)
-        assert (tmp / "plain" / "mtp.pt").exists() and out.getvalue().count("tokens per read;") == 3, out.getvalue()
+        assert (tmp / "plain" / "mtp.pt").exists() and out.getvalue().count("tokens per read;") == 3, (
+            out.getvalue()
+        )
         assert train_lm.load_run(tmp / "plain")[0].mtp is not None
-        for args, word in ((["--equip", tmp / "none"], "no checkpoint"), (["--equip", tmp / "plain", "--steps", "0"], "at least 1"),
-                           (["--bench", tmp / "with", "--batch", "0"], "at least 1"), (["--colour", "red"], "unrecognized")):  # fmt: skip
+        for args, word in (
+            (["--equip", tmp / "none"], "no checkpoint"),
+            (["--equip", tmp / "plain", "--steps", "0"], "at least 1"),
+            (["--bench", tmp / "with", "--batch", "0"], "at least 1"),
+            (["--colour", "red"], "unrecognized"),
+        ):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 code = mtp.main([str(a) for a in args])
-            assert code == 2 and word in err.getvalue() and len(err.getvalue().splitlines()) == 1, f"{args}: {code}, {err.getvalue()}"
+            assert code == 2 and word in err.getvalue() and len(err.getvalue().splitlines()) == 1, (
+                f"{args}: {code}, {err.getvalue()}"
+            )
         state = train_lm.load_checkpoint(tmp / "plain" / "mtp.pt")
         train_lm.save_checkpoint(tmp / "plain" / "mtp.pt", {**state, "step": 2})
         with contextlib.redirect_stderr(io.StringIO()) as err:
-            assert mtp.main(["--bench", str(tmp / "plain")]) == 2 and "equip it again" in err.getvalue(), err.getvalue()
+            assert mtp.main(["--bench", str(tmp / "plain")]) == 2 and "equip it again" in err.getvalue(), (
+                err.getvalue()
+            )
         (tmp / "plain" / "mtp.pt").write_bytes((tmp / "plain" / "mtp.pt").read_bytes()[:1000])
         with contextlib.redirect_stderr(io.StringIO()) as err:
-            assert mtp.main(["--bench", str(tmp / "plain")]) == 2 and "not a readable checkpoint" in err.getvalue()
+            assert (
+                mtp.main(["--bench", str(tmp / "plain")]) == 2
+                and "not a readable checkpoint" in err.getvalue()
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1484,16 +2005,26 @@ def test_gqa_is_a_llama_model():
         for block in model.blocks:
             y = norm(x, block.attn_norm.weight)
             q, k, v = (y @ w.weight.T for w in (block.attn.q, block.attn.k, block.attn.v))
-            q, k, v = q.view(T, H, D), k.view(T, G, D).repeat_interleave(2, 1), v.view(T, G, D).repeat_interleave(2, 1)
+            q, k, v = (
+                q.view(T, H, D),
+                k.view(T, G, D).repeat_interleave(2, 1),
+                v.view(T, G, D).repeat_interleave(2, 1),
+            )
             half = lambda z: torch.cat([-z[..., D // 2 :], z[..., : D // 2]], -1)
             cos, sin = angle.cos().repeat(1, 2)[:, None], angle.sin().repeat(1, 2)[:, None]
             q, k = q * cos + half(q) * sin, k * cos + half(k) * sin
-            w = (torch.einsum("thd,shd->hts", q, k) / D**0.5).masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf).softmax(-1)
+            w = (
+                (torch.einsum("thd,shd->hts", q, k) / D**0.5)
+                .masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
+                .softmax(-1)
+            )
             x = x + torch.einsum("hts,shd->thd", w, v).reshape(T, H * D) @ block.attn.out.weight.T
             y = norm(x, block.ffn_norm.weight)
             x = x + (F.silu(y @ block.gate.weight.T) * (y @ block.up.weight.T)) @ block.down.weight.T
         head = model.embed.weight if tied else model.head.weight
-        close(model(text)[0], norm(x, model.norm.weight) @ head.T, 1e-12, f"Llama's forward pass, tied {tied}")
+        close(
+            model(text)[0], norm(x, model.norm.weight) @ head.T, 1e-12, f"Llama's forward pass, tied {tied}"
+        )
 
 
 def test_recompute_changes_nothing():
@@ -1513,13 +2044,26 @@ def test_generate_equals_forward():
         prompt = text_of(model, 2, 5)
         text = train_lm.generate(model, prompt, 40, temperature=0.0)
         with torch.no_grad():
-            assert torch.equal(model(text[:, :-1]).argmax(-1)[:, 4:], text[:, 5:]), f"{attn}: greedy text = argmax of the forward pass"
+            assert torch.equal(model(text[:, :-1]).argmax(-1)[:, 4:], text[:, 5:]), (
+                f"{attn}: greedy text = argmax of the forward pass"
+            )
 
 
 def test_presets_have_the_sizes_they_claim():
-    for name, low, high in (("small", 0.8e6, 1.25e6), ("base", 27e6, 37e6), ("340m", 280e6, 400e6), ("1.3b", 1.1e9, 1.5e9)):
+    for name, low, high in (
+        ("small", 0.8e6, 1.25e6),
+        ("base", 27e6, 37e6),
+        ("340m", 280e6, 400e6),
+        ("1.3b", 1.1e9, 1.5e9),
+    ):
         for attn in KINDS:
-            cfg = Config(**{**train_lm.PRESETS[name], "attn": attn, "vocab": 257 if name in ("small", "base") else 32000})
+            cfg = Config(
+                **{
+                    **train_lm.PRESETS[name],
+                    "attn": attn,
+                    "vocab": 257 if name in ("small", "base") else 32000,
+                }
+            )
             with torch.device("meta"):
                 size = sum(p.numel() for p in LM(cfg).parameters())
             assert low <= size <= high, f"{name} {attn}: {size / 1e6:.1f} M parameters"
@@ -1540,7 +2084,9 @@ def test_data_is_split_by_text_and_read_in_pieces():
     with tempfile.TemporaryDirectory() as tmp:
         tmp, draw = pathlib.Path(tmp), random.Random(0)
         texts = [f"text {i}\n" * draw.randint(30, 60) for i in range(11)]
-        texts[3] = "".join(f"line {i}, äöü 漢字\n" for i in range(120000))  # larger than a piece, characters of several bytes
+        texts[3] = "".join(
+            f"line {i}, äöü 漢字\n" for i in range(120000)
+        )  # larger than a piece, characters of several bytes
         for i, t in enumerate(texts):
             (tmp / f"{i:02}.txt").write_text(t)
         (tmp / "11.txt").write_bytes(b"not utf-8: \xff\xfe\n")
@@ -1549,18 +2095,29 @@ def test_data_is_split_by_text_and_read_in_pieces():
         data = prepared(tmp / "1", data=files)
         text = lambda part: data.enc.decode_bytes([t for t in data.tokens[part] if t != 256]).decode()
         assert text("val") == texts[9], "every tenth text is for validation"
-        assert text("train") == "".join(t for i, t in enumerate(texts) if i != 9) + "not utf-8: \ufffd\ufffd\n"
+        assert (
+            text("train") == "".join(t for i, t in enumerate(texts) if i != 9) + "not utf-8: \ufffd\ufffd\n"
+        )
         ends = [int((data.tokens[part] == 256).sum()) for part in ("train", "val")]
-        assert ends == [11, 1] and isinstance(data.tokens["train"], np.memmap), "one end of text each, memory mapped"
+        assert ends == [11, 1] and isinstance(data.tokens["train"], np.memmap), (
+            "one end of text each, memory mapped"
+        )
         first = data.info["sha256"]
         (tmp / "00.txt").write_text("changed")
         (tmp / "2").mkdir()
         assert prepared(tmp / "2", data=files).info["sha256"] != first, "the hash follows the text"
         (tmp / "3").mkdir()
         one = prepared(tmp / "3", data=[files[3]])
-        assert 0.05 < one.info["val"] / one.info["train"] < 0.2, "of a single text the last tenth is for validation"
-    assert [n for n, _ in train_lm.sources(Config(preset="base"))] == sorted(n for n, _ in train_lm.sources(Config(preset="base")))
-    assert not any({"test", "tests", "site-packages"} & set(n.split("/")) for n, _ in train_lm.sources(Config(preset="base")))
+        assert 0.05 < one.info["val"] / one.info["train"] < 0.2, (
+            "of a single text the last tenth is for validation"
+        )
+    assert [n for n, _ in train_lm.sources(Config(preset="base"))] == sorted(
+        n for n, _ in train_lm.sources(Config(preset="base"))
+    )
+    assert not any(
+        {"test", "tests", "site-packages"} & set(n.split("/"))
+        for n, _ in train_lm.sources(Config(preset="base"))
+    )
 
 
 def test_recall_documents_can_be_known():
@@ -1578,21 +2135,32 @@ def test_recall_documents_can_be_known():
                 assert re.fullmatch(r"<[a-z]{2}=[A-Z]>?", statement), statement
                 if end > 512:
                     continue
-                assert text[lead - distance :].startswith(statement), f"{statement} was told {distance} tokens before"
-                assert text.rfind(statement, 0, lead + len(statement) - 1) == lead - distance, "the distance is to the latest telling"
+                assert text[lead - distance :].startswith(statement), (
+                    f"{statement} was told {distance} tokens before"
+                )
+                assert text.rfind(statement, 0, lead + len(statement) - 1) == lead - distance, (
+                    "the distance is to the latest telling"
+                )
         assert seen > 40
 
 
 def test_sequences_grow_to_the_context():
     with tempfile.TemporaryDirectory() as tmp:
         data = prepared(pathlib.Path(tmp), preset="small", context=1024, batch=2, steps=10, grow=0.4)
-        assert [data.length(step) for step in range(10)] == [256] * 2 + [512] * 2 + [1024] * 6, [data.length(s) for s in range(10)]
+        assert [data.length(step) for step in range(10)] == [256] * 2 + [512] * 2 + [1024] * 6, [
+            data.length(s) for s in range(10)
+        ]
         for step in (0, 2, 9):
             x, y, w = data.batch(step)
-            assert x.shape == y.shape == w.shape == (2048 // data.length(step), data.length(step)), "as many tokens at every step"
+            assert x.shape == y.shape == w.shape == (2048 // data.length(step), data.length(step)), (
+                "as many tokens at every step"
+            )
             assert torch.equal(data.batch(step, 1, 2)[0], x[1::2])
         data.cfg.grow = 0.0
-        assert data.length(0) == 1024 and prepared(pathlib.Path(tmp), preset="small", context=320).length(0) == 320
+        assert (
+            data.length(0) == 1024
+            and prepared(pathlib.Path(tmp), preset="small", context=320).length(0) == 320
+        )
 
 
 def test_batches_depend_on_seed_step_and_row_alone():
@@ -1604,7 +2172,9 @@ def test_batches_depend_on_seed_step_and_row_alone():
             assert torch.equal(data.batch(7, rank, 2)[0], whole[rank::2]), "a process gets every world-th row"
         x, y, w = data.batch(3)
         assert torch.equal(x[:, 1:], y[:, :-1]), "targets are the next tokens"
-        assert set(y[w > 1].tolist()) <= set(range(65, 91)) and (w > 1).any(), "answers, and nothing else, weigh more"
+        assert set(y[w > 1].tolist()) <= set(range(65, 91)) and (w > 1).any(), (
+            "answers, and nothing else, weigh more"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1616,14 +2186,26 @@ QUICK = "--small --layers 2 --width 32 --heads 2 --groups 1 --context 64 --batch
 def run(*args, code=0, env=None, script="train_lm.py"):
     """A subprocess; its exit code must be `code`. -> (stdout, stderr)"""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run([sys.executable, str(HERE / script), *map(str, args)], capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == code, f"{script} {args}: exit code {done.returncode}, not {code}\n{done.stdout}{done.stderr}"
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+    )
+    assert done.returncode == code, (
+        f"{script} {args}: exit code {done.returncode}, not {code}\n{done.stdout}{done.stderr}"
+    )
     return done.stdout, done.stderr
 
 
 def in_process(*args, main=train_lm.main):
     """A script without a new process: (exit code, stdout, stderr)."""
-    out, err, handlers = io.StringIO(), io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    out, err, handlers = (
+        io.StringIO(),
+        io.StringIO(),
+        {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)},
+    )
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main([str(a) for a in args])
@@ -1648,15 +2230,23 @@ def test_resumed_training_equals_uninterrupted():
             # go back to a checkpoint of step 3: the run is done again up to there, then continued
             half = pathlib.Path(tmp, "half")
             stop = train_lm.save_checkpoint
-            with swapped(train_lm, "save_checkpoint", lambda path, state: stop(path, state) if state["step"] <= 3 else None):
+            with swapped(
+                train_lm,
+                "save_checkpoint",
+                lambda path, state: stop(path, state) if state["step"] <= 3 else None,
+            ):
                 assert in_process(*common, "--steps", 6, "--name", "half")[0] == 0
             code, out, _ = in_process(*common, "--steps", 6, "--name", "half", "--resume")
             assert code == 0 and "resumed at step 3" in out, out
             a, b = (train_lm.load_checkpoint(f / "ckpt.pt") for f in (pathlib.Path(tmp, "whole"), half))
             assert a["step"] == b["step"] == 6
             for name in a["model"]:
-                assert torch.equal(a["model"][name], b["model"][name]), f"{attn}: {name} differs after resuming"
-            assert losses(pathlib.Path(tmp, "whole")) == losses(half) == losses(folder), f"{attn}: logged losses, none missing, none twice"
+                assert torch.equal(a["model"][name], b["model"][name]), (
+                    f"{attn}: {name} differs after resuming"
+                )
+            assert losses(pathlib.Path(tmp, "whole")) == losses(half) == losses(folder), (
+                f"{attn}: logged losses, none missing, none twice"
+            )
 
 
 def test_two_processes_equal_one():
@@ -1664,9 +2254,21 @@ def test_two_processes_equal_one():
         common = [*QUICK, "--out", tmp, "--steps", 4, "--eval-every", 100]
         assert in_process(*common, "--micro", 4, "--name", "one")[0] == 0
         assert in_process(*common, "--micro", 1, "--name", "pieces")[0] == 0
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(random.randint(20000, 60000))]
-        done = subprocess.run([*torchrun, str(HERE / "train_lm.py"), *map(str, common), "--name", "two", "--micro", "1"],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port",
+            str(random.randint(20000, 60000)),
+        ]
+        done = subprocess.run(
+            [*torchrun, str(HERE / "train_lm.py"), *map(str, common), "--name", "two", "--micro", "1"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         one, two, pieces = (losses(pathlib.Path(tmp, n)) for n in ("one", "two", "pieces"))
         assert list(one) == list(two) == [1, 2, 3, 4]
@@ -1678,14 +2280,25 @@ def test_two_processes_equal_one():
 def test_a_model_learns_or_says_not():
     with tempfile.TemporaryDirectory() as tmp:
         code, out, _ = in_process(*QUICK, "--steps", 2, "--lr", 0, "--check", "--out", tmp, "--name", "idle")
-        assert code == 1 and out.strip().endswith("NOT"), "a model that did not learn: NOT, and exit code 1 with --check"
+        assert code == 1 and out.strip().endswith("NOT"), (
+            "a model that did not learn: NOT, and exit code 1 with --check"
+        )
         code, out, _ = in_process(*QUICK, "--steps", 2, "--lr", 0, "--out", tmp, "--name", "idle2")
         assert code == 0 and "NOT" in out, "without --check the exit code is 0"
         busy = ["--batch", 16, "--micro", 16, "--steps", 60, "--lr", 1e-2, "--recall", 0]
         code, out, _ = in_process(*QUICK, *busy, "--out", tmp, "--name", "busy")
         curve = losses(pathlib.Path(tmp, "busy"))
         assert curve[60] < 0.65 * curve[1], f"60 steps: loss {curve[1]} -> {curve[60]}"
-        for word in ("sample", "bits per byte", "inside the window", "beyond it", "KV cache", "tokens/s", "GiB", "expected"):
+        for word in (
+            "sample",
+            "bits per byte",
+            "inside the window",
+            "beyond it",
+            "KV cache",
+            "tokens/s",
+            "GiB",
+            "expected",
+        ):
             assert word in out, f"the last block lacks {word!r}"
 
 
@@ -1734,7 +2347,9 @@ def test_bad_input_is_one_line_and_exit_code_2():
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     with tempfile.TemporaryDirectory() as tmp:
-        code, out, _ = in_process(*QUICK, "--steps", 40, "--lr", 1e30, "--save-every", 1, "--out", tmp, "--name", "x")
+        code, out, _ = in_process(
+            *QUICK, "--steps", 40, "--lr", 1e30, "--save-every", 1, "--out", tmp, "--name", "x"
+        )
         assert code == 1 and "stopped" in out and "nothing saved since" in out, out
         state = train_lm.load_checkpoint(pathlib.Path(tmp, "x", "ckpt.pt"))
         assert state["step"] >= 1
@@ -1743,13 +2358,30 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 def test_kill_leaves_a_whole_checkpoint():
     with tempfile.TemporaryDirectory() as tmp:
         folder, draw = pathlib.Path(tmp, "k"), random.Random(0)
-        args = [sys.executable, str(HERE / "train_lm.py"), *QUICK, "--width", "128", "--steps", "100000", "--save-every", "1"]
+        args = [
+            sys.executable,
+            str(HERE / "train_lm.py"),
+            *QUICK,
+            "--width",
+            "128",
+            "--steps",
+            "100000",
+            "--save-every",
+            "1",
+        ]
         args += ["--out", tmp, "--name", "k"]
         last = 0
         for attempt in range(4):
-            process = subprocess.Popen([*args, *(["--resume"] if attempt else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       env={**os.environ, "OMP_NUM_THREADS": "1"})
-            began, size = time.time(), lambda: (folder / "ckpt.pt").stat().st_mtime_ns if (folder / "ckpt.pt").exists() else 0
+            process = subprocess.Popen(
+                [*args, *(["--resume"] if attempt else [])],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            began, size = (
+                time.time(),
+                lambda: (folder / "ckpt.pt").stat().st_mtime_ns if (folder / "ckpt.pt").exists() else 0,
+            )
             old = size()
             while size() == old and time.time() - began < 60:
                 time.sleep(0.01)
@@ -1759,25 +2391,37 @@ def test_kill_leaves_a_whole_checkpoint():
             step = train_lm.load_checkpoint(folder / "ckpt.pt")["step"]
             assert step > last, f"killed after a later step, the checkpoint is of step {step}"
             last = step
-        process = subprocess.Popen([*args, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [*args, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         while not process.stdout.readline().startswith("step"):
             assert process.poll() is None, "the run ended early"
         process.send_signal(signal.SIGTERM)
         out = process.communicate(timeout=60)[0]
-        assert process.returncode == 128 + signal.SIGTERM and "saved" in out, f"SIGTERM saves and exits: {process.returncode}\n{out}"
+        assert process.returncode == 128 + signal.SIGTERM and "saved" in out, (
+            f"SIGTERM saves and exits: {process.returncode}\n{out}"
+        )
         assert train_lm.load_checkpoint(folder / "ckpt.pt")["step"] > last
 
 
 def test_no_network_and_no_triton_needed():
-    code = ("import socket, sys\n"
-            "def no(*a, **k): raise OSError('a network was tried')\n"
-            "socket.socket.connect = socket.create_connection = socket.getaddrinfo = no\n"
-            "sys.modules['triton'] = None\n"
-            "import train_lm; sys.exit(train_lm.main(sys.argv[1:]))")
+    code = (
+        "import socket, sys\n"
+        "def no(*a, **k): raise OSError('a network was tried')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = no\n"
+        "sys.modules['triton'] = None\n"
+        "import train_lm; sys.exit(train_lm.main(sys.argv[1:]))"
+    )
     with tempfile.TemporaryDirectory() as tmp:
         for attn in KINDS:
-            done = subprocess.run([sys.executable, "-c", code, *QUICK, "--attn", attn, "--steps", "2", "--out", tmp], cwd=HERE,
-                                  capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=120)
+            done = subprocess.run(
+                [sys.executable, "-c", code, *QUICK, "--attn", attn, "--steps", "2", "--out", tmp],
+                cwd=HERE,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                timeout=120,
+            )
             assert done.returncode == 0, done.stderr
 
 
@@ -1792,28 +2436,44 @@ def entries(B=3, H=4, G=2, S=20, D=8, A=3, window=4, lengths=(20, 13, 5)):
     k = torch.randn(B, G, S, D)
     k[:, :, 3:S:3] = k[:, :, :1] + 0.3 * torch.randn(B, G, len(range(3, S, 3)), D)
     q_pos = length[:, None] - 1 - torch.arange(A)
-    return sparse_rl.Entries(k, torch.randn(B, G, S, D), pos, length, window, torch.randn(B, H, A, D), q_pos, torch.rand(B, G, S))
+    return sparse_rl.Entries(
+        k, torch.randn(B, G, S, D), pos, length, window, torch.randn(B, H, A, D), q_pos, torch.rand(B, G, S)
+    )
 
 
 def best_is_sound():
     for budget, sinks, window in ((8, 0, 3), (8, 2, 4), (19, 1, 2)):
         e = entries()
-        score = torch.rand(3, 2, 20).masked_fill(torch.arange(20) == 17, math.nan).masked_fill(torch.arange(20) == 6, 2.0)
+        score = (
+            torch.rand(3, 2, 20)
+            .masked_fill(torch.arange(20) == 17, math.nan)
+            .masked_fill(torch.arange(20) == 6, 2.0)
+        )
         kept = sparse_rl.best(score.nan_to_num(0), e.length, budget, window, sinks)
         for b in range(3):
             for g in range(2):
                 L, want = int(e.length[b]), set()
                 forced = [j for j in range(L) if j < sinks or j >= L - window]
-                rest = sorted((j for j in range(L) if j not in forced), key=lambda j: (-float(score.nan_to_num(0)[b, g, j]), j))
+                rest = sorted(
+                    (j for j in range(L) if j not in forced),
+                    key=lambda j: (-float(score.nan_to_num(0)[b, g, j]), j),
+                )
                 want = sorted(forced + rest[: budget - len(forced)])
                 got = kept[b, g].tolist()
-                assert got == want + [-1] * (budget - len(want)), f"budget {budget}, row of {L}: kept {got}, expected {want}"
+                assert got == want + [-1] * (budget - len(want)), (
+                    f"budget {budget}, row of {L}: kept {got}, expected {want}"
+                )
 
 
 def test_kept_slots_are_forced_best_and_in_order():
     best_is_sound()
-    for right, wrong in (("slot >= length - window", "slot > length - window"), ("slot < sinks", "slot < 0"), (".sort(dim=-1).values", ""),
-                         (".masked_fill(slot >= length, -math.inf)", ""), ("descending=True", "descending=False")):
+    for right, wrong in (
+        ("slot >= length - window", "slot > length - window"),
+        ("slot < sinks", "slot < 0"),
+        (".sort(dim=-1).values", ""),
+        (".masked_fill(slot >= length, -math.inf)", ""),
+        ("descending=True", "descending=False"),
+    ):
         with swapped(sparse_rl, "best", mutant(sparse_rl.best, right, wrong)):
             fails(best_is_sound)
 
@@ -1853,9 +2513,13 @@ def rkv_equals_loops():
 
 def test_rkv_equals_a_loop():
     rkv_equals_loops()
-    for right, wrong in ((".amax(2)", ".mean(2)"), (".amax(-1, keepdim=True)", ".amin(-1, keepdim=True)"),
-                         ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"), (".masked_fill(~real, -math.inf).softmax", ".softmax"),
-                         ("/ e.length[:, None, None]", "/ len(e.slot)")):  # fmt: skip
+    for right, wrong in (
+        (".amax(2)", ".mean(2)"),
+        (".amax(-1, keepdim=True)", ".amin(-1, keepdim=True)"),
+        ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"),
+        (".masked_fill(~real, -math.inf).softmax", ".softmax"),
+        ("/ e.length[:, None, None]", "/ len(e.slot)"),
+    ):
         with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, right, wrong)):
             fails(rkv_equals_loops)
 
@@ -1889,7 +2553,15 @@ def test_rkv_spares_the_newest_of_three():
     k = torch.eye(8)[None, None, :6].clone()  # (1, 1, S, D): unlike each other, except
     k[0, 0, [1, 3, 4]] = k[0, 0, 1].clone()  # three equal keys
     k[0, 0, 5] = k[0, 0, 0]  # and a pair
-    e = sparse_rl.Entries(k, k, torch.arange(6).expand(1, 1, 6), torch.tensor([6]), 2, torch.randn(1, 1, 2, 8), torch.tensor([[4, 5]]))
+    e = sparse_rl.Entries(
+        k,
+        k,
+        torch.arange(6).expand(1, 1, 6),
+        torch.tensor([6]),
+        2,
+        torch.randn(1, 1, 2, 8),
+        torch.tensor([[4, 5]]),
+    )
     R = (-sparse_rl.rkv(e, mix=0.0)[0, 0]).log()  # of a softmax: differences are those of the mean similarity
     close((R - R[2]) * 6, torch.tensor([0.0, 2, 0, 1, 0, 0]), 1e-4, "how often a key is called redundant")
 
@@ -1899,7 +2571,9 @@ def plain_attention_of(e, b, g):
     L, h, rows = int(e.length[b]), e.q.shape[1] // e.k.shape[1], []
     for a in range(e.q.shape[2]):
         for i in range(g * h, (g + 1) * h):
-            s = torch.stack([e.q[b, i, a] @ e.k[b, g, j] / math.sqrt(8) for j in range(L) if j <= e.q_pos[b, a]])
+            s = torch.stack(
+                [e.q[b, i, a] @ e.k[b, g, j] / math.sqrt(8) for j in range(L) if j <= e.q_pos[b, a]]
+            )
             rows.append(F.pad(s.softmax(0), (0, L - len(s))))
     return torch.stack(rows)
 
@@ -1918,7 +2592,9 @@ def other_scores():
 
 def test_other_scores_equal_loops():
     other_scores()
-    acausal = mutant(sparse_rl.Entries.attention, "(self.pos[:, :, None] <= self.q_pos[:, None, :, None])", "True")
+    acausal = mutant(
+        sparse_rl.Entries.attention, "(self.pos[:, :, None] <= self.q_pos[:, None, :, None])", "True"
+    )
     with swapped(sparse_rl.Entries, "attention", acausal):
         fails(other_scores)
 
@@ -1927,7 +2603,13 @@ def sampled(model, prompts, new, compress=None, batch=None, temperature=1.0, wat
     """Answers of a Decoder; watch(decoder) after every round."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # threads of so small a model mostly wait for each other
-    decoder = mtp.Decoder(model, batch or len(prompts), max(map(len, prompts)) + new + 1, temperature=temperature, compress=compress)
+    decoder = mtp.Decoder(
+        model,
+        batch or len(prompts),
+        max(map(len, prompts)) + new + 1,
+        temperature=temperature,
+        compress=compress,
+    )
     if watch:
         one = decoder.round
         decoder.round = lambda g: (one(g), watch(decoder))[0]
@@ -1962,7 +2644,9 @@ def test_ragged_rows_equal_single_rows():
         together, _ = sampled(model, prompts, 20, compress, batch=2, temperature=0)
         for prompt, (text, _) in zip(prompts, together):
             alone, _ = sampled(model, [prompt], 20, compress, temperature=0)
-            assert torch.equal(alone[0][0], text), f"{name}: a row of {len(prompt)} tokens depends on the others"
+            assert torch.equal(alone[0][0], text), (
+                f"{name}: a row of {len(prompt)} tokens depends on the others"
+            )
     one, two = (sampled(model, prompts, 20, Compressor("random", 12, 4, 4), seed=s)[0][1][0] for s in (1, 1))
     assert torch.equal(one, two), "random: by its seed"
 
@@ -1975,16 +2659,26 @@ def no_slot_beyond_the_cap(name="rkv"):
     most = torch.stack(most)  # (rounds, rows)
     assert most.max() == 17 and most[-1].min() > 12, f"slots in use: {most.max()}"
     layers = decoder.cache.layers
-    assert {t.shape[2] for layer in layers for t in (*layer["tokens"].data, layer["tokens"].pos)} == {17}, "allocated"
+    assert {t.shape[2] for layer in layers for t in (*layer["tokens"].data, layer["tokens"].pos)} == {17}, (
+        "allocated"
+    )
     per_slot = 2 * 8 * 8  # 2 groups of width 8, fp64
-    extra = {"rkv": 3 * 4 * 8 * 8, "h2o": 17 * 2 * 4}.get(name, 0)  # the ring of 3 queries of 4 heads; masses in fp32
-    assert decoder.cache.nbytes == 4 * 2 * (17 * 2 * per_slot + extra), "layers x rows x slots x (keys, values), and what scores need"
+    extra = {"rkv": 3 * 4 * 8 * 8, "h2o": 17 * 2 * 4}.get(
+        name, 0
+    )  # the ring of 3 queries of 4 heads; masses in fp32
+    assert decoder.cache.nbytes == 4 * 2 * (17 * 2 * per_slot + extra), (
+        "layers x rows x slots x (keys, values), and what scores need"
+    )
     for layer in layers:
         pos = layer["tokens"].pos
         for row in pos.flatten(0, 1):
             filled = row[row >= 0].tolist()
-            assert filled == sorted(set(filled)) and row[: len(filled)].min() >= 0, "positions ascend, holes at the end"
-        assert (pos.amax((1, 2)) == decoder.known - 2).all(), "the newest entry is the token before the pending one"
+            assert filled == sorted(set(filled)) and row[: len(filled)].min() >= 0, (
+                "positions ascend, holes at the end"
+            )
+        assert (pos.amax((1, 2)) == decoder.known - 2).all(), (
+            "the newest entry is the token before the pending one"
+        )
 
 
 def test_no_slot_beyond_the_cap():
@@ -2007,7 +2701,9 @@ def replay_equals_record(name="rkv"):
     prompts = prompts_of(model, 7, 7)
 
     def watch(decoder):
-        held.append(torch.stack([layer["tokens"].pos.clone() for layer in decoder.cache.layers]))  # (layers, B, G, S)
+        held.append(
+            torch.stack([layer["tokens"].pos.clone() for layer in decoder.cache.layers])
+        )  # (layers, B, G, S)
 
     answers, decoder = sampled(model, prompts, 33, Compressor(name, 12, 4, 4, sinks=1), watch=watch)
     text = torch.stack([torch.cat([p, a]) for p, (a, _) in zip(prompts, answers)])  # (B, T)
@@ -2024,7 +2720,9 @@ def replay_equals_record(name="rkv"):
 
     with swapped(GQA, "forward", forward):
         logp = sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:])[:, 6:]
-    close(logp, torch.stack([l for _, l in answers]), 1e-9, f"{name}: replayed and recorded log-probabilities")
+    close(
+        logp, torch.stack([l for _, l in answers]), 1e-9, f"{name}: replayed and recorded log-probabilities"
+    )
 
 
 def test_replayed_eviction_gives_the_recorded_probabilities():
@@ -2033,7 +2731,11 @@ def test_replayed_eviction_gives_the_recorded_probabilities():
     with swapped(SlotCache, "keep", mutant(SlotCache.keep, "buffer.gather(2, i)", "buffer[:, :, :n]")):
         fails(replay_equals_record)  # positions move, keys and values stay behind
     anew = "torch.arange(n).expand(len(index), 2, -1)"
-    with swapped(SlotCache, "keep", mutant(SlotCache.keep, "self.pos.gather(2, index.expand(-1, self.pos.shape[1], -1))", anew)):
+    with swapped(
+        SlotCache,
+        "keep",
+        mutant(SlotCache.keep, "self.pos.gather(2, index.expand(-1, self.pos.shape[1], -1))", anew),
+    ):
         fails(replay_equals_record)  # positions counted anew
 
 
@@ -2048,13 +2750,23 @@ def trace_reads_as_a_decoder():
             decoder.evict()
         logp, held = sparse_rl.trace(model, torch.cat([*prompt, answer]), compress)
         close(logp, own, 1e-5, f"{name}: log-probabilities")
-        pos = torch.stack([layer["tokens"].pos for layer in decoder.cache.layers]).flatten(0, 2)  # (layers * groups, S)
-        close(held, torch.stack([(pos == t).any(1).float().mean() for t in range(40)]), 0, f"{name}: kept positions")
+        pos = torch.stack([layer["tokens"].pos for layer in decoder.cache.layers]).flatten(
+            0, 2
+        )  # (layers * groups, S)
+        close(
+            held,
+            torch.stack([(pos == t).any(1).float().mean() for t in range(40)]),
+            0,
+            f"{name}: kept positions",
+        )
 
 
 def test_trace_reads_as_a_decoder():
     trace_reads_as_a_decoder()
-    for right, wrong in (("compress.slots, 1, **", "compress.slots, **"), ("t % compress.buffer == 0", "t % compress.buffer == 1")):
+    for right, wrong in (
+        ("compress.slots, 1, **", "compress.slots, **"),
+        ("t % compress.buffer == 0", "t % compress.buffer == 1"),
+    ):
         with swapped(sparse_rl, "trace", mutant(sparse_rl.trace, right, wrong)):
             fails(trace_reads_as_a_decoder)
 
@@ -2071,9 +2783,13 @@ def test_h2o_mass_and_its_grace():
     for a, b in ((0, 5), (5, 6), (6, 12)):
         layer(x[:, a:b], pos[:, a:b].expand(2, -1), cache, torch.tensor([b - a, b - a]))
     close(cache["mass"].data[0][..., :12, 0], p[:, :, :, :12, :12].sum((2, 3)), 1e-5, "mass")
-    kept = sampled(model, prompts_of(model, 8), 40, Compressor("h2o", 12, 1, 1))[1].cache.layers[0]["tokens"].pos
+    kept = (
+        sampled(model, prompts_of(model, 8), 40, Compressor("h2o", 12, 1, 1))[1].cache.layers[0]["tokens"].pos
+    )
     assert (kept < 24).sum() >= 2 * 10, f"without grace the cache freezes on old entries: {kept.tolist()}"
-    kept = sampled(model, prompts_of(model, 8), 40, Compressor("h2o", 12, 1, 8))[1].cache.layers[0]["tokens"].pos
+    kept = (
+        sampled(model, prompts_of(model, 8), 40, Compressor("h2o", 12, 1, 8))[1].cache.layers[0]["tokens"].pos
+    )
     assert (kept >= 24).sum() >= 2 * 8, f"with a window of 8 new entries stay: {kept.tolist()}"
 
 
@@ -2091,7 +2807,9 @@ def test_xi_has_mean_one():
     ones = torch.ones_like(sampler)
     found = sparse_rl.mismatch(sparse_rl.token_logp(logits, text[:, 6:]) - sampler, ones, ones)
     assert found["k3"] > 1e-3, f"compression changes something: {found}"
-    assert abs(found["xi_mean"] - 1) < 4 * found["xi_error"], f"E xi = {found['xi_mean']} +- {found['xi_error']}"
+    assert abs(found["xi_mean"] - 1) < 4 * found["xi_error"], (
+        f"E xi = {found['xi_mean']} +- {found['xi_error']}"
+    )
     found = sparse_rl.mismatch(sampler - sparse_rl.token_logp(logits / 0.8, text[:, 6:]), ones, ones)
     assert abs(found["xi_mean"] - 1) > 4 * found["xi_error"], "another temperature went unnoticed"
 
@@ -2111,7 +2829,9 @@ def test_mismatch_by_enumeration():
 def test_extremes_are_logged_as_they_are():
     log_xi, mask = torch.tensor([[-31.0, 0.5, 27.0, -99.0]]), torch.tensor([[1.0, 1, 1, 0]])
     found = sparse_rl.mismatch(log_xi, mask, mask)
-    assert found["log_xi_min"] == -31 and found["log_xi_max"] == 27, "neither clamped nor of tokens outside the answer"
+    assert found["log_xi_min"] == -31 and found["log_xi_max"] == 27, (
+        "neither clamped nor of tokens outside the answer"
+    )
     assert all(x.isfinite() for x in found.values()), found
     _, _, largest = sparse_rl.objective(log_xi, torch.zeros(1, 4), torch.ones(1), mask, mask)
     assert largest == 27, "log rho"
@@ -2121,7 +2841,13 @@ def batch_of(N=8, T=6):
     """Log-probabilities of three policies, advantages, ragged answers."""
     logp = (-torch.rand(N, T).double() * 3).requires_grad_()
     mask = (torch.arange(T) < torch.randint(2, T + 1, (N, 1))).double()
-    return logp, logp.detach() + 0.1 * torch.randn(N, T), logp.detach() + 0.3 * torch.randn(N, T), torch.randn(N).double(), mask
+    return (
+        logp,
+        logp.detach() + 0.1 * torch.randn(N, T),
+        logp.detach() + 0.3 * torch.randn(N, T),
+        torch.randn(N).double(),
+        mask,
+    )
 
 
 def replay_is_the_samplers(name="rkv"):
@@ -2134,8 +2860,15 @@ def replay_is_the_samplers(name="rkv"):
     for _ in range(2):  # the second time from a used recorder
         r = train_rl.rollout(sampler, task, asked)
     assert len(set(map(len, asked))) > 1 and len(set(map(len, r.answers))) > 4
-    close(train_rl.answer_logp(model, r, slice(None), "kept", sampler.compress), r.sampler, 1e-9, f"{name}: replayed and recorded")
-    assert (train_rl.answer_logp(model, r, slice(None)) - r.sampler).abs().max() > 1e-3, "the dense policy is another"
+    close(
+        train_rl.answer_logp(model, r, slice(None), "kept", sampler.compress),
+        r.sampler,
+        1e-9,
+        f"{name}: replayed and recorded",
+    )
+    assert (train_rl.answer_logp(model, r, slice(None)) - r.sampler).abs().max() > 1e-3, (
+        "the dense policy is another"
+    )
 
 
 def test_replay_is_what_the_sampler_read():
@@ -2148,18 +2881,29 @@ def test_replay_is_what_the_sampler_read():
 
 def test_replay_by_hand():
     """The example of the docstring: which tokens each token reads."""
-    held = torch.tensor([[0, 1], [0, 3]])[:, None, None, None]  # (E, layers, B, G, n): eviction 0 kept a and b, eviction 1 a and d
+    held = torch.tensor([[0, 1], [0, 3]])[
+        :, None, None, None
+    ]  # (E, layers, B, G, n): eviction 0 kept a and b, eviction 1 a and d
     see = sparse_rl.Replay(held, torch.tensor([3]), 2, 6).layers[0]["see"][0, 0]  # (T, T)
     reads = ["".join(c for c, one in zip("abcdef", row) if one) for row in see.tolist()]
     assert reads == ["a", "ab", "abc", "abcd", "ade", "adef"], reads
     shown = re.search(r"a: a  .*", sparse_rl.Replay.__doc__)[0]
-    assert re.findall(r"[a-f]: ([a-f]+(?: [a-f]+)?)(?=  |$)", shown) == ["a", "ab", "ab c", "ab cd", "ad e", "ad ef"], shown
+    assert re.findall(r"[a-f]: ([a-f]+(?: [a-f]+)?)(?=  |$)", shown) == [
+        "a",
+        "ab",
+        "ab c",
+        "ab cd",
+        "ad e",
+        "ad ef",
+    ], shown
 
 
 def loss_of(correct, logp, old, sampler, advantage, mask, clip=0.2):
     how = sparse_rl.CORRECTIONS[correct]  # learn itself is tested in test_learn_by_hand
     weight, counted = how.weigh(old - sampler, mask)
-    return sparse_rl.objective(logp, old if how.anchor == "dense" else sampler, advantage, weight, counted, clip, how.level)[0]
+    return sparse_rl.objective(
+        logp, old if how.anchor == "dense" else sampler, advantage, weight, counted, clip, how.level
+    )[0]
 
 
 def objective_is_the_papers():
@@ -2184,15 +2928,25 @@ def objective_is_the_papers():
 
 def test_objective_is_the_papers():
     objective_is_the_papers()
-    inside = mutant(sparse_rl.objective, "torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)",
-                    "torch.minimum(rho * weight * A, (rho * weight).clamp(1 - clip, 1 + clip) * A) / weight.clamp(min=1e-9)")
+    inside = mutant(
+        sparse_rl.objective,
+        "torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)",
+        "torch.minimum(rho * weight * A, (rho * weight).clamp(1 - clip, 1 + clip) * A) / weight.clamp(min=1e-9)",
+    )
     survivors = mutant(sparse_rl.objective, "loss.mean()", "loss.sum() / (weight.sum(-1) > 0).sum()")
-    tokens = mutant(sparse_rl.objective, "counted.sum(-1).clamp(min=1)", "(counted.sum() / len(counted)).expand(len(counted))")
+    tokens = mutant(
+        sparse_rl.objective,
+        "counted.sum(-1).clamp(min=1)",
+        "(counted.sum() / len(counted)).expand(len(counted))",
+    )
     for wrong in (inside, survivors, tokens):
         with swapped(sparse_rl, "objective", wrong):
             fails(objective_is_the_papers)
-    for right, wrong in (("log_xi >= math.log(least)", "log_xi <= -math.log(least)"), (".all(-1, keepdim=True)", ""),
-                         ("math.log(least)", "least")):  # fmt: skip
+    for right, wrong in (
+        ("log_xi >= math.log(least)", "log_xi <= -math.log(least)"),
+        (".all(-1, keepdim=True)", ""),
+        ("math.log(least)", "least"),
+    ):
         with swapped(sparse_rl, "reject", mutant(sparse_rl.reject, right, wrong)):
             fails(objective_is_the_papers)
 
@@ -2229,20 +2983,33 @@ def test_corrections_at_their_bounds():
     ones = torch.ones_like(l)
     weights = lambda name, l=l: sparse_rl.CORRECTIONS[name].weigh(l, torch.ones_like(l))
     mean = (0.5 + 1.5 + 1.5 + 1.5 + 0.4 + 1) / 6  # truncated at 1.5, rejected ones included
-    close(weights("released")[0] * mean, torch.tensor([[0.5, 1.5, 0, 0, 0, 1.0]]).double(), 1e-6, "released: both bounds are inside")
+    close(
+        weights("released")[0] * mean,
+        torch.tensor([[0.5, 1.5, 0, 0, 0, 1.0]]).double(),
+        1e-6,
+        "released: both bounds are inside",
+    )
     assert weights("released")[1].tolist() == [[1, 1, 0, 0, 0, 1]], "rejected tokens leave the average"
     close(weights("tis")[0], torch.tensor([[0.5, 1.5, 2, 2, 0.4, 1]]).double(), 1e-6, "TIS")
     close(weights("mis")[0], torch.tensor([[0.5, 1.5, 2, 0, 0, 1]]).double(), 1e-6, "MIS")
     close(weights("icepop")[0], torch.tensor([[0.5, 1.5, 2, 3, 0, 1]]).double(), 1e-6, "IcePop")
-    assert weights("mis")[1].sum() == 4 and weights("icepop")[1].sum() == 6, "MIS shortens the average, IcePop does not"
+    assert weights("mis")[1].sum() == 4 and weights("icepop")[1].sum() == 6, (
+        "MIS shortens the average, IcePop does not"
+    )
     close(weights("sequence_mask")[0][:, 0], l.sum().exp()[None], 1e-6, "product of 1.8")
     assert weights("sequence_mask", 2 * l)[0].max() == 0, "product of 3.24: rejected"
-    sampler, dense = (torch.rand(2, 3, 4).double().softmax(1) for _ in range(2))  # two tokens of three symbols each, independent
+    sampler, dense = (
+        torch.rand(2, 3, 4).double().softmax(1) for _ in range(2)
+    )  # two tokens of three symbols each, independent
     said = torch.cartesian_prod(torch.arange(3), torch.arange(3))  # (9, 2) all answers
     p_s, p_o = (torch.stack([p[i, said[:, i], 0] for i in (0, 1)], -1) for p in (sampler, dense))  # (9, 2)
     weight = sparse_rl.answer((p_o / p_s).log(), torch.ones(9, 2))[0]
-    close(weight * p_s.prod(-1, keepdim=True), torch.minimum(p_s.prod(-1), p_o.prod(-1))[:, None].expand(9, 2), 1e-12,
-          "answer: an answer counts as often as both policies say it")  # fmt: skip
+    close(
+        weight * p_s.prod(-1, keepdim=True),
+        torch.minimum(p_s.prod(-1), p_o.prod(-1))[:, None].expand(9, 2),
+        1e-12,
+        "answer: an answer counts as often as both policies say it",
+    )
     assert weight.max() == 1 and weight.min() < 0.9
     raw = torch.tensor([[0.0, -9.3], [0.0, -9.1]]).double()  # log 1e-4 = -9.21
     assert weights("reject", raw)[0].sum(-1).tolist() == [0, 2], "veto below 1e-4"
@@ -2252,7 +3019,9 @@ def test_corrections_at_their_bounds():
 def test_group_advantages():
     r = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
     a = sparse_rl.group_advantage(r, 4)
-    close(a[:4], (r[:4] - 0.25) / (r[:4].std() + 1e-6), 1e-6, "mean and unbiased standard deviation of a group")
+    close(
+        a[:4], (r[:4] - 0.25) / (r[:4].std() + 1e-6), 1e-6, "mean and unbiased standard deviation of a group"
+    )
     assert (a[4:] == 0).all(), "equal rewards: no signal"
 
 
@@ -2262,14 +3031,31 @@ def test_group_advantages():
 
 def test_tasks_have_exact_rewards():
     story = "tom has 12 pens. he buys 3 bags of 4. he loses 5. how many="
-    for name, prompt, answer in (("sums", "32-84+9=", "-52+9=-43."), ("ledger", "a4b7c9:cab=", "c9a13b20."),
-                                 ("words", story, "3*4=12;12+12=24;24-5=19.")):  # fmt: skip
+    for name, prompt, answer in (
+        ("sums", "32-84+9=", "-52+9=-43."),
+        ("ledger", "a4b7c9:cab=", "c9a13b20."),
+        ("words", story, "3*4=12;12+12=24;24-5=19."),
+    ):
         task, rng = train_rl.TASKS[name](2), random.Random(0)
-        assert task.work(prompt) == answer and answer in task.__doc__ and prompt in task.__doc__, f"{name}: the docstring's example"
+        assert task.work(prompt) == answer and answer in task.__doc__ and prompt in task.__doc__, (
+            f"{name}: the docstring's example"
+        )
         right = train_rl.result(answer)
-        for said, reward in ((answer, 1), (f"{right}.", 1), (f"={right}.", 1), (answer[:-1], 0), (f"1{right}.", 0), (answer + ".", 0),
-                             (".", 0), ("", 0), (f"{right}+1.", 0), (f"={right}..", 0)):  # fmt: skip
-            assert task.reward(prompt, said) == reward, f"{name}: {said!r} is worth {task.reward(prompt, said)}, not {reward}"
+        for said, reward in (
+            (answer, 1),
+            (f"{right}.", 1),
+            (f"={right}.", 1),
+            (answer[:-1], 0),
+            (f"1{right}.", 0),
+            (answer + ".", 0),
+            (".", 0),
+            ("", 0),
+            (f"{right}+1.", 0),
+            (f"={right}..", 0),
+        ):
+            assert task.reward(prompt, said) == reward, (
+                f"{name}: {said!r} is worth {task.reward(prompt, said)}, not {reward}"
+            )
         rewards = []
         for size in (1, 4, 9):
             task = train_rl.TASKS[name](size)
@@ -2278,12 +3064,16 @@ def test_tasks_have_exact_rewards():
                 assert task.reward(asked, task.work(asked)) == 1
                 shown = task.work(asked, rng)
                 assert task.decode(task.encode(asked + shown)) == asked + shown
-                assert len(asked) <= task.room[0] and len(shown) <= task.room[1], f"{name}: {asked}{shown} does not fit in {task.room}"
+                assert len(asked) <= task.room[0] and len(shown) <= task.room[1], (
+                    f"{name}: {asked}{shown} does not fit in {task.room}"
+                )
                 rewards.append(task.reward(asked, shown))
         assert 0.3 < np.mean(rewards) < 0.9, f"{name}: {np.mean(rewards):.0%} of the demonstrations are right"
     asked = train_rl.problems(train_rl.Sums(6), 300, 0, "train", 5)
     assert asked == train_rl.problems(train_rl.Sums(6), 300, 0, "train", 5) and len(set(asked)) == 300
-    assert not set(asked) & set(train_rl.problems(train_rl.Sums(6), 300, "held out")), "held-out problems are others"
+    assert not set(asked) & set(train_rl.problems(train_rl.Sums(6), 300, "held out")), (
+        "held-out problems are others"
+    )
 
 
 RL_QUICK = "--size 2 --largest 9 --layers 1 --width 32 --heads 2 --groups 2 --warm-steps 30 --warm-batch 16 --problems 4".split()
@@ -2296,7 +3086,9 @@ def in_rl(*args):
 
 def test_rollouts_are_what_the_learner_scores():
     """Tokens, masks, log-probabilities and rewards of a rollout; rho is 1 before the first update, and no signal means no update."""
-    cfg = train_rl.Config(size=2, largest=9, problems=4, group_size=4, rollout="dense", minibatches=1, correct="none")
+    cfg = train_rl.Config(
+        size=2, largest=9, problems=4, group_size=4, rollout="dense", minibatches=1, correct="none"
+    )
     task = train_rl.Sums(2, 9)
     model = LM(Config(attn="gqa", layers=2, width=32, heads=2, groups=2, vocab=len(task.symbols)))
     asked = [p for p in train_rl.problems(task, 4, 0) for _ in range(4)]
@@ -2304,7 +3096,9 @@ def test_rollouts_are_what_the_learner_scores():
     for prompt, row, mask, logp, answer in zip(asked, r.text, r.mask, r.sampler, r.answers):
         whole = prompt + answer
         assert task.decode(row[: len(whole)].tolist()) == whole
-        assert mask.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(whole) - 1)), "the mask is the whole answer"
+        assert mask.nonzero()[:, 0].tolist() == list(range(len(prompt) - 1, len(whole) - 1)), (
+            "the mask is the whole answer"
+        )
         assert "." not in answer[:-1] and (answer.endswith(".") or len(answer) == task.room[1])
         text = torch.tensor(task.encode(whole))[None]
         own = sparse_rl.token_logp(model(text[:, :-1]), text[:, 1:])[0, len(prompt) - 1 :]
@@ -2312,7 +3106,9 @@ def test_rollouts_are_what_the_learner_scores():
     optimizer, before = torch.optim.AdamW(model.parameters(), lr=0.1), [p.clone() for p in model.parameters()]
     r.reward[:] = 1.0
     found = train_rl.learn(model, optimizer, r, cfg)
-    assert found["no_signal"] == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "no signal, no update"
+    assert found["no_signal"] == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters())), (
+        "no signal, no update"
+    )
     r.reward[0] = 0.0
     found = train_rl.learn(model, optimizer, r, cfg)
     assert found["clipped"] == 0 and found["no_signal"] == 0.75 and abs(found["k3"]) < 1e-6, found
@@ -2321,8 +3117,22 @@ def test_rollouts_are_what_the_learner_scores():
 
 def answered(correct="none", name="rkv", **changes):
     """Compressed answers of a tiny model in fp64, two groups of 4 with right and wrong ones -> model, rollout, config, engine."""
-    cfg = train_rl.Config(**{**dict(compressor=name, budget=14, buffer=3, recent=3, correct=correct, size=3, group_size=4, clip=0.02,
-                                    max_norm=0.0), **changes})  # fmt: skip
+    cfg = train_rl.Config(
+        **{
+            **dict(
+                compressor=name,
+                budget=14,
+                buffer=3,
+                recent=3,
+                correct=correct,
+                size=3,
+                group_size=4,
+                clip=0.02,
+                max_norm=0.0,
+            ),
+            **changes,
+        }
+    )
     task = train_rl.Sums(3)
     torch.manual_seed(1)
     model = LM(tiny("gqa", layers=2, vocab=len(task.symbols))).double()
@@ -2343,24 +3153,44 @@ def learn_equals_formulas(correct, lr=3.0):
     def logp(i, kept):
         text, cache = r.text[i : i + 1], None
         if kept:
-            cache = sparse_rl.Replay(engine.compress.kept[:, :, i : i + 1], r.given[i : i + 1], 3, text.shape[1] - 1)
+            cache = sparse_rl.Replay(
+                engine.compress.kept[:, :, i : i + 1], r.given[i : i + 1], 3, text.shape[1] - 1
+            )
         return sparse_rl.token_logp(other(text[:, :-1], cache), text[:, 1:])[0][r.mask[i] > 0]
 
     replays = correct in ("replay", "twin")
     with torch.no_grad():
-        old, old_kept = [logp(i, False) for i in range(8)], [logp(i, True) if replays else None for i in range(8)]
+        old, old_kept = (
+            [logp(i, False) for i in range(8)],
+            [logp(i, True) if replays else None for i in range(8)],
+        )
     losses = []
     for group in (range(4), range(4, 8)):
         reward, total = r.reward[group[0] : group[-1] + 1], 0.0
         for i in group:
-            A, pi_s, pi = (r.reward[i] - reward.mean()) / (reward.std() + 1e-6), r.sampler[i][r.mask[i] > 0], logp(i, False)
+            A, pi_s, pi = (
+                (r.reward[i] - reward.mean()) / (reward.std() + 1e-6),
+                r.sampler[i][r.mask[i] > 0],
+                logp(i, False),
+            )
             clipped = lambda log_rho: torch.minimum(log_rho.exp() * A, log_rho.exp().clamp(0.98, 1.02) * A)
             xi = (old[i] - pi_s).exp()
             paper = (xi.min() >= 1e-4) * (xi * clipped(pi - old[i])).mean()
             answer = xi.prod().clamp(max=1) * clipped(pi - old[i]).mean()
             replay = clipped(logp(i, True) - old_kept[i]).mean() if replays else 0.0
-            total = total - {"none": clipped(pi - old[i]).mean(), "bypass": clipped(pi - pi_s).mean(), "both": paper, "replay": replay,
-                             "answer": answer, "twin": (answer + replay) / 2, "gspo": clipped((pi - old[i]).mean())}[correct] / 4  # fmt: skip
+            total = (
+                total
+                - {
+                    "none": clipped(pi - old[i]).mean(),
+                    "bypass": clipped(pi - pi_s).mean(),
+                    "both": paper,
+                    "replay": replay,
+                    "answer": answer,
+                    "twin": (answer + replay) / 2,
+                    "gspo": clipped((pi - old[i]).mean()),
+                }[correct]
+                / 4
+            )
         losses.append(total.detach())
         for p, g in zip(other.parameters(), torch.autograd.grad(total, list(other.parameters()))):
             p.data -= lr * g
@@ -2369,16 +3199,23 @@ def learn_equals_formulas(correct, lr=3.0):
     assert moved > 1e-2 and found["updates"] == 2, f"{correct}: moved by {moved}"
     for a, b in zip(model.parameters(), other.parameters()):
         close(a.detach(), b.detach(), 1e-9, f"{correct}: weights after two updates")
-    close(torch.tensor(found["loss"], dtype=torch.double), sum(losses) / 2, 1e-9, f"{correct}: the logged loss")
+    close(
+        torch.tensor(found["loss"], dtype=torch.double), sum(losses) / 2, 1e-9, f"{correct}: the logged loss"
+    )
 
 
 def test_learn_by_hand():
     for correct in ("none", "both", "answer", "bypass", "gspo", "replay", "twin"):
         learn_equals_formulas(correct)
-    for correct, right, wrong in (("bypass", 'how.anchor == "dense"', "True"), ("both", 'how.anchor == "dense"', "False"),
-                                  ("twin", " / len(views)", ""), ("twin", "loss.mean()", "loss[-1]"), ("gspo", ", how.level", ""),
-                                  ("replay", "v.reads, recorder", '"full", recorder'),
-                                  ("twin", "how.weigh(old[reads]", 'how.weigh(old["full"]')):  # fmt: skip
+    for correct, right, wrong in (
+        ("bypass", 'how.anchor == "dense"', "True"),
+        ("both", 'how.anchor == "dense"', "False"),
+        ("twin", " / len(views)", ""),
+        ("twin", "loss.mean()", "loss[-1]"),
+        ("gspo", ", how.level", ""),
+        ("replay", "v.reads, recorder", '"full", recorder'),
+        ("twin", "how.weigh(old[reads]", 'how.weigh(old["full"]'),
+    ):
         owner = "views_of" if right in inspect.getsource(train_rl.views_of) else "learn"
         with swapped(train_rl, owner, mutant(getattr(train_rl, owner), right, wrong)):
             fails(learn_equals_formulas, correct)
@@ -2389,14 +3226,21 @@ def test_statistics_of_a_replay_are_of_the_dense_policy():
     found = []
     for correct in ("none", "replay"):
         model, r, cfg, engine = answered(correct)
-        found.append(train_rl.learn(model, torch.optim.SGD(model.parameters(), lr=0.0), r, cfg, engine.compress))
-    assert found[0]["k3"] > 1e-5 and all(abs(found[0][n] - found[1][n]) < 1e-9 for n in ("k3", "xi_mean", "log_xi_min", "vetoed")), found
+        found.append(
+            train_rl.learn(model, torch.optim.SGD(model.parameters(), lr=0.0), r, cfg, engine.compress)
+        )
+    assert found[0]["k3"] > 1e-5 and all(
+        abs(found[0][n] - found[1][n]) < 1e-9 for n in ("k3", "xi_mean", "log_xi_min", "vetoed")
+    ), found
 
 
 def updates_only_where_there_is_a_signal():
     model, r, cfg, engine = answered("both")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    updates = lambda: (train_rl.learn(model, optimizer, r, cfg)["updates"], int(optimizer.state[next(model.parameters())]["step"]))
+    updates = lambda: (
+        train_rl.learn(model, optimizer, r, cfg)["updates"],
+        int(optimizer.state[next(model.parameters())]["step"]),
+    )
     assert updates() == (2, 2), "both minibatches"
     r.reward[4:] = 1.0
     assert updates() == (1, 3), "all of the second minibatch's answers are right: no signal in it"
@@ -2404,13 +3248,18 @@ def updates_only_where_there_is_a_signal():
     assert updates() == (1, 4), "all of its answers are vetoed"
     r.reward[:] = 1.0
     before = [p.clone() for p in model.parameters()]
-    assert updates() == (0, 4) and all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "no signal at all"
+    assert updates() == (0, 4) and all(torch.equal(a, b) for a, b in zip(before, model.parameters())), (
+        "no signal at all"
+    )
 
 
 def test_updates_only_where_there_is_a_signal():
     updates_only_where_there_is_a_signal()
-    for right, wrong in (("in zip(parts, useful) if some", "in zip(parts, useful) if any(useful)"), ("weighs & signal", "signal"),
-                         ("(weighs & signal.repeat_interleave(cfg.group_size).to(weighs.device))", "weighs")):  # fmt: skip
+    for right, wrong in (
+        ("in zip(parts, useful) if some", "in zip(parts, useful) if any(useful)"),
+        ("weighs & signal", "signal"),
+        ("(weighs & signal.repeat_interleave(cfg.group_size).to(weighs.device))", "weighs"),
+    ):
         with swapped(train_rl, "learn", mutant(train_rl.learn, right, wrong)):
             fails(updates_only_where_there_is_a_signal)
 
@@ -2429,8 +3278,12 @@ def test_idle_evictions_are_left_out():
         torch.manual_seed(0)
         found.append((train_rl.rollout(decoder, task, asked), count))
     (a, some), (b, every) = found
-    assert torch.equal(a.text, b.text) and torch.equal(a.sampler, b.sampler), "evictions that were left out would have changed something"
-    assert 1 <= len(some) < len(every) and some == [n for n in every if n > 24], f"evictions after {some} tokens of {every}"
+    assert torch.equal(a.text, b.text) and torch.equal(a.sampler, b.sampler), (
+        "evictions that were left out would have changed something"
+    )
+    assert 1 <= len(some) < len(every) and some == [n for n in every if n > 24], (
+        f"evictions after {some} tokens of {every}"
+    )
 
 
 def test_rl_resumed_equals_uninterrupted():
@@ -2442,16 +3295,29 @@ def test_rl_resumed_equals_uninterrupted():
         code, said, _ = in_rl(*out, "--steps", 6, "--name", "half", "--resume")
         assert code == 0 and "expected" in said, said
         a, b = (train_lm.load_checkpoint(pathlib.Path(tmp, n, "ckpt.pt")) for n in ("whole", "half"))
-        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]), "weights differ after resuming"
-        assert losses(pathlib.Path(tmp, "whole")) == losses(pathlib.Path(tmp, "half")), "logged losses, none missing, none twice"
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]), (
+            "weights differ after resuming"
+        )
+        assert losses(pathlib.Path(tmp, "whole")) == losses(pathlib.Path(tmp, "half")), (
+            "logged losses, none missing, none twice"
+        )
 
 
 def test_rl_runs_every_task_and_attention():
     with tempfile.TemporaryDirectory() as tmp:
-        for i, options in enumerate(("--task ledger --compressor h2o", "--task words --correct released", "--attn asa --rollout dense",
-                                     "--compressor streaming --sinks 2 --correct gspo", "--correct bypass --compressor random",
-                                     "--correct twin --compressor snapkv")):  # fmt: skip
-            code, said, err = in_rl("--out", tmp, "--name", i, "--steps", 1, "--warm-steps", 2, *options.split())
+        for i, options in enumerate(
+            (
+                "--task ledger --compressor h2o",
+                "--task words --correct released",
+                "--attn asa --rollout dense",
+                "--compressor streaming --sinks 2 --correct gspo",
+                "--correct bypass --compressor random",
+                "--correct twin --compressor snapkv",
+            )
+        ):
+            code, said, err = in_rl(
+                "--out", tmp, "--name", i, "--steps", 1, "--warm-steps", 2, *options.split()
+            )
             assert code == 0, f"{options}: {said}{err}"
             for word in ("solved when sampling", "MiB, counted", "vetoed", "expected"):
                 assert word in said, f"{options}: the output lacks {word!r}"
@@ -2461,36 +3327,78 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
     with tempfile.TemporaryDirectory() as tmp:
         torn = pathlib.Path(tmp, "torn.pt")
         torn.write_bytes(b"no checkpoint")
-        for name, args in (("words", "--task words"), ("asa", "--attn asa --rollout dense")):  # what a warm start brings along counts
+        for name, args in (
+            ("words", "--task words"),
+            ("asa", "--attn asa --rollout dense"),
+        ):  # what a warm start brings along counts
             assert in_rl("--out", tmp, "--name", name, "--steps", 0, "--warm-steps", 1, *args.split())[0] == 0
-        for args in (f"--warm {tmp}/words --correct twin", f"--warm {tmp}/asa", "--resume --warm nowhere", "--lr -1", "--warm-steps 0",
-                     "--max-norm -1", "--recent -1", "--wrong", "--task chess", "--budget 2", "--buffer 0", "--queries 0", "--group-size 1",
-                     "--minibatches 3", "--attn asa", "--width 30", "--warm nowhere", f"--warm {torn}", "--resume", "--clip 2",
-                     "--correct twice", "--size 0", "--sinks 7", "--task words --correct replay",
-                     *["--device cuda"] * (not torch.cuda.is_available())):  # fmt: skip
+        for args in (
+            f"--warm {tmp}/words --correct twin",
+            f"--warm {tmp}/asa",
+            "--resume --warm nowhere",
+            "--lr -1",
+            "--warm-steps 0",
+            "--max-norm -1",
+            "--recent -1",
+            "--wrong",
+            "--task chess",
+            "--budget 2",
+            "--buffer 0",
+            "--queries 0",
+            "--group-size 1",
+            "--minibatches 3",
+            "--attn asa",
+            "--width 30",
+            "--warm nowhere",
+            f"--warm {torn}",
+            "--resume",
+            "--clip 2",
+            "--correct twice",
+            "--size 0",
+            "--sinks 7",
+            "--task words --correct replay",
+            *["--device cuda"] * (not torch.cuda.is_available()),
+        ):
             code, _, err = in_rl("--out", tmp, "--name", "bad", *args.split())
-            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, f"{args}: exit code {code}, {err!r}"
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (
+                f"{args}: exit code {code}, {err!r}"
+            )
             assert not pathlib.Path(tmp, "bad", "ckpt.pt").exists(), f"{args}: something was written"
 
 
 def test_rl_learns_or_says_not():
-    quick = {name[2:].replace("-", "_"): int(v) if v.isdigit() else v for name, v in zip(RL_QUICK[::2], RL_QUICK[1::2])}
-    preset = lambda **more: swapped(train_rl, "PRESETS", {"small": {**quick, **more}})  # as if these were the preset's own settings
+    quick = {
+        name[2:].replace("-", "_"): int(v) if v.isdigit() else v
+        for name, v in zip(RL_QUICK[::2], RL_QUICK[1::2])
+    }
+    preset = lambda **more: swapped(
+        train_rl, "PRESETS", {"small": {**quick, **more}}
+    )  # as if these were the preset's own settings
     with tempfile.TemporaryDirectory() as tmp:
         with preset(steps=1):
             code, said, _ = in_rl("--small", "--out", tmp, "--name", "idle", "--steps", 1, "--check")
-        assert code == 1 and said.strip().endswith("NOT"), "a model that did not learn: NOT, and exit code 1 with --check"
+        assert code == 1 and said.strip().endswith("NOT"), (
+            "a model that did not learn: NOT, and exit code 1 with --check"
+        )
         usual = ("small", "both", 0)
         easy = {usual: {**train_rl.EXPECTED[usual], "greedy": (0.0, 1.0)}}  # as if the warm start were enough
         with swapped(train_rl, "EXPECTED", easy), preset(steps=3, lr=0.0):
-            code, said, _ = in_rl("--small", "--out", tmp, "--name", "still", "--steps", 3, "--lr", 0, "--check")
+            code, said, _ = in_rl(
+                "--small", "--out", tmp, "--name", "still", "--steps", 3, "--lr", 0, "--check"
+            )
         assert code == 1 and said.strip().endswith("NOT"), "a learning rate of 0: NOT"
     cfg = train_rl.Config(preset="small", **train_rl.PRESETS["small"])
-    for solved, greedy, ok in (([0.2] * 30 + [0.7] * 30, 0.95, True), ([0.2] * 60, 0.95, False), ([0.2] * 30 + [0.7] * 30, 0.5, False)):
+    for solved, greedy, ok in (
+        ([0.2] * 30 + [0.7] * 30, 0.95, True),
+        ([0.2] * 60, 0.95, False),
+        ([0.2] * 30 + [0.7] * 30, 0.5, False),
+    ):
         line, got = train_rl.verdict(cfg, greedy, solved)
         assert got is ok and line.endswith("OK" if ok else "NOT"), line
     for other in ({"correct": "none"}, {"task": "words"}, {"seed": 7}, {"lr": 1.0}, {"steps": 0}):
-        assert train_rl.verdict(dataclasses.replace(cfg, **other), 0.0, [])[1] is None, f"{other}: no expectation, no verdict"
+        assert train_rl.verdict(dataclasses.replace(cfg, **other), 0.0, [])[1] is None, (
+            f"{other}: no expectation, no verdict"
+        )
 
 
 def test_rl_stopped_where_it_evaluates():
@@ -2507,7 +3415,9 @@ def test_rl_stopped_where_it_evaluates():
             assert in_rl(*common, "--steps", 3)[0] == 130
         for args in (["--steps", 0], ["--seed", 1], ["--queries", 3], ["--warm-steps", 31]):
             code, _, err = in_rl(*common, "--resume", *args)
-            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, f"{args}: {code}, {err!r}"
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (
+                f"{args}: {code}, {err!r}"
+            )
         assert in_rl(*common, "--steps", 3, "--resume")[0] == 0
         log = [json.loads(line) for line in pathlib.Path(tmp, "run", "log.jsonl").read_text().splitlines()]
     found = [e["step"] for e in log if "dense_greedy" in e and not e.get("final")]
@@ -2516,7 +3426,19 @@ def test_rl_stopped_where_it_evaluates():
 
 def test_arms_script_runs_and_makes_a_table():
     with tempfile.TemporaryDirectory() as tmp:
-        own = ["--out", f"{tmp}/arms.jsonl", "--runs", f"{tmp}/runs", "--processes", 1, "--seeds", 0, "--arms", "dense", "none-rkv-8-2-2-0-2"]
+        own = [
+            "--out",
+            f"{tmp}/arms.jsonl",
+            "--runs",
+            f"{tmp}/runs",
+            "--processes",
+            1,
+            "--seeds",
+            0,
+            "--arms",
+            "dense",
+            "none-rkv-8-2-2-0-2",
+        ]
         said, _ = run(*own, "--", *RL_QUICK[:-6], "--steps", 2, script="results/rl_arms.py")
         run(*own, script="results/rl_arms.py", code=2)  # the folder of the runs is taken
         assert re.search(r"dense +1 +2", said) and re.search(r"none-rkv-8-2-2-0-2 +1 +2", said), said
@@ -2533,30 +3455,48 @@ def test_compressors_script_knows_the_full_cache():
     """The sampler that evicts nothing is the dense policy; one that evicts is not, and saves bytes."""
     script = results_script("rl_compressors")
     with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()) as said:
-        assert in_rl("--out", tmp, "--name", "start", "--steps", 0, "--warm-steps", 150, "--warm-lr", 8e-3)[0] == 0
+        assert (
+            in_rl("--out", tmp, "--name", "start", "--steps", 0, "--warm-steps", 150, "--warm-lr", 8e-3)[0]
+            == 0
+        )
         script.main(f"{tmp}/start", "rkv-6-2-2-0-2", "streaming-6-2-2-0-2", problems=8)
-        for wrong in (["no such folder"], *([f"{tmp}/start", c] for c in ("rkv-6", "x-6-2-2-0-2", "rkv-2-2-2-0-2"))):
+        for wrong in (
+            ["no such folder"],
+            *([f"{tmp}/start", c] for c in ("rkv-6", "x-6-2-2-0-2", "rkv-2-2-2-0-2")),
+        ):
             _, err = run(*wrong, script="results/rl_compressors.py", code=2)
             assert err.startswith("error: ") and err.count("\n") == 1, err
-    full, rkv, streaming = ([float(x) for x in re.findall(r"(-?[\d.]+)%? ", line.split("|")[1] + " ")]
-                            for line in said.getvalue().splitlines()[3:])  # fmt: skip
+    full, rkv, streaming = (
+        [float(x) for x in re.findall(r"(-?[\d.]+)%? ", line.split("|")[1] + " ")]
+        for line in said.getvalue().splitlines()[3:]
+    )
     assert full[0] == 0 and abs(full[3]) < 1e-4 and full[4] == 0, full
     assert rkv[0] > 20 and rkv[3] > 1e-3 and streaming[0] > rkv[0], (rkv, streaming)
 
 
 def test_arms_table_leaves_out_unfinished_runs():
     lines = []
-    for arm, seed, value, final in (("one", 0, 0.5, True), ("two", 0, 0.25, True), ("two", 1, 0.75, True), ("two", 2, 0.0, False)):
-        log = [{"step": 0, "cache_bytes": 1, "dense_bytes": 2}, {"step": 0, "dense_greedy": 1.0, "sparse_greedy": 1.0},
-               *({"step": s, "solved": value, "vetoed": 0, "k3": 1, "tokens_per_second": 9} for s in (1, 2)),
-               {"step": 2, "dense_greedy": value, "sparse_greedy": value}]  # fmt: skip
+    for arm, seed, value, final in (
+        ("one", 0, 0.5, True),
+        ("two", 0, 0.25, True),
+        ("two", 1, 0.75, True),
+        ("two", 2, 0.0, False),
+    ):
+        log = [
+            {"step": 0, "cache_bytes": 1, "dense_bytes": 2},
+            {"step": 0, "dense_greedy": 1.0, "sparse_greedy": 1.0},
+            *({"step": s, "solved": value, "vetoed": 0, "k3": 1, "tokens_per_second": 9} for s in (1, 2)),
+            {"step": 2, "dense_greedy": value, "sparse_greedy": value},
+        ]
         log += [{"step": 2, "final": True, "dense_greedy": value, "sparse_greedy": value}] * final
         lines += [json.dumps({"arm": arm, "seed": seed, **e}) + "\n" for e in log]
     with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()) as said:
         pathlib.Path(tmp, "arms.jsonl").write_text("".join(lines))
         results_script("rl_arms").table(f"{tmp}/arms.jsonl")
     said = said.getvalue()
-    assert re.search(r"^one +1 +2 +0\.500 ±- +0\.750 ±- ", said, re.M), f"one seed has no spread; each evaluation counts once:\n{said}"
+    assert re.search(r"^one +1 +2 +0\.500 ±- +0\.750 ±- ", said, re.M), (
+        f"one seed has no spread; each evaluation counts once:\n{said}"
+    )
     assert re.search(r"^two +2 +2 +0\.500 ±0\.354 ", said, re.M), f"the mean of the finished ones:\n{said}"
     assert re.search(r"^two\* +1 +2 +0\.000 ±- ", said, re.M), f"an unfinished run is marked:\n{said}"
 
@@ -2566,7 +3506,9 @@ def test_memory_script_warms_every_shape_twice():
     script, calls, before = results_script("rl_memory"), [], []
     model = LM(tiny("gqa", layers=1))
     count = lambda self, work, *args: (calls.append((work.__name__, *args)), work(*args))[1]
-    clock = type("time", (), {"perf_counter": staticmethod(lambda: (before.append(list(calls)), float(len(calls)))[1])})
+    clock = type(
+        "time", (), {"perf_counter": staticmethod(lambda: (before.append(list(calls)), float(len(calls)))[1])}
+    )
     with swapped(script.Decoder, "run", count), swapped(script, "time", clock):
         for compress in (None, Compressor("rkv", 20, 4, 4)):
             calls.clear(), before.clear()
@@ -2578,7 +3520,16 @@ def test_rl_options_are_read_and_the_demo_runs():
     tree = ast.parse((HERE / "train_rl.py").read_text())
     owner = lambda n: n.value.id if isinstance(n.value, ast.Name) else None
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and owner(n) in ("cfg", "self")}
-    helpers = {"attn", "layers", "width", "heads", "groups", "window", "out", "name"}  # read by build and by train_lm.run_folder
+    helpers = {
+        "attn",
+        "layers",
+        "width",
+        "heads",
+        "groups",
+        "window",
+        "out",
+        "name",
+    }  # read by build and by train_lm.run_folder
     for f in dataclasses.fields(train_rl.Config):
         assert f.name in read | helpers, f"--{f.name} is never read"
         assert f.metadata["help"], f"--{f.name} has no help"
@@ -2594,7 +3545,13 @@ def test_rl_options_are_read_and_the_demo_runs():
 
 def test_every_option_is_read():
     tree = ast.parse((HERE / "train_lm.py").read_text())
-    owners = lambda n: {n.value.id} if isinstance(n.value, ast.Name) else {n.value.attr} if isinstance(n.value, ast.Attribute) else set()
+    owners = lambda n: (
+        {n.value.id}
+        if isinstance(n.value, ast.Name)
+        else {n.value.attr}
+        if isinstance(n.value, ast.Attribute)
+        else set()
+    )
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and owners(n) & {"cfg", "self"}}
     for f in dataclasses.fields(Config):
         assert f.name in read, f"--{f.name} is never read"
@@ -2603,7 +3560,10 @@ def test_every_option_is_read():
 
 def test_readme_commands_parse():
     readme = (HERE / "README.md").read_text()
-    commands = [line.strip().split("#")[0].split() for line in re.findall(r"^(?:    |\$ )(.*python.*|.*torchrun.*)$", readme, re.M)]
+    commands = [
+        line.strip().split("#")[0].split()
+        for line in re.findall(r"^(?:    |\$ )(.*python.*|.*torchrun.*)$", readme, re.M)
+    ]
     assert len(commands) >= 5, "the README shows its commands"
     for words in commands:
         while "&&" in words:
@@ -2619,15 +3579,20 @@ def test_readme_commands_parse():
 
 
 def test_demos_run():
-    for script, words in (("latent_attention.py", ("MHA", "MLA", "GLA")), ("nsa.py", ("compressed", "ASA global", "#")),
-                          ("mtp.py", ("drafted", "tokens per read")),
-                          *([("kernels.py", ("window", "lists"))] if kernels.triton else [])):  # fmt: skip
+    for script, words in (
+        ("latent_attention.py", ("MHA", "MLA", "GLA")),
+        ("nsa.py", ("compressed", "ASA global", "#")),
+        ("mtp.py", ("drafted", "tokens per read")),
+        *([("kernels.py", ("window", "lists"))] if kernels.triton else []),
+    ):
         began = time.time()
         out, _ = run(script=script, env={"OMP_NUM_THREADS": "1"})
         assert all(w in out for w in words), out
         assert time.time() - began < 60, f"{script} took {time.time() - began:.0f} s"
     out, err = run("--bnch", script="kernels.py", code=2)
-    assert err.startswith("error: ") and err.count("\n") == 1 and not out, f"kernels.py, a wrong option: {err!r}"
+    assert err.startswith("error: ") and err.count("\n") == 1 and not out, (
+        f"kernels.py, a wrong option: {err!r}"
+    )
 
 
 def main(argv):
