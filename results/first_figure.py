@@ -30,7 +30,7 @@ def attention(axis):
         last = json.loads(lines[-1])
         kept = last["cache_bytes_per_token"][kind]
         axis.barh(row, kept, color=BLUE if kind == "asa" else GRAY, height=0.72)
-        quality = f"{last['bpb']:.2f} bits per byte\n{last['recall_beyond'][0]:.0%} recalled"
+        quality = f"loss {last['bpb']:.2f} bits/byte\n{last['recall_beyond'][0]:.0%} recalled"
         axis.text(110, row, f"{name}\n{quality}", va="center", color="white", fontsize=9, linespacing=1.35)
         axis.text(kept + 90, row, f"{kept:,.0f}", va="center", fontsize=10, weight="bold")
     axis.set(
@@ -63,7 +63,7 @@ def drafts(axis):
     axis.text(-0.42, 1.03, "without drafts", fontsize=9)
     axis.text(0, 0.2, "with\ndrafts", ha="center", va="center", color="white", fontsize=9)
     axis.set(
-        title="The same text, sooner",
+        title="As much text, sooner",
         xlabel="rows decoded at once",
         ylabel="time to write it",
         ylim=(0, 1.15),
