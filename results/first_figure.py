@@ -63,10 +63,7 @@ def drafts(axis):
     axis.text(-0.42, 1.03, "without drafts", fontsize=9)
     axis.text(0, 0.2, "with\ndrafts", ha="center", va="center", color="white", fontsize=9)
     axis.set(
-        title="As much text, sooner",
-        xlabel="rows decoded at once",
-        ylabel="time to write it",
-        ylim=(0, 1.15),
+        title="As much text, sooner", xlabel="rows decoded at once", ylabel="time to write it", ylim=(0, 1.15)
     )
     axis.set(
         xticks=range(len(batches)),
