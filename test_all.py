@@ -2478,6 +2478,11 @@ def test_kept_slots_are_forced_best_and_in_order():
             fails(best_is_sound)
 
 
+def scores_apart():
+    """What is registered meanwhile (a mutant too: it brings its decorator along) is forgotten afterwards."""
+    return swapped(sparse_rl, "SCORES", dict(sparse_rl.SCORES))
+
+
 def rkv_by_loops(e, b, g, mix=0.1, same=0.5, pool=7):
     """R-KV's score of one row and head, from its definition, for the slots before the window."""
     L, h = int(e.length[b]), e.q.shape[1] // e.k.shape[1]
@@ -2518,9 +2523,9 @@ def test_rkv_equals_a_loop():
         (".amax(-1, keepdim=True)", ".amin(-1, keepdim=True)"),
         ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"),
         (".masked_fill(~real, -math.inf).softmax", ".softmax"),
-        ("/ e.length[:, None, None]", "/ len(e.slot)"),
+        ("/ e.length[:, None, None]", "/ e.pos.shape[2]"),
     ):
-        with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, right, wrong)):
+        with scores_apart(), swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, right, wrong)):
             fails(rkv_equals_loops)
 
 
@@ -2545,7 +2550,8 @@ def rkv_makes_nothing_larger_than_the_cosines():
 
 def test_rkv_makes_nothing_larger_than_the_cosines():
     rkv_makes_nothing_larger_than_the_cosines()
-    with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, "e.slot.short()", "e.slot")):
+    int64 = lambda: mutant(sparse_rl.rkv, "dtype=torch.short", "dtype=torch.long")
+    with scores_apart(), swapped(sparse_rl, "rkv", int64()):
         fails(rkv_makes_nothing_larger_than_the_cosines)
 
 
@@ -2592,10 +2598,8 @@ def other_scores():
 
 def test_other_scores_equal_loops():
     other_scores()
-    acausal = mutant(
-        sparse_rl.Entries.attention, "(self.pos[:, :, None] <= self.q_pos[:, None, :, None])", "True"
-    )
-    with swapped(sparse_rl.Entries, "attention", acausal):
+    acausal = mutant(sparse_rl.attention, "visible(q_pos, k_pos)", "visible(q_pos + 99, k_pos)")
+    with swapped(sparse_rl, "attention", acausal):
         fails(other_scores)
 
 
@@ -2659,9 +2663,9 @@ def no_slot_beyond_the_cap(name="rkv"):
     most = torch.stack(most)  # (rounds, rows)
     assert most.max() == 17 and most[-1].min() > 12, f"slots in use: {most.max()}"
     layers = decoder.cache.layers
-    assert {t.shape[2] for layer in layers for t in (*layer["tokens"].data, layer["tokens"].pos)} == {17}, (
-        "allocated"
-    )
+    assert {
+        t.shape[2] for layer in layers for t in (*layer["tokens"].data.values(), layer["tokens"].pos)
+    } == {17}, "allocated"
     per_slot = 2 * 8 * 8  # 2 groups of width 8, fp64
     extra = {"rkv": 3 * 4 * 8 * 8, "h2o": 17 * 2 * 4}.get(
         name, 0
@@ -2685,7 +2689,7 @@ def test_no_slot_beyond_the_cap():
     for name in ("rkv", "h2o", "streaming"):
         no_slot_beyond_the_cap(name)
     model = lm("gqa")
-    cache = model.new_cache(1, 6, **Compressor("streaming", 5, 1, 2).needs)
+    cache = model.new_cache(1, 6, compress=Compressor("streaming", 5, 1, 2))
     with torch.no_grad():
         model(text_of(model, 1, 6), cache)
         try:
@@ -2764,7 +2768,7 @@ def trace_reads_as_a_decoder():
 def test_trace_reads_as_a_decoder():
     trace_reads_as_a_decoder()
     for right, wrong in (
-        ("compress.slots, 1, **", "compress.slots, **"),
+        ("compress.slots, 1, ", "compress.slots, "),
         ("t % compress.buffer == 0", "t % compress.buffer == 1"),
     ):
         with swapped(sparse_rl, "trace", mutant(sparse_rl.trace, right, wrong)):
@@ -2779,10 +2783,11 @@ def test_h2o_mass_and_its_grace():
     q, k = rope(la.split_heads(layer.q(x), 4), pos), rope(la.split_heads(layer.k(x), 2), pos)
     s = q.unflatten(1, (2, 2)) @ k[:, :, None].transpose(-1, -2) * 8**-0.5
     p = s.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1)
-    cache = layer.new_cache(2, 20, mass=True, dtype=torch.float64)
+    cache = layer.new_cache(2, 20, dtype=torch.float64)
+    Compressor("h2o", 12, 8).extend(cache, 4)
     for a, b in ((0, 5), (5, 6), (6, 12)):
         layer(x[:, a:b], pos[:, a:b].expand(2, -1), cache, torch.tensor([b - a, b - a]))
-    close(cache["mass"].data[0][..., :12, 0], p[:, :, :, :12, :12].sum((2, 3)), 1e-5, "mass")
+    close(cache["mass"].data["mass"][..., :12, 0], p[:, :, :, :12, :12].sum((2, 3)), 1e-5, "mass")
     kept = (
         sampled(model, prompts_of(model, 8), 40, Compressor("h2o", 12, 1, 1))[1].cache.layers[0]["tokens"].pos
     )
@@ -2884,7 +2889,7 @@ def test_replay_by_hand():
     held = torch.tensor([[0, 1], [0, 3]])[
         :, None, None, None
     ]  # (E, layers, B, G, n): eviction 0 kept a and b, eviction 1 a and d
-    see = sparse_rl.Replay(held, torch.tensor([3]), 2, 6).layers[0]["see"][0, 0]  # (T, T)
+    see = sparse_rl.Replay(held, torch.tensor([3]), 2, 6).layers[0]["tokens"].see[0, 0]  # (T, T)
     reads = ["".join(c for c, one in zip("abcdef", row) if one) for row in see.tolist()]
     assert reads == ["a", "ab", "abc", "abcd", "ade", "adef"], reads
     shown = re.search(r"a: a  .*", sparse_rl.Replay.__doc__)[0]
@@ -2930,8 +2935,9 @@ def test_objective_is_the_papers():
     objective_is_the_papers()
     inside = mutant(
         sparse_rl.objective,
-        "torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)",
-        "torch.minimum(rho * weight * A, (rho * weight).clamp(1 - clip, 1 + clip) * A) / weight.clamp(min=1e-9)",
+        "torch.minimum(free, rho.clamp(1 - clip, 1 + clip) * advantage)",
+        "torch.minimum(free * weight, (rho * weight).clamp(1 - clip, 1 + clip) * advantage)"
+        " / weight.clamp(min=1e-9)",
     )
     survivors = mutant(sparse_rl.objective, "loss.mean()", "loss.sum() / (weight.sum(-1) > 0).sum()")
     tokens = mutant(
@@ -3232,6 +3238,100 @@ def test_statistics_of_a_replay_are_of_the_dense_policy():
     assert found[0]["k3"] > 1e-5 and all(
         abs(found[0][n] - found[1][n]) < 1e-9 for n in ("k3", "xi_mean", "log_xi_min", "vetoed")
     ), found
+
+
+def extended_by_a_compressor(needs):
+    """A rollout with a score that is one function: it gets what it asks for, and what it says is what stays."""
+    model, calls = lm("gqa"), []
+
+    @sparse_rl.score(needs=[needs])
+    def mine(e):
+        assert (e.q is not None) == (e.q_pos is not None) == (needs == "queries"), "queries, if asked for"
+        assert (e.mass is not None) == (needs == "mass"), "masses, if asked for"
+        worth = -e.attention() if needs == "queries" else -e.mass  # the least read: no other score's choice
+        calls.append(([x.clone() if torch.is_tensor(x) else x for x in e], worth))
+        return worth
+
+    prompts = prompts_of(model, 7, 9)
+    record = sparse_rl.Recorder(Compressor("mine", 12, 4, 4, sinks=1, queries=3), 99)
+    answers, _ = sampled(model, prompts, 60, record)
+    texts = [torch.cat([p, a]) for p, (a, _) in zip(prompts, answers)]
+    evictions = 0
+    for i, (e, worth) in enumerate(calls):
+        e = sparse_rl.Entries(*e)
+        for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            pos = e.pos[b, g, : e.length[b]].tolist()
+            rest = sorted(range(1, len(pos) - 4), key=lambda j: (-float(worth[b, g, j]), j))[:7]
+            want = [pos[j] for j in sorted({0, *rest, *range(len(pos) - 4, len(pos))})]
+            if len(pos) > 12:
+                evictions += 1
+                kept = record.kept[i // 4, i % 4, b, g].tolist()
+                assert kept == want, f"layer {i % 4}: kept {kept}, by the score {want}"
+        if i % 4 or e.length.min() <= 12:
+            continue
+        for b, text in enumerate(texts):  # the first layer, once its caches are full
+            T, attn = int(e.pos[b].max()) + 1, model.blocks[0].attn
+            x, at = model.blocks[0].attn_norm(model.embed(text[None, :T])), torch.arange(T)[None]
+            q, k = rope(la.split_heads(attn.q(x), 4), at), rope(la.split_heads(attn.k(x), 2), at)
+            if needs == "queries":
+                newest = e.q_pos[b].long()
+                assert sorted(newest.tolist()) == [T - 3, T - 2, T - 1], "the newest queries"
+                close(e.q[b], q[0, :, newest], 1e-9, "the queries themselves")
+            elif T == e.length[b]:  # nothing was evicted before
+                s = q.unflatten(1, (2, 2)) @ k[:, :, None].transpose(-1, -2) * 8**-0.5
+                p = s.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1)
+                close(e.mass[b, :, :T], p.sum((2, 3))[0], 1e-5, "the masses")
+    assert evictions > 100, f"{evictions} evictions"
+
+
+def extended_by_a_correction():
+    """A correction that is one line: learn's loss and its gradient are those of the formula."""
+    model, r, cfg, _ = answered("geometric", minibatches=1)
+    old = train_rl.answer_logp(model, r, slice(None))  # (B, T - 1)
+    xi = (
+        ((old - r.sampler).sum(-1) / r.mask.sum(-1)).exp().detach()
+    )  # (B,), the geometric mean of each answer's
+    assert xi.std() > 1e-3, "something was evicted"
+    advantage = sparse_rl.group_advantage(r.reward, 4)  # (B,)
+    want = -(xi * advantage * (old - old.detach()).exp().mul(r.mask).sum(-1) / r.mask.sum(-1)).mean()
+    close(loss_of("geometric", old, old.detach(), r.sampler, advantage, r.mask), want, 1e-12, "its loss")
+    gradients = torch.autograd.grad(want, list(model.parameters()))
+    before = [p.detach().clone() for p in model.parameters()]
+    found = train_rl.learn(model, torch.optim.SGD(model.parameters(), lr=1.0), r, cfg)
+    assert abs(found["loss"] - want) < 1e-9 and found["updates"] == 1
+    for a, b, g in zip(model.parameters(), before, gradients):
+        close(a.detach(), b - g, 1e-9, "its step")
+
+
+def test_extend_a_compressor_and_a_correction():
+    """A new compressor is one function that says what it needs; a new correction one line."""
+    for needs in ("queries", "mass"):
+        with scores_apart():
+            extended_by_a_compressor(needs)
+        by_name = f'"{needs}" in self.score.needs', 'self.name in ("rkv", "snapkv", "value", "h2o")'
+        with scores_apart(), swapped(Compressor, "extend", mutant(Compressor.extend, *by_name)):
+            fails(extended_by_a_compressor, needs)
+    longer = mutant(Compressor.extend, "window=self.queries", "window=self.queries + 1")
+    with scores_apart(), swapped(Compressor, "extend", longer):
+        fails(extended_by_a_compressor, "queries")
+    padded = mutant(sparse_rl.add_mass, "p.where(real[:, None, :, None], 0)", "p")
+    with scores_apart(), swapped(sparse_rl, "add_mass", padded):
+        fails(extended_by_a_compressor, "mass")
+    assert "mine" not in sparse_rl.SCORES
+    try:
+        sparse_rl.score(needs=["querys"])
+    except ValueError as e:
+        assert "querys" in str(e)
+    else:
+        raise AssertionError("a need that nobody can meet")
+
+    mean = lambda log_xi, mask: (log_xi * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    geometric = sparse_rl.Correction(lambda log_xi, mask: (mask * mean(log_xi, mask).exp(), mask))
+    sparse_rl.CORRECTIONS["geometric"] = geometric
+    try:
+        extended_by_a_correction()
+    finally:
+        del sparse_rl.CORRECTIONS["geometric"]
 
 
 def updates_only_where_there_is_a_signal():
