@@ -31,16 +31,11 @@ import torch.nn.functional as F
 from kernels import fast_path
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; torch keeps the mean in fp32 or better."""
-
-    def __init__(self, width, eps=1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; torch keeps the mean in fp32."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 @fast_path
@@ -103,10 +98,8 @@ def write_slots(length, buffers, new, count, ring):
     for buffer, x in zip(buffers, new):
         old = buffer.view(B, buffer.shape[1], S, -1)  # positions have width 1
         x = x.to(old.dtype).reshape(B, x.shape[1], T, -1)
-        i, s, w = (
-            y[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3]) for y in (take, slot, write)
-        )
-        old.scatter_(2, s, torch.where(w, x.gather(2, i), old.gather(2, s)))
+        to, at, real = (y[:, None, :, None].expand_as(x[:, :, : y.shape[1]]) for y in (slot, take, write))
+        old.scatter_(2, to, torch.where(real, x.gather(2, at), old.gather(2, to)))
 
 
 class SlotCache:
@@ -118,9 +111,8 @@ class SlotCache:
     watchers  functions (q, keys, pos, count), told of every query: sparse_rl.py learns there what is asked
 
     widths    {name: (heads, width)} of the cached quantities
-    window    None: S = max_len slots. W: a ring of W - 1 + margin slots, at most max_len: every key that a
-    query
-              may read stays when up to `margin` tokens arrive at once, or up to `margin` are taken back.
+    window    None: S = max_len slots. W: a ring of W - 1 + margin slots, at most max_len: the keys that a
+              query may read stay when up to `margin` tokens arrive at once, or are taken back
     Shapes never change and the host reads nothing, so a CUDA graph can capture a decoding step.
     """
 
@@ -147,9 +139,8 @@ class SlotCache:
 
         new: one (B, heads, T, width) for each quantity; pos (B, T) their positions; count (B,), 0 to T: the
         rest is padding. count None: nothing is written, the queries read what lies there (drafts in mtp.py).
-        The Keys are the buffers themselves. But when more than `margin` tokens enter a ring at once, the
-        first of them still need slots that the last overwrite: then old and new entries come side by side (S
-        + T).
+        The Keys are the buffers themselves. But of more than `margin` tokens that enter a ring at once, the
+        first still need slots that the last overwrite: then S old and T new entries come side by side.
         """
         data, k_pos, length = self.data, self.pos, self.length
         if count is not None:
@@ -353,16 +344,11 @@ class LatentAttention(nn.Module):
         return {"tokens": SlotCache(batch, max_len, widths, self.window, margin, **kind)}
 
     def project(self, x, pos, source=None):
-        """x (B, T, C) -> q_c (B, H, T, D), q_r (B, H, T, P), and what is cached.
-
-        That is c (B, G, T, R) and k_r (B, 1, T, P).
-        """
+        """x (B, T, C) -> q_c (B, H, T, D), q_r (B, H, T, P); to be cached c (B, G, T, R), k_r (B, 1, T, P)."""
         source = x if source is None else source
-        q = self.q_up(self.q_norm(self.q_down(x)))  # (B, T, H (D + P))
-        q = split_heads(q, self.heads)  # (B, H, T, D + P)
-        q_c, q_r = q.split([q.shape[-1] - self.rotary, self.rotary], dim=-1)
-        kv = self.kv_down(source)  # (B, T, G R + P)
-        c, k_r = kv.split([self.latents * self.rank, self.rotary], dim=-1)
+        q = split_heads(self.q_up(self.q_norm(self.q_down(x))), self.heads)  # (B, H, T, D + P)
+        q_c, q_r = q.tensor_split([-self.rotary], dim=-1)
+        c, k_r = self.kv_down(source).tensor_split([-self.rotary], dim=-1)  # (B, T, G R), (B, T, P)
         c = self.kv_norm(split_heads(c, self.latents))  # (B, G, T, R)
         return q_c, rope(q_r, pos, self.base), c, rope(k_r[:, None], pos, self.base)
 
@@ -406,30 +392,27 @@ def main():
     C = H * D
     P = D // 2
     layers = {
-        f"MHA    2 H D = {2 * H * D}": GQA(C, H, H, D),
-        f"GQA    2 G D = {2 * G * D}": GQA(C, H, G, D),
-        f"MQA    2 D = {2 * D}": GQA(C, H, 1, D),
-        f"MLA    R + P = {4 * D + P}": LatentAttention(C, H, D, 1, 4 * D, P),
-        f"GLA    G R + P = {G * 2 * D + P}": LatentAttention(C, H, D, G, 2 * D, P),
-        f"GLA-2  2 R + P = {2 * 2 * D + P}": LatentAttention(C, H, D, 2, 2 * D, P),
+        "MHA: 2 H D": GQA(C, H, H, D),
+        "GQA: 2 G D": GQA(C, H, G, D),
+        "MQA: 2 D": GQA(C, H, 1, D),
+        "MLA: R + P, R = 4 D": LatentAttention(C, H, D, 1, 4 * D, P),
+        "GLA: G R + P, R = 2 D": LatentAttention(C, H, D, G, 2 * D, P),
+        "GLA, two latents": LatentAttention(C, H, D, 2, 2 * D, P),
     }
     print(
-        f"The cache of one layer for {T} tokens in bf16: {H} heads of width {D}, {G} groups, rotary width {P}\n"
+        f"The cache of one layer for {T} tokens in bf16: {H} heads of width {D}, {G} groups, rotary width {P}"
     )
-    print(f"{'numbers a token: formula':26} {'bytes, counted':>15} {'of MHA':>7}  stored a token")
+    print("Bytes a token, counted, and as a share of MHA's\n")
     for name, layer in layers.items():
-        cache = layer.new_cache(1, T, dtype=torch.bfloat16)
-        per_token = cache_bytes([cache]) / T
+        per_token = cache_bytes([layer.new_cache(1, T, dtype=torch.bfloat16)]) / T
         share = per_token / (2 * 2 * H * D)
-        stored = " + ".join(f"{x.shape[1]} x {x.shape[3]}" for x in cache["tokens"].data.values())
-        print(f"{name:26} {per_token:15.0f} {share:7.1%}  {stored:16} {'#' * round(40 * share)}")
+        print(f"{name:22} {per_token:6.0f} {share:7.1%}  {'#' * round(60 * share)}")
 
-    layer = LatentAttention(C, H, D, G, 2 * D, P).double()
+    layer = layers["GLA: G R + P, R = 2 D"].double()
     x = torch.randn(2, 37, C, dtype=torch.float64)  # (B, T, C)
     pos = torch.arange(37)[None].expand(2, -1)  # (B, T)
     cache = layer.new_cache(2, 37, dtype=torch.float64)
-    from_cache = layer(x, pos, cache, torch.tensor([37, 37]))  # (B, T, C)
-    difference = (layer(x, pos) - from_cache).abs().max()
+    difference = (layer(x, pos) - layer(x, pos, cache, torch.tensor([37, 37]))).abs().max()
     print(f"\nGLA, keys made per head = latents read as they lie: max difference {difference:.1e} (fp64)")
 
 

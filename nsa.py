@@ -110,9 +110,9 @@ def find(k_pos, wanted):
 
 
 def pick(x, slot):
-    """x (B, G, S, width), slot (B, N, l) -> (B, G, N, l, width)."""
+    """What lies in these slots: x (B, G, S, width), slot (B, ...) -> (B, G, ..., width)."""
     B, G, _, width = x.shape
-    index = slot.flatten(1)[:, None, :, None].expand(B, G, -1, width)  # (B, G, N l, width)
+    index = slot.view(B, 1, -1, 1).expand(-1, G, -1, width)
     return x.gather(2, index).view(B, G, *slot.shape[1:], width)
 
 
@@ -198,7 +198,7 @@ def chosen_tokens(lists, k_pos, block, see):
 
 @fast_path
 def selected_attention(q, q_pos, keys, lists, sizes, scale):
-    """Attention to the tokens of the lists' blocks: eq. 12. Here all keys are scored, and masked if not chosen.
+    """Attention to the tokens of the lists' blocks: eq. 12. All keys are scored here, and masked if not chosen.
 
     q (B, H, T, Dk), q_pos (B or 1, T), keys of the tokens, lists (B, G, ceil(T / share), n) -> (B, H, T, Dv).
     """
@@ -220,7 +220,7 @@ def mix(gates, *branches):
 
 
 class Phi(nn.Module):
-    """NSA's compressor of l tokens: an MLP on the block and its places. Ours: added to the mean, 0 at first."""
+    """NSA's compressor of l tokens: an MLP on block and places. Ours: added to the mean, 0 at first."""
 
     def __init__(self, l, head_width):
         super().__init__()
@@ -276,7 +276,8 @@ class NSA(nn.Module):
 
     def compress(self, k, v, end):
         """Un-rotated k, v (B, G, N, l, D) of blocks -> (B, G, N, D); the key turns to its block's middle."""
-        return {"k": rope(self.phi_k(k), end - (self.sizes.l - 1) / 2, self.base), "v": self.phi_v(v)}
+        middle = end - (self.sizes.l - 1) / 2  # (B or 1, N)
+        return {"k": rope(self.phi_k(k), middle, self.base), "v": self.phi_v(v)}
 
     def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
         q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
@@ -337,13 +338,13 @@ class ASAGlobal(LatentAttention):
     def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device="cpu"):
         widths = {"k": (self.latents, self.rank), "k2": (1, self.rotary)}
         kind = {"dtype": dtype, "device": device}
-        # The lists that a query may still need are its own four's and, after a rejected draft, earlier ones.
-        lists = {"k": (self.latents, min(self.sizes.n, -(-max_len // ASA_BLOCK)))}
-        four = {"window": 2, "margin": margin // SHARE + 1, "dtype": torch.int32, "device": device}
+        blocks = max_len // ASA_BLOCK
+        # A query may still need the list of its own four and, after a rejected draft, earlier ones.
+        lists = {"k": (self.latents, min(self.sizes.n, blocks + (max_len % ASA_BLOCK > 0)))}
         return {
             "tokens": SlotCache(batch, max_len, widths, margin=margin, **kind),
-            "blocks": SlotCache(batch, max(1, max_len // ASA_BLOCK), widths, **kind),
-            "lists": SlotCache(batch, max_len, lists, **four),
+            "blocks": SlotCache(batch, max(1, blocks), widths, **kind),
+            "lists": SlotCache(batch, max_len, lists, 2, margin // SHARE + 1, torch.int32, device),
         }
 
     def compress(self, c, k_r, end):
@@ -390,14 +391,11 @@ class ASAGlobal(LatentAttention):
         row = -first % SHARE + torch.arange(
             0, T + SHARE - 1, SHARE, device=pos.device
         )  # (B, fours) rows at a t0
-        fresh = pick_rows(lists, row.clamp(max=T - 1))  # (B, G, fours, n)
-        held = cache.append(first + row, (row < count[:, None]).sum(-1), k=fresh)
-        return pick_rows(held.k, find(held.pos[:, 0], pos - pos % SHARE)).long()
-
-
-def pick_rows(x, row):
-    """x (B, G, S, n), row (B, T) -> (B, G, T, n)."""
-    return x.gather(2, row[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        fresh = pick(lists, row.clamp(max=T - 1))  # (B, G, fours, n)
+        real = (row < count[:, None]).sum(-1)  # (B,)
+        held = cache.append(first + row, real, k=fresh)
+        slot = find(held.pos[:, 0], pos - pos % SHARE)  # (B, T)
+        return pick(held.k, slot)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -414,10 +412,11 @@ def tokens_read(layer, x):
     if isinstance(layer, (NSA, ASAGlobal)):
         layer(x, pos, trace=trace)
         before = visible(pos[:, -1:], pos[:, None])  # (1, 1, 1, T)
-        chosen = chosen_tokens(trace["lists"][:, :1, -1:], pos[:, None], layer.sizes.block, before)[0, 0, 0]
+        lists = trace["lists"][:, :1, -1:]  # (1, 1, 1, n)
+        chosen = chosen_tokens(lists, pos[:, None], layer.sizes.block, before).flatten()
         blocks = trace["blocks"][0, 0, -1]
     if layer.window is not None:
-        slide = visible(pos[:, -1:], pos[:, None], layer.window)[0, 0, 0]
+        slide = visible(pos[:, -1:], pos[:, None], layer.window).flatten()
     return blocks, chosen, slide
 
 
