@@ -1,8 +1,8 @@
 """How few entries a sampler keeps, and the objective that corrects for it.
 
 Sampling answers fills the cache. A sampler that keeps only `budget` entries per head runs more answers in the
-same memory, but it samples from another policy than the one that is trained. Training on its answers as if they
-were the policy's own ends badly (the README shows it). Sparse-RL keeps three policies apart:
+same memory, but its policy is not the one that is trained, and training on its answers as if they were the
+policy's own ends badly (the README shows it). Sparse-RL keeps three policies apart:
 
     pi_s   sampler     old weights, compressed history    log-probabilities recorded while sampling
     pi_o   dense old   the same weights, full history     one pass over the finished answers
@@ -18,17 +18,16 @@ were the policy's own ends badly (the README shows it). Sparse-RL keeps three po
     6) watch      how far the sampler is from the dense policy, and what the correction throws away
 
 A new compressor is one function under @score, a new correction one line in CORRECTIONS.
-Differs from the papers: no KL term (Sparse-RL: 1e-4 to a reference). Each head keeps a set of its own, as in
+Differs from the papers: There is no KL term (Sparse-RL: 1e-4 to a reference). Each head keeps its own set, as in
 R-KV (Sparse-RL's release: one set for all). An R-KV row without duplicates zeroes nothing (R-KV's code zeroes
-index 0: an accidental sink). `released` makes the mean weight 1 per rollout (the release: per micro-batch).
+index 0, an accidental sink). `released` has a mean weight of 1 per rollout (the release: per micro-batch).
 Does NOT include: kernels, paging, compression of latents.
-Run `python sparse_rl.py` to see which tokens of a text each compressor keeps; `python train_rl.py` trains.
+Run `python sparse_rl.py` to see which tokens a sampler still holds, and xi where it slips.
 Read: Sparse-RL 2601.10079 (we had descriptions and the released code, not the typeset equations),
-R-KV 2505.24133, SnapKV 2404.14469, H2O 2306.14048, StreamingLLM 2309.17453.
+R-KV 2505.24133, SnapKV 2404.14469, H2O 2306.14048, StreamingLLM 2309.17453. Then train_rl.py trains with it.
 
-Letters as in latent_attention.py; A recent queries, E evictions; B answers of T tokens.
-Scores, log-probabilities and weights are fp32 or better. This file knows no model class: a layer's cache is
-a dict of SlotCaches, of which "tokens" holds keys and values.
+Letters as in latent_attention.py; A recent queries, E evictions, B answers of T tokens. Scores, weights and
+log-probabilities are fp32 or better. A layer's cache is a dict of SlotCaches; "tokens" holds keys and values.
 """
 
 import functools
@@ -55,11 +54,9 @@ class Entries(NamedTuple):
     pos: torch.Tensor  # (B, G, S), -1 = empty
     length: torch.Tensor  # (B,)
     window: int  # the newest entries, which are kept anyway
-    q: torch.Tensor = (
-        None  # (B, H, A, D) after RoPE, in any order; this and q_pos for those that need queries
-    )
+    q: torch.Tensor = None  # (B, H, A, D) after RoPE, in any order, for a score that needs queries
     q_pos: torch.Tensor = None  # (B, A)
-    mass: torch.Tensor = None  # (B, G, S) attention received so far, for those that need mass
+    mass: torch.Tensor = None  # (B, G, S) attention received so far, for a score that needs mass
 
     @property
     def old(self):
@@ -89,7 +86,7 @@ SCORES = {}  # name -> function, with what it `needs`
 
 
 def score(needs=()):
-    """Register the function below as a compressor: Entries -> (B, G, S), what each slot is worth.
+    """Register the function below, Entries -> (B, G, S): what each slot is worth.
 
     needs: "queries" (the newest A queries), "mass" (the attention that each slot has received) or nothing.
     What the function says of empty slots, and of those that are kept anyway, does not matter.
@@ -139,7 +136,7 @@ def h2o(e):
 
 @score()
 def streaming(e):
-    """StreamingLLM: the newest, behind sinks. Positions stay the original ones (the paper's are counted anew)."""
+    """StreamingLLM: the newest, behind sinks. Positions stay the original ones (the paper: new ones)."""
     return e.pos.float()
 
 
@@ -176,7 +173,7 @@ def best(score, length, budget, window, sinks=0):
 
 
 def add_mass(mass, q, keys, pos, count):
-    """Add to a SlotCache of masses what the first count[b] of T queries give to each slot, over all heads."""
+    """Add to a SlotCache of masses what the first count[b] of T queries give to each slot, in all heads."""
     B, _, T, _ = q.shape
     mass.append(pos, count, mass=q.new_zeros(B, keys.k.shape[1], T, 1))  # a new entry starts at 0
     p = attention(q, keys.k, pos, keys.pos).sum(2)  # (B, G, T, S)
@@ -188,9 +185,8 @@ def add_mass(mass, q, keys, pos, count):
 class Compressor:
     """Evicts down to `budget` entries per layer and KV head, every `buffer` tokens.
 
-    A cache needs slots = budget + buffer. The caches of all layers are compressed between two decoding steps, so
-    that a token's log-probability comes from the cache that it was sampled from. Shapes are static and the host
-    reads nothing: mtp.Decoder captures it in a CUDA graph.
+    Call it with the caches of all layers between two decoding steps, so that a token's log-probability comes
+    from the cache that it was sampled from. A CUDA graph can capture a call: shapes are static.
     """
 
     name: str  # of SCORES
@@ -205,10 +201,10 @@ class Compressor:
     def __post_init__(self):
         self.score = SCORES[self.name]
         self.slots = self.budget + self.buffer
-        least = min(self.buffer - 1, self.window, self.sinks)
-        if least < 0 or self.budget <= self.window + self.sinks:
-            raise ValueError("the budget must be more than recent entries + sinks (>= 0), the buffer >= 1")
-        # all queries that score have been read when the first entry goes
+        if min(self.window, self.sinks) < 0 or self.buffer < 1:
+            raise ValueError("recent entries and sinks must be at least 0, the buffer at least 1")
+        if self.budget <= self.window + self.sinks:
+            raise ValueError(f"the budget {self.budget} must be more than recent entries and sinks together")
         if self.queries < 1 or ("queries" in self.score.needs and self.queries > self.budget):
             raise ValueError(f"the queries that score, {self.queries}, must be 1 to the budget {self.budget}")
 
@@ -236,9 +232,8 @@ class Compressor:
             if "mass" in layer:
                 e = e._replace(mass=layer["mass"].data["mass"][..., 0])
             kept = best(self.score(e), e.length, self.budget, self.window, self.sinks)  # (B, G, budget)
-            tokens.keep(kept)
-            if "mass" in layer:
-                layer["mass"].keep(kept)
+            for part in layer.keys() & {"tokens", "mass"}:
+                layer[part].keep(kept)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -248,7 +243,7 @@ class Compressor:
 class Recorder(Compressor):
     """A compressor that remembers the positions that it kept: kept (E, layers, B, G, budget), -1 = none."""
 
-    records = True  # it counts evictions, so it needs every one
+    records = True  # every eviction is needed, since they are counted
     kept = None  # until the first eviction
 
     def __init__(self, compress, evictions):
@@ -279,14 +274,14 @@ class Masked(NamedTuple):
 
 
 class Replay:
-    """Stands for a model's cache in a pass over whole texts: each query reads exactly what its sampler had.
+    """Stands for a model's cache in a pass over whole texts: each query reads what its sampler had.
 
-    So xi = 1 by construction, and the compressed policy itself is trained (mask replay, or "sparse learner").
-    kept (E, layers, B, G, budget) and buffer of a Recorder, given (B,) tokens of the prompts, T tokens in all.
+    This is mask replay: xi = 1 by construction, and the compressed policy itself is trained.
+    kept (E, layers, B, G, budget) and buffer of a Recorder, given (B,) tokens of the prompts, T tokens.
     Eviction i comes when given - 1 + i * buffer tokens have been read.
 
-    By hand: the prompt abc, the answer def, a buffer of 2. Eviction 0 comes after b and keeps a and b. Eviction 1
-    comes after d and keeps a and d. Each token reads what is held, and what is newer than the eviction:
+    By hand: the prompt abc, the answer def, a buffer of 2. Eviction 0 comes after b and keeps a and b.
+    Eviction 1 comes after d and keeps a and d. Each token reads what is held, and what has come since:
         a: a    b: ab    (the prompt: nothing evicted yet)    c: ab c    d: ab cd    e: ad e    f: ad ef
     """
 
@@ -310,7 +305,7 @@ class Replay:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4) correct: log xi, mask (1 on the answer's tokens) -> weight of each token, counted in the average; all (B, T)
+# 4) correct: log xi, mask (1: an answer's token) -> weight of each token, counted in the average; all (B, T)
 
 
 def ratio(log):
@@ -354,7 +349,7 @@ def tis(log_xi, mask, high=2.0):
 
 
 def mis(log_xi, mask, low=0.5, high=2.0):
-    """Masked importance sampling: tokens outside bounds leave the average, answers stay (verl: they leave)."""
+    """Masked importance sampling: tokens outside bounds leave the average, answers stay (not in verl)."""
     inside = mask * (log_xi >= math.log(low)) * (log_xi <= math.log(high))
     return inside * ratio(log_xi), inside
 
@@ -371,11 +366,12 @@ def sequence_mask(log_xi, mask, high=3.0):
 
 
 def answer(log_xi, mask):
-    """Sequence-truncated importance sampling: the product of the answer's xi, at most 1 (this cap is ours).
+    """Sequence-truncated importance sampling with the cap 1, which is ours: the product of the answer's xi.
 
-    The slip of a compressed cache spoils the reward of all tokens, also of those with xi = 1.
+    One slip of a compressed cache spoils the reward of all tokens of an answer, also of those with xi = 1.
     """
-    return mask * ratio((log_xi * mask).sum(-1, keepdim=True).clamp(max=0)), mask
+    product = ratio((log_xi * mask).sum(-1, keepdim=True).clamp(max=0))  # (B, 1)
+    return mask * product, mask
 
 
 class Correction(NamedTuple):
@@ -402,21 +398,18 @@ CORRECTIONS = {
 
 
 def group_advantage(reward, size):
-    """(reward - mean) / std within groups of `size` consecutive answers: (B,) -> (B,); 0 where all are equal.
-
-    Call it before any veto: vetoed answers stay in mean and std, as in the paper.
-    """
+    """(reward - mean) / std within groups of `size` answers, (B,) -> (B,): 0 where all rewards are equal."""
     r = reward.view(-1, size)  # (B / size, size)
-    centred = r - r.mean(-1, keepdim=True)
+    centred = r - r.mean(-1, keepdim=True)  # vetoed answers are part of mean and std, as in the paper
     return (centred / (r.std(-1, keepdim=True) + 1e-6)).flatten()
 
 
 def objective(logp, anchor, advantage, weight, counted, clip=0.2, level="token"):
     """The loss -1/B sum_i 1/|y_i| sum_t w_it min(rho adv_i, clip(rho, 1 - clip, 1 + clip) adv_i).
 
-    logp (B, T) of the learner, with gradient; anchor (B, T) log pi_o (bypass: log pi_s); advantage (B,); weight
-    and counted (B, T) of a correction, outside the clip. B counts vetoed answers too. level "answer": rho is the
-    geometric mean over the answer. -> loss, the share of clipped tokens, the largest log rho.
+    logp (B, T) of the learner, with gradient; anchor (B, T) log pi_o or log pi_s; advantage (B,); weight and
+    counted (B, T) of a correction, outside the clip. Vetoed answers count in B. level "answer": rho is the
+    geometric mean over an answer. -> loss, share of clipped tokens, largest log rho.
     """
     advantage = advantage[:, None]  # (B, 1)
     length = counted.sum(-1).clamp(min=1)  # (B,)
@@ -445,9 +438,9 @@ def mismatch(log_xi, mask, weight):
     """Statistics of log xi (B, T) on the answers -> a dict of 0-dimensional tensors.
 
     E xi = 1 whatever is evicted, but its tail is heavy: where much is evicted, a mean several standard errors
-    (xi_error) off is common. Where nothing is, it means wrong log-probabilities. kl is KL(pi_s || pi_o), and so is
-    k3, with less noise. vetoed: the share of answers under the paper's veto, used or not. ess: the effective
-    share of the tokens; so many with equal weights would be worth as much.
+    (xi_error) off is common. Where nothing is evicted, it means wrong log-probabilities. kl is KL(pi_s || pi_o)
+    and k3 the same with less noise. vetoed: the share of answers under the paper's veto, used or not. ess: the
+    effective share of the tokens; so many with equal weights would be worth as much.
     """
     total = mask.sum().clamp(min=1)
     mean = lambda x: (x * mask).sum() / total
@@ -471,26 +464,8 @@ def mismatch(log_xi, mask, weight):
     }
 
 
-@torch.no_grad()
-def trace(model, text, compress):
-    """Read a text (T,) as a rollout with a compressed cache would that begins with its first token.
-
-    -> log-probability of each next token (T - 1,), share of layers and heads that hold each token at the end.
-    """
-    cache = model.new_cache(1, compress.slots, 1, compress=compress)
-    logits = []
-    for t, token in enumerate(text[:-1]):
-        if t % compress.buffer == 0:
-            compress(cache.layers)
-        logits.append(model(token.view(1, 1), cache))  # (1, 1, V)
-    compress(cache.layers)
-    pos = torch.cat([layer["tokens"].pos[0] for layer in cache.layers])  # (layers * G, S)
-    held = (pos[..., None] == torch.arange(len(text) - 1)).any(1)  # (layers * G, T - 1)
-    return token_logp(torch.cat(logits, 1), text[None, 1:])[0], held.float().mean(0)
-
-
 def main():
-    """A tiny model learns how this file begins and continues it. Compressed caches then read its text again."""
+    """A tiny model learns how this file begins. Then it goes on from the first words, with four caches."""
     import mtp
     import train_lm
 
@@ -500,26 +475,28 @@ def main():
     sizes = {"layers": 1, "width": 96, "heads": 4, "groups": 4, "vocab": 128, "context": 96}
     model = train_lm.LM(train_lm.Config(attn="gqa", **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    for _ in range(150):
+    for _ in range(200):
         start = torch.randint(len(doc) - 97, (4, 1))
         rows = doc[start + torch.arange(97)]  # (4, 97)
         loss = -token_logp(model(rows[:, :-1]), rows[:, 1:]).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    decoder = mtp.Decoder(model, 1, 96, temperature=0.7)
-    text = torch.cat([doc[:20], decoder.generate([doc[:20]], 76)[0][0]])  # (96,)
-    dense = token_logp(model(text[None, :-1]), text[None, 1:])[0]  # (95,)
-    print("Of 95 tokens 24 are held per head: # by all heads, then + - . and a space by none")
-    print("xi = p(full cache) / p(compressed): = from 0.8 to 1.25, < below, > above, ! below 0.01\n")
-    print(f"{'text':12} " + "".join(map(chr, text[1:])).replace("\n", "~"))
-    for name, sinks in (("rkv", 0), ("snapkv", 0), ("streaming", 4)):
-        logp, held = trace(model, text, Compressor(name, 24, 8, 8, sinks))
-        xi = torch.bucketize((dense - logp).exp(), torch.tensor([0.01, 0.8, 1.25]))
-        print(f"{name:12} " + "".join(" .-+#"[math.ceil(4 * share)] for share in held[1:]))
-        print(f"{'xi':12} " + "".join("!<=>"[i] for i in xi))
-    print("\nThe full cache wrote this text: what only it expects has a large xi.")
-    print("Where a compressed cache writes, its errors have a small xi.")
+    print("held  at the end, by # all heads, then + - . and a space: by none")
+    print("xi    = p(full cache) / p(this cache): = from 0.8 to 1.25, < below, > above, ! below 0.01")
+    for name, budget in (("rkv", 96), ("rkv", 24), ("snapkv", 24), ("streaming", 24)):
+        compress = Compressor(name, budget, buffer=8, sinks=4 if name == "streaming" else 0)
+        decoder = mtp.Decoder(model, 1, 97, temperature=0.7, compress=compress)
+        [(new, logp)] = decoder.generate([doc[:20]], 76)
+        compress(decoder.cache.layers)
+        text = torch.cat([doc[:20], new])  # (96,)
+        dense = token_logp(model(text[None, :-1]) / 0.7, text[None, 1:])[0]  # (95,)
+        xi = torch.bucketize((dense[19:] - logp).exp(), torch.tensor([0.01, 0.8, 1.25]))  # (76,)
+        pos = decoder.cache.layers[0]["tokens"].pos[0]  # (G, S)
+        held = (pos[..., None] == torch.arange(96)).any(1).sum(0)  # (96,)
+        print(f"\n{name:9} {budget} " + "".join(map(chr, text)).replace("\n", "~"))
+        print(f"{'held':13}" + "".join(" .-+#"[heads] for heads in held))
+        print(f"{'xi':33}" + "".join("!<=>"[i] for i in xi))
 
 
 if __name__ == "__main__":

@@ -2743,38 +2743,6 @@ def test_replayed_eviction_gives_the_recorded_probabilities():
         fails(replay_equals_record)  # positions counted anew
 
 
-def trace_reads_as_a_decoder():
-    """The demo's probabilities and kept positions are those of a rollout that begins with the text's first token."""
-    model = LM(tiny("gqa"))
-    for name in ("rkv", "snapkv", "h2o"):
-        compress = Compressor(name, 12, 4, 4, sinks=1)
-        prompt = prompts_of(model, 1)
-        [(answer, own)], decoder = sampled(model, prompt, 40, compress)
-        with torch.no_grad():
-            decoder.evict()
-        logp, held = sparse_rl.trace(model, torch.cat([*prompt, answer]), compress)
-        close(logp, own, 1e-5, f"{name}: log-probabilities")
-        pos = torch.stack([layer["tokens"].pos for layer in decoder.cache.layers]).flatten(
-            0, 2
-        )  # (layers * groups, S)
-        close(
-            held,
-            torch.stack([(pos == t).any(1).float().mean() for t in range(40)]),
-            0,
-            f"{name}: kept positions",
-        )
-
-
-def test_trace_reads_as_a_decoder():
-    trace_reads_as_a_decoder()
-    for right, wrong in (
-        ("compress.slots, 1, ", "compress.slots, "),
-        ("t % compress.buffer == 0", "t % compress.buffer == 1"),
-    ):
-        with swapped(sparse_rl, "trace", mutant(sparse_rl.trace, right, wrong)):
-            fails(trace_reads_as_a_decoder)
-
-
 def test_h2o_mass_and_its_grace():
     """The mass is the attention received, and without a window each new entry is evicted, since it has received little."""
     model = lm("gqa")
