@@ -90,7 +90,8 @@ def swapped(module, name, wrong):
 
 def mutant(function, right, wrong):
     """The function with one expression of its source changed."""
-    source, scope = textwrap.dedent(inspect.getsource(function)), dict(inspect.unwrap(function).__globals__)
+    source = textwrap.dedent(inspect.getsource(function)).removeprefix("@fast_path\n")
+    scope = dict(inspect.unwrap(function).__globals__)
     assert source.count(right) == 1, f"{function.__name__} has {source.count(right)} times {right!r}"
     exec(source.replace(right, wrong), scope)
     return scope[function.__name__]
@@ -164,19 +165,20 @@ class ListCache:
 
 def slots_match_lists(window, max_len=64, margin=4):
     draw = random.Random(0)
-    cache, lists = SlotCache(3, max_len, ((2, 1), (1, 3)), window=window, margin=margin), ListCache(3)
+    cache = SlotCache(3, max_len, {"k": (2, 1), "v": (1, 3)}, window, margin)
+    lists = ListCache(3)
     seen = torch.zeros(3, dtype=torch.long)
     for _ in range(60):
         T = draw.choice([1, 1, 2, margin, 11, 25])
         count = torch.tensor([draw.randint(0, T) for _ in range(3)]).minimum(max_len - seen)
         pos, value = seen[:, None] + torch.arange(T), torch.randn(3, T)
         shaped = value[:, None, :, None]
-        read = cache.append(shaped.expand(-1, 2, -1, 1), shaped.expand(-1, 1, -1, 3), pos=pos, count=count)
+        read = cache.append(pos, count, k=shaped.expand(-1, 2, -1, 1), v=shaped.expand(-1, 1, -1, 3))
         lists.append(value, pos, count)
         for b in range(3):
             for i in range(int(count[b])):  # what every new query sees
-                see = visible(pos[b : b + 1, i : i + 1], read[2][b : b + 1], window)[0, 0, 0]
-                got = sorted(zip(read[2][b, 0][see].tolist(), read[0][b, 1, :, 0][see].tolist()))
+                see = visible(pos[b : b + 1, i : i + 1], read.pos[b : b + 1], window)[0, 0, 0]
+                got = sorted(zip(read.pos[b, 0][see].tolist(), read.k[b, 1, :, 0][see].tolist()))
                 want = sorted(
                     e
                     for e in lists.rows[b]
@@ -205,9 +207,8 @@ def test_slot_cache_equals_lists():
         cache = slots_match_lists(window)
         assert cache.pos.shape[2] == (64 if window is None else min(64, window + 3)), "slots = W - 1 + margin"
 
-    def small_ring(
-        self, batch, max_len, widths, window=None, margin=8, **kind
-    ):  # a ring of W slots loses what a rejected draft needs
+    def small_ring(self, batch, max_len, widths, window=None, margin=8, **kind):
+        # A ring of W slots loses what a rejected draft needs.
         SlotCache.init(self, batch, max_len, widths, window and max(1, window - margin + 1), margin, **kind)
 
     SlotCache.init = SlotCache.__init__
@@ -216,34 +217,33 @@ def test_slot_cache_equals_lists():
 
 
 def test_slot_cache_keep_gathers_kept_slots():
-    cache = SlotCache(2, 10, ((3, 4), (3, 2)))
+    cache = SlotCache(2, 10, {"k": (3, 4), "v": (3, 2)})
     k, v, pos = torch.randn(2, 3, 8, 4), torch.randn(2, 3, 8, 2), torch.arange(8).expand(2, -1)
-    cache.append(k, v, pos=pos, count=torch.tensor([8, 6]))
+    cache.append(pos, torch.tensor([8, 6]), k=k, v=v)
     index = torch.tensor(
         [[[0, 3, 7], [1, 2, 5], [4, 5, 6]], [[0, 5, -1], [1, 2, -1], [3, 4, -1]]]
     )  # (B, heads, n): each head its own
     cache.keep(index)
     for b, h in [(b, h) for b in range(2) for h in range(3)]:
         kept = [i for i in index[b, h].tolist() if i >= 0]
-        close(cache.data[0][b, h, : len(kept)], k[b, h, kept], 0, "kept keys")
-        close(cache.data[1][b, h, : len(kept)], v[b, h, kept], 0, "kept values")
+        close(cache.data["k"][b, h, : len(kept)], k[b, h, kept], 0, "kept keys")
+        close(cache.data["v"][b, h, : len(kept)], v[b, h, kept], 0, "kept values")
         assert cache.pos[b, h].tolist() == kept + [-1] * (10 - len(kept)), (
             "kept slots carry their original positions, the rest is empty"
         )
     assert cache.length.tolist() == [3, 2]
-    cache.append(
-        k[:, :, :1], v[:, :, :1], pos=torch.tensor([[8], [6]]), count=torch.ones(2, dtype=torch.long)
-    )
+    one = torch.ones(2, dtype=torch.long)
+    cache.append(torch.tensor([[8], [6]]), one, k=k[:, :, :1], v=v[:, :, :1])
     assert cache.pos[:, 0, :4].tolist() == [[0, 3, 7, 8], [0, 5, 6, -1]], (
         "the next token goes behind the kept ones"
     )
 
 
 def test_slot_cache_refuses_to_overflow():
-    cache = SlotCache(1, 4, ((1, 2),))
-    cache.append(torch.zeros(1, 1, 3, 2), pos=torch.arange(3)[None], count=torch.tensor([3]))
+    cache = SlotCache(1, 4, {"k": (1, 2)})
+    cache.append(torch.arange(3)[None], torch.tensor([3]), k=torch.zeros(1, 1, 3, 2))
     try:
-        cache.append(torch.zeros(1, 1, 2, 2), pos=torch.arange(3, 5)[None], count=torch.tensor([2]))
+        cache.append(torch.arange(3, 5)[None], torch.tensor([2]), k=torch.zeros(1, 1, 2, 2))
     except RuntimeError:
         return
     raise AssertionError("a full row was overwritten")
@@ -288,7 +288,7 @@ def test_window_attention_equals_a_mask_with_gradients():
         )
         pos, results = torch.arange(T)[None], []
         for o in (
-            la.window_attention(q, k, v, W, 0.3),
+            la.window_attention(q, la.keys_of(None, pos, None, k, v), W, 0.3),
             plain_attention(q, k, v, visible(pos, pos[:, None], W), 0.3),
         ):
             results.append(
@@ -298,26 +298,22 @@ def test_window_attention_equals_a_mask_with_gradients():
             close(a, b, 1e-11, f"window attention, {what}, T {T}, window {W}")
 
 
+@torch.no_grad()
 def test_absorbed_equals_materialised():
     for latents, window in ((1, None), (1, 7), (4, None)):  # MLA, MLA in a window, GLA
         layer = LatentAttention(64, 8, 8, latents, 24, 6, window=window).double()
-        x, pos = torch.randn(2, 19, 64).double(), torch.arange(19)[None]
-        parts, mask = layer.project(x, pos), visible(pos, pos[:, None], window)
+        x = torch.randn(2, 19, 64).double()
+        pos = torch.arange(19).expand(2, -1)
+        all19 = torch.tensor([19, 19])
 
         def same():
-            close(
-                layer.absorbed(*parts, mask),
-                layer.materialised(*parts),
-                1e-10,
-                f"{latents} latents, window {window}",
-            )
+            cache = layer.new_cache(2, 19, dtype=torch.float64)
+            close(layer(x, pos, cache, all19), layer(x, pos), 1e-10, f"{latents} latents, window {window}")
 
         same()
-        scale = layer.scale
-        wrong = layer.absorb
-        layer.absorb = lambda q_c, q_r: (
-            wrong(q_c, q_r) * ((24 + 6) ** -0.5 / scale)
-        )  # the scale of the absorbed width: a classic
+        right = layer.absorb
+        wrong = ((24 + 6) / (8 + 6)) ** -0.5  # a classic: the scale of the absorbed width
+        layer.absorb = lambda q_c, q_r: right(q_c, q_r) * wrong
         fails(same)
 
 
@@ -360,9 +356,8 @@ def test_block_importance_is_geometric():
     for l, d, block in ((32, 16, 64), (16, 16, 16), (32, 16, 32), (8, 4, 16), (64, 16, 64)):
         tokens = 256
         N = int(nsa.blocks_done(tokens, l, d))
-        got = nsa.block_importance(torch.eye(N)[None, None], 1, l, d, block, tokens)[
-            0, 0
-        ]  # (N, blocks): one-hot weights
+        sizes = nsa.Blocks(l, d, block, n=4)
+        got = nsa.block_importance(torch.eye(N)[None, None], 1, sizes, tokens)[0, 0]  # (N, blocks)
 
         def geometric(got):
             for i, j in [(i, j) for i in range(N) for j in range(got.shape[1])]:
@@ -386,7 +381,7 @@ def test_select_blocks_equals_a_loop():
     for block, n in ((16, 4), (32, 3), (16, 8), (16, 50)):
         T = 150
         score = torch.rand(2, 3, T, -(-T // block))
-        lists = nsa.select_blocks(score, torch.arange(T)[None], block, n)
+        lists = nsa.select_blocks(score, torch.arange(T)[None], nsa.Blocks(16, 16, block, n))
         for b, g, t in [(b, g, t) for b in range(2) for g in range(3) for t in range(0, T, 7)]:
             own = t // block
             forced = {0, own, max(0, own - 1)}
@@ -394,35 +389,40 @@ def test_select_blocks_equals_a_loop():
             want = forced | set(others[: n - len(forced)])
             got = lists[b, g, t].tolist()
             valid = [j for j in got if j >= 0]
-            assert got == valid + [-1] * (len(got) - len(valid)), "valid blocks first, then -1"
+            assert got == sorted(valid) + [-1] * (len(got) - len(valid)), "ascending blocks, then -1"
             assert len(set(valid)) == len(valid) == min(n, own + 1), (
                 f"block {block}, n {n}, t {t}: {valid} are unique, min(n, own + 1)"
             )
             assert set(valid) == want, f"block {block}, n {n}, t {t}: {valid} instead of {want}"
 
 
+def lists_are_shared_by_the_first_of_four():
+    """However a text is cut into calls, a query has the list of the first of its four."""
+    layer = ASAGlobal(32, 4, 8, 3, 14, 8, n=5)
+    lists = torch.randint(9, (2, 3, 60, 5), dtype=torch.int32)
+    for cuts in ((1,) * 30, (3, 1, 7, 2, 9, 4), (22, 1, 1, 5), (40, 6)):
+        cache = layer.new_cache(2, 60)["lists"]
+        at = 0
+        for T in cuts:
+            pos = at + torch.arange(T).expand(2, -1)
+            got = layer.shared_lists(lists[:, :, at : at + T], pos, torch.tensor([T, T]), cache)
+            for t in range(T):
+                first = (at + t) // SHARE * SHARE
+                assert torch.equal(got[:, :, t], lists[:, :, first]), f"cuts {cuts}: query {at + t}"
+            at += T
+
+
 def test_lists_are_shared_by_the_first_of_four():
-    lists, T = torch.randint(9, (2, 3, 22, 5)), 22
-    shared = nsa.share_lists(lists, torch.arange(T)[None])
-    for t in range(T):
-        assert torch.equal(shared[:, :, t], lists[:, :, t // SHARE * SHARE]), f"query {t}"
-    repeated = lists[:, :, ::SHARE].repeat_interleave(SHARE, 2)[:, :, :T]
-    assert torch.equal(nsa.share_lists(repeated, torch.arange(T)[None]), repeated), (
-        "shared = own when neighbours agree"
-    )
+    lists_are_shared_by_the_first_of_four()
+    own = mutant(ASAGlobal.shared_lists, "pos - pos % SHARE", "pos - (pos + 1) % SHARE")
+    with swapped(ASAGlobal, "shared_lists", own):
+        fails(lists_are_shared_by_the_first_of_four)
 
 
 def nsa_by_loops(layer, x):
     """NSA for one text, query by query and head by head, from the paper's equations with its tokens and blocks counted from 1."""
-    T, H, G, D, l, d, block = (
-        x.shape[0],
-        layer.heads,
-        layer.groups,
-        layer.head_width,
-        layer.l,
-        layer.d,
-        layer.block,
-    )
+    T, H, G, D = len(x), layer.heads, layer.groups, layer.head_width
+    l, d, block, n, _ = layer.sizes
     pos = torch.arange(T)[None]
     q0 = layer.q(x).view(T, H, D)
     kv = layer.kv(x).view(T, 6, G, D)
@@ -449,10 +449,10 @@ def nsa_by_loops(layer, x):
                 ] * (p @ torch.stack(v_cmp))
             own, score = (t - 1) // block + 1, {}
             for j in range(1, own + 1):  # eq. 9 as printed, j and the compressed index counted from 1
-                ids = [block // d * j - m - n for m in range(block // d) for n in range(l // d)]
+                ids = [block // d * j - m - a for m in range(block // d) for a in range(l // d)]
                 score[j] = sum(p[:, i - 1].sum().item() for i in ids if 1 <= i <= n_cmp)  # eq. 10
             forced = {1, own, max(1, own - 1)}
-            rest = sorted(set(score) - forced, key=lambda j: -score[j])[: layer.n - len(forced)]
+            rest = sorted(set(score) - forced, key=lambda j: -score[j])[: n - len(forced)]
             for branch, keys in (
                 (
                     1,
@@ -508,7 +508,7 @@ def asa_by_loops(layer, x):
             if t % SHARE == 0:
                 forced = {0, t // 16, max(0, t // 16 - 1)}
                 chosen = forced | set(
-                    sorted(set(score) - forced, key=lambda b: -score[b])[: layer.n - len(forced)]
+                    sorted(set(score) - forced, key=lambda b: -score[b])[: layer.sizes.n - len(forced)]
                 )
             keys = [s for s in range(t + 1) if s // 16 in chosen]
             for i in heads:
@@ -580,7 +580,7 @@ def compressed_rotation():
         torch.randn(1, 1, 3, 1, 8).double().expand(-1, -1, -1, 16, -1),
     )  # r constant in a block
     keys = lambda shift: rope(r.reshape(1, 1, 48, 8), shift + torch.arange(48)[None]).view(1, 1, 3, 16, 8)
-    small = layer.compress(c, keys(0))[1]
+    small = layer.compress(c, keys(0), None)["k2"]
     close(
         small.norm(dim=-1),
         r[..., 0, :].norm(dim=-1),
@@ -594,15 +594,16 @@ def compressed_rotation():
         "a compressed rotary key stands at its block's middle",
     )
     q = torch.randn(1, 1, 1, 8).double()
-    score = lambda shift: (rope(q, torch.tensor([[60 + shift]])) * layer.compress(c, keys(shift))[1]).sum(-1)
+    score = lambda shift: (
+        rope(q, torch.tensor([[60 + shift]])) * layer.compress(c, keys(shift), None)["k2"]
+    ).sum(-1)
     close(score(0), score(160), 1e-11, "scores after a shift of all positions")
 
 
 def test_rotation_and_pooling():
     compressed_rotation()
-    with swapped(
-        ASAGlobal, "compress", lambda self, c, k_r, end=None: (c.mean(-2), k_r.mean(-2))
-    ):  # pooling after rotation
+    pooled_after_rotation = lambda self, c, k_r, end: {"k": c.mean(-2), "k2": k_r.mean(-2)}
+    with swapped(ASAGlobal, "compress", pooled_after_rotation):
         fails(compressed_rotation)
 
 
@@ -628,16 +629,15 @@ def test_causality_is_bit_exact():
     for attn in KINDS:
         causal(attn)
     see = lambda q_pos, k_pos, window=None: visible(q_pos + 1, k_pos, window)
-    shared_by_last = lambda lists, pos, earlier=None: lists.gather(  # the list of the last of the four
-        2,
-        (torch.arange(pos.shape[1]) // 4 * 4 + 3)
-        .clamp(max=pos.shape[1] - 1)[None, None, :, None]
-        .expand_as(lists),
+    of_the_last = (
+        "p.detach()[:, :, :: sizes.share]",
+        "p.detach().roll(1 - sizes.share, 2)[:, :, :: sizes.share]",
     )
+    shared_by_last = mutant(nsa.compressed_attention, *of_the_last)  # the list of the last of the four
     for attn, name, wrong in (
         ("nsa", "visible", see),
         ("asa", "visible", see),
-        ("asa", "share_lists", shared_by_last),
+        ("asa", "compressed_attention", shared_by_last),
     ):
         with swapped(nsa, name, wrong):
             fails(causal, attn)
@@ -662,7 +662,7 @@ def test_first_tokens_are_finite():
             torch.randn(1, 2, N, 6),
         )
         see = torch.zeros(1, 1, 5, N, dtype=torch.bool)
-        o, p = nsa.compressed_attention(q, k, v, see, 1.0)
+        o, p = nsa.attend_with_weights(q, k, v, see, 1.0)
         assert (o == 0).all() and (p == 0).all(), "no finished block: exactly 0"
         assert torch.autograd.grad(o.sum(), q)[0].isfinite().all()
 
@@ -1289,9 +1289,8 @@ def test_decoding_equals_forward():
     for attn in KINDS:
         decoding_equals_forward(attn)
     one = {"1 token": [1] * 110}
-    with swapped(
-        nsa.ASAGlobal, "cached_lists", lambda self, lists, pos, count, cache: lists
-    ):  # a fresh list at every step
+    fresh_at_every_step = lambda self, lists, pos, count, cache: lists
+    with swapped(nsa.ASAGlobal, "shared_lists", fresh_at_every_step):
         fails(decoding_equals_forward, "asa", one)
     with swapped(
         nsa, "find", lambda k_pos, want: (want - 1).clamp(0, k_pos.shape[1] - 1)
