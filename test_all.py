@@ -401,7 +401,7 @@ def lists_are_shared_by_the_first_of_four():
     layer = ASAGlobal(32, 4, 8, 3, 14, 8, n=5)
     lists = torch.randint(9, (2, 3, 60, 5), dtype=torch.int32)
     for cuts in ((1,) * 30, (3, 1, 7, 2, 9, 4), (22, 1, 1, 5), (40, 6)):
-        cache = layer.new_cache(2, 60)["lists"]
+        cache = layer.new_cache(2, 96)["lists"]
         at = 0
         for T in cuts:
             pos = at + torch.arange(T).expand(2, -1)
