@@ -1,21 +1,28 @@
 """Every claim of the code as a test.
 
-    python test_all.py              all tests; the last line counts them
-    python test_all.py -k NAME      those whose name contains NAME
-    python -m pytest -q test_all.py the same tests
+    python test_all.py               all tests but the longest, in about 3 minutes on two cores
+    python test_all.py --quick       those that take a moment
+    python test_all.py --all         the longest as well: every mode with 200,000 draws, storms of kills
+    python test_all.py -k WORD       those whose name contains WORD
+    python -m pytest -q test_all.py  the same tests
 
-Identities are checked in fp64 at small sizes, and messages carry the largest and the mean difference. Where a test is subtle, it is also
-run on a deliberately wrong implementation (a mutant), which it has to catch.
+Identities are checked in fp64 at small sizes, and messages carry the largest and the mean difference. A subtle test
+is also run on a deliberately wrong implementation (a mutant), which it has to catch. On a CPU as many tests run at a
+time as there are cores (at most 4), each in one thread. The kernels then run in Triton's interpreter.
 """
 
+import argparse
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -53,6 +60,27 @@ HERE = pathlib.Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 KINDS = ("gqa", "nsa", "asa")
+
+
+EVERYTHING = False  # --all
+
+
+def slow(test):
+    """A test that takes more than a moment: --quick leaves it out."""
+    test.slow = True
+    return test
+
+
+def longest(test):
+    """A test that is long by nature: it runs with --all only."""
+
+    @functools.wraps(test)
+    def only_with_all():
+        if not EVERYTHING:
+            raise unittest.SkipTest("only with --all")
+        test()
+
+    return slow(only_with_all)
 
 
 def setup_function(fn=None):  # before each test, by pytest and by main
@@ -802,6 +830,7 @@ def kernels_equal_attend(s, branch):
         assert off(a, b) < 1e-5, f"{branch} attention, {s.name}: {what} is off by {off(a, b):.1e}"
 
 
+@slow
 def test_attention_kernels_equal_attend_with_gradients():
     with kernels_in_use():
         for T, h, G, D, Dv, more in [
@@ -844,6 +873,7 @@ def test_attention_kernels_equal_attend_with_gradients():
             fails(kernels_equal_attend, s, "window")
 
 
+@slow
 def test_selection_kernels_equal_the_reference():
     with kernels_in_use():
         for T, h, G, more in [
@@ -879,6 +909,7 @@ def test_selection_kernels_equal_the_reference():
                 )
 
 
+@slow
 def test_layers_on_kernels_equal_the_reference():
     pos = torch.arange(50, device=DEVICE)[None]
     for attn, depth in (("nsa", 0), ("asa", 0), ("asa", 1)):
@@ -1079,6 +1110,7 @@ def test_decode_attention_kernel_equals_attend():
         )
 
 
+@slow
 @torch.no_grad()
 def test_decoding_on_kernels_equals_the_reference():
     """Whole models, token by token and ragged, through rope, append and decode_attention; rings, rejected drafts, one-number counts."""
@@ -1103,6 +1135,7 @@ def test_decoding_on_kernels_equals_the_reference():
             close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
 
 
+@slow
 def test_decode_attention_splits_and_lists():
     with kernels_in_use():
         B, H, G, T, S, D = 2, 6, 2, 3, 600, 16
@@ -1189,6 +1222,7 @@ def decode_blocks_equals_read_blocks(decode):
             )
 
 
+@slow
 def test_decode_blocks_kernel_equals_read_blocks():
     with kernels_in_use():
         right = kernels.decode_blocks
@@ -1285,6 +1319,7 @@ def decoding_equals_forward(attn, plans=None, T=110):
         close(decode(model, text, plan), full, 1e-12, f"{attn}, {what}")
 
 
+@slow
 def test_decoding_equals_forward():
     for attn in KINDS:
         decoding_equals_forward(attn)
@@ -1570,6 +1605,7 @@ def accept_is_lossless(g, greedy, temperature):
     )
 
 
+@slow
 def test_verification_is_lossless():
     for g, greedy, temperature in [
         (g, greedy, t) for g in range(1, 6) for greedy in (False, True) for t in (0.7, 1.0)
@@ -1650,6 +1686,7 @@ def decoding_is_lossless(K, greedy, temperature, draws=DRAWS, new=3, rows=12_000
         within_errors(count[i], exact, f"{K} {kind} drafts, temperature {temperature}, prompt of {len(p)}")
 
 
+@slow
 def test_decoding_is_lossless():
     for K, greedy, temperature in (
         (1, False, 0.7),
@@ -1666,6 +1703,7 @@ def test_decoding_is_lossless():
         fails(decoding_is_lossless, 3, False, 1.0, 40_000)
 
 
+@slow
 @torch.no_grad()
 def test_greedy_text_is_the_same_with_drafts():
     """Temperature 0: plain decoding, the full forward pass and every way of drafting agree, token for token; refills, stops, limits."""
@@ -1717,6 +1755,7 @@ def test_weights_may_change_between_calls():
     close(*counts, 1e-9, "drafts reached, accepted, expected")
 
 
+@slow
 @torch.no_grad()
 def test_any_number_of_drafts_at_any_time():
     """Drafts change from segment to segment, long stretches have none, looks come late as on a GPU, windows are shorter than drafts."""
@@ -1754,6 +1793,7 @@ def recorded_equals_forward(attn, temperature):
         close(logp, want, 1e-5, f"{attn}, temperature {temperature}: recorded log-probabilities")
 
 
+@slow
 def test_recorded_log_probabilities_are_the_targets():
     for attn, temperature in [(attn, t) for attn in KINDS for t in (0.7, 1.0)]:
         recorded_equals_forward(attn, temperature)
@@ -1764,6 +1804,7 @@ def test_recorded_log_probabilities_are_the_targets():
         fails(recorded_equals_forward, "gqa", 1.0)
 
 
+@slow
 @torch.no_grad()
 def test_acceptance_is_predicted():
     """Counted over first rounds from one prompt: each depth, against sum min(p, q) there, and against the estimate without drafting."""
@@ -1945,6 +1986,7 @@ def test_any_trunk_will_do():
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, drafted))
 
 
+@slow
 def test_a_run_with_a_module():
     """train_lm.py --mtp trains the trunk bit for bit as without; mtp.py --equip and --bench work on a run and refuse anything else."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -2079,6 +2121,7 @@ def prepared(folder, **changes):
     return train_lm.Data(cfg, enc, folder)
 
 
+@slow
 def test_data_is_split_by_text_and_read_in_pieces():
     with tempfile.TemporaryDirectory() as tmp:
         tmp, draw = pathlib.Path(tmp), random.Random(0)
@@ -2219,6 +2262,7 @@ def losses(folder):
     return {e["step"]: e["loss"] for e in entries if "loss" in e}
 
 
+@slow
 def test_resumed_training_equals_uninterrupted():
     for attn in KINDS:
         with tempfile.TemporaryDirectory() as tmp:
@@ -2248,6 +2292,7 @@ def test_resumed_training_equals_uninterrupted():
             )
 
 
+@slow
 def test_two_processes_equal_one():
     with tempfile.TemporaryDirectory() as tmp:
         common = [*QUICK, "--out", tmp, "--steps", 4, "--eval-every", 100]
@@ -2276,6 +2321,7 @@ def test_two_processes_equal_one():
             assert diff < 2e-5, f"{what}: losses differ by {diff}"
 
 
+@slow
 def test_a_model_learns_or_says_not():
     with tempfile.TemporaryDirectory() as tmp:
         code, out, _ = in_process(*QUICK, "--steps", 2, "--lr", 0, "--check", "--out", tmp, "--name", "idle")
@@ -2301,6 +2347,7 @@ def test_a_model_learns_or_says_not():
             assert word in out, f"the last block lacks {word!r}"
 
 
+@slow
 def test_bad_input_is_one_line_and_exit_code_2():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = pathlib.Path(tmp)
@@ -2354,6 +2401,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         assert state["step"] >= 1
 
 
+@slow
 def test_kill_leaves_a_whole_checkpoint():
     with tempfile.TemporaryDirectory() as tmp:
         folder, draw = pathlib.Path(tmp, "k"), random.Random(0)
@@ -2403,6 +2451,7 @@ def test_kill_leaves_a_whole_checkpoint():
         assert train_lm.load_checkpoint(folder / "ckpt.pt")["step"] > last
 
 
+@slow
 def test_no_network_and_no_triton_needed():
     code = (
         "import socket, sys\n"
@@ -2634,6 +2683,7 @@ def test_nothing_evicted_nothing_changed():
             close(old, logp, 1e-5, f"{name}: log xi")
 
 
+@slow
 def test_ragged_rows_equal_single_rows():
     """A row's kept sets do not depend on the other rows, nor on when they begin or end, even with prompts longer than the cache."""
     model = lm("gqa")
@@ -3203,6 +3253,7 @@ def learn_equals_formulas(correct, lr=3.0):
     )
 
 
+@slow
 def test_learn_by_hand():
     for correct in ("none", "both", "answer", "bypass", "gspo", "replay", "twin"):
         learn_equals_formulas(correct)
@@ -3423,6 +3474,7 @@ def test_rl_stopped_where_it_evaluates():
     assert found == [0, 1, 2, 3], f"evaluated at {found}"
 
 
+@slow
 def test_arms_script_runs_and_makes_a_table():
     with tempfile.TemporaryDirectory() as tmp:
         own = [
@@ -3450,6 +3502,7 @@ def results_script(name):
     return module
 
 
+@slow
 def test_compressors_script_knows_the_full_cache():
     """The sampler that evicts nothing is the dense policy; one that evicts is not, and saves bytes."""
     script = results_script("rl_compressors")
@@ -3515,6 +3568,7 @@ def test_memory_script_warms_every_shape_twice():
             assert all(before[0].count(key) >= 2 for key in set(calls)), f"{set(calls)} of {before[0]}"
 
 
+@slow
 def test_rl_options_are_read_and_the_demo_runs():
     tree = ast.parse((HERE / "train_rl.py").read_text())
     owner = lambda n: n.value.id if isinstance(n.value, ast.Name) else None
@@ -3577,6 +3631,7 @@ def test_readme_commands_parse():
         assert (HERE / name).exists() or (HERE / "results" / name).exists(), f"README names {name}"
 
 
+@slow
 def test_demos_run():
     for script, words in (
         ("latent_attention.py", ("MHA", "MLA", "GLA")),
@@ -3594,22 +3649,47 @@ def test_demos_run():
     )
 
 
-def main(argv):
-    wanted = argv[argv.index("-k") + 1] if "-k" in argv else ""
-    count = {"passed": 0, "failed": 0, "skipped": 0}
-    for name, test in [(n, f) for n, f in globals().items() if n.startswith("test_") and wanted in n]:
-        setup_function()
-        began = time.time()
+def run_one(name, everything):
+    """-> result, seconds, what the test printed."""
+    globals()["EVERYTHING"] = everything
+    setup_function()
+    began = time.time()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
-            test()
+            globals()[name]()
             result = "passed"
         except unittest.SkipTest as e:
-            result, _ = "skipped", print(f"         {e}")
+            result = "skipped"
+            print(f"         {e}")
         except Exception:
             result = "failed"
-            traceback.print_exc()
-        count[result] += 1
-        print(f"{result:8} {name} ({time.time() - began:.1f} s)", flush=True)
+            print(traceback.format_exc())
+    return result, time.time() - began, said.getvalue()
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("-k", metavar="WORD", default="", help="only tests whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
+    parser.add_argument("--all", action="store_true", help="run the longest tests as well")
+    given = parser.parse_args(argv)
+    tests = {name: f for name, f in globals().items() if name.startswith("test_") and given.k in name}
+    if given.quick:
+        tests = {name: f for name, f in tests.items() if not hasattr(f, "slow")}
+    names = sorted(tests, key=lambda name: not hasattr(tests[name], "slow"))  # the slow ones first
+    workers = 1 if CUDA else min(4, os.cpu_count(), max(1, len(names)))
+    count = {"passed": 0, "failed": 0, "skipped": 0}
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        running = {pool.submit(run_one, name, given.all): name for name in names}
+        for future in concurrent.futures.as_completed(running):
+            result, seconds, said = future.result()
+            count[result] += 1
+            print(f"{result:8} {running[future]} ({seconds:.1f} s)", flush=True)
+            if result != "passed":
+                print(said, end="")
     print(", ".join(f"{n} {result}" for result, n in count.items()))
     return int(count["failed"] > 0)
 
