@@ -18,8 +18,8 @@ policy's own ends badly (the README shows it). Sparse-RL keeps three policies ap
     6) watch      how far the sampler is from the dense policy, and what the correction throws away
 
 A new compressor is one function under @score, a new correction one line in CORRECTIONS.
-Differs from the papers: There is no KL term (Sparse-RL: 1e-4 to a reference). Each head keeps its own set, as in
-R-KV (Sparse-RL's release: one set for all). An R-KV row without duplicates zeroes nothing (R-KV's code zeroes
+Differs from the papers: there is no KL term (Sparse-RL: 1e-4 to a reference). Each head keeps its own set, as
+in R-KV (Sparse-RL's release: one set for all). An R-KV row without duplicates zeroes nothing (R-KV's code:
 index 0, an accidental sink). `released` has a mean weight of 1 per rollout (the release: per micro-batch).
 Does NOT include: kernels, paging, compression of latents.
 Run `python sparse_rl.py` to see which tokens a sampler still holds, and xi where it slips.
@@ -438,8 +438,8 @@ def mismatch(log_xi, mask, weight):
     """Statistics of log xi (B, T) on the answers -> a dict of 0-dimensional tensors.
 
     E xi = 1 whatever is evicted, but its tail is heavy: where much is evicted, a mean several standard errors
-    (xi_error) off is common. Where nothing is evicted, it means wrong log-probabilities. kl is KL(pi_s || pi_o)
-    and k3 the same with less noise. vetoed: the share of answers under the paper's veto, used or not. ess: the
+    (xi_error) off is common. Where nothing is, it means wrong log-probabilities. kl is KL(pi_s || pi_o), and k3
+    is the same with less noise. vetoed: the share of answers under the paper's veto, used or not. ess: the
     effective share of the tokens; so many with equal weights would be worth as much.
     """
     total = mask.sum().clamp(min=1)
@@ -471,10 +471,10 @@ def main():
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # of so small a model more threads mostly wait for each other
-    doc = torch.tensor([ord(c) for c in __doc__[:400]])
+    doc = torch.tensor([ord(c) for c in __doc__[:300]])
     sizes = {"layers": 1, "width": 96, "heads": 4, "groups": 4, "vocab": 128, "context": 96}
     model = train_lm.LM(train_lm.Config(attn="gqa", **sizes))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(200):
         start = torch.randint(len(doc) - 97, (4, 1))
         rows = doc[start + torch.arange(97)]  # (4, 97)
