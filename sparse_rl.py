@@ -383,9 +383,9 @@ class Correction(NamedTuple):
     level: str = "token"  # PPO's ratio of each "token", or of the whole "answer"
 
 
-plain = (none, reject, reweight, both, released, tis, mis, icepop, sequence_mask, answer)
+weights = (none, reject, reweight, both, released, tis, mis, icepop, sequence_mask, answer)
 CORRECTIONS = {
-    **{f.__name__: Correction(f) for f in plain},
+    **{f.__name__: Correction(f) for f in weights},
     "bypass": Correction(none, anchor="sampler"),  # naive with two policies: rho = pi / pi_s
     "gspo": Correction(none, level="answer"),  # GSPO (2507.18071): clipped per answer, at about 4e-4: --clip
     "replay": Correction(none, reads=("kept",)),  # mask replay: the compressed policy is trained, xi = 1
@@ -438,7 +438,7 @@ def mismatch(log_xi, mask, weight):
     """Statistics of log xi (B, T) on the answers -> a dict of 0-dimensional tensors.
 
     E xi = 1 whatever is evicted, but its tail is heavy: where much is evicted, a mean several standard errors
-    (xi_error) off is common. Where nothing is, it means wrong log-probabilities. kl is KL(pi_s || pi_o), and k3
+    (xi_error) off is common. Where nothing is, it means wrong log-probabilities. kl is KL(pi_s || pi_o); k3
     is the same with less noise. vetoed: the share of answers under the paper's veto, used or not. ess: the
     effective share of the tokens; so many with equal weights would be worth as much.
     """
