@@ -32,7 +32,7 @@ from kernels import fast_path
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; torch keeps the mean in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; the mean is of fp32."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -163,7 +163,7 @@ class SlotCache:
         return cached_attention(q.to(keys.k.dtype), pos, keys, scale, self.window)
 
     def rollback(self, seen):
-        """Forget entries at positions >= seen[b], (B,): a rejected draft. A ring takes `margin` tokens back."""
+        """Forget entries at positions >= seen[b], (B,): rejected drafts, in a ring at most `margin` tokens."""
         drop = self.pos >= seen[:, None, None]  # (B, heads, S)
         self.length -= drop[:, 0].sum(-1)
         self.pos.masked_fill_(drop, -1)
@@ -344,7 +344,7 @@ class LatentAttention(nn.Module):
         return {"tokens": SlotCache(batch, max_len, widths, self.window, margin, **kind)}
 
     def project(self, x, pos, source=None):
-        """x (B, T, C) -> q_c (B, H, T, D), q_r (B, H, T, P); to be cached c (B, G, T, R), k_r (B, 1, T, P)."""
+        """x (B, T, C) -> q_c (B, H, T, D), q_r (B, H, T, P), to cache: c (B, G, T, R), k_r (B, 1, T, P)."""
         source = x if source is None else source
         q = split_heads(self.q_up(self.q_norm(self.q_down(x))), self.heads)  # (B, H, T, D + P)
         q_c, q_r = q.tensor_split([-self.rotary], dim=-1)
@@ -399,10 +399,8 @@ def main():
         "GLA: G R + P, R = 2 D": LatentAttention(C, H, D, G, 2 * D, P),
         "GLA, two latents": LatentAttention(C, H, D, 2, 2 * D, P),
     }
-    print(
-        f"The cache of one layer for {T} tokens in bf16: {H} heads of width {D}, {G} groups, rotary width {P}"
-    )
-    print("Bytes a token, counted, and as a share of MHA's\n")
+    print(f"The cache of one layer in bf16, {H} heads of width {D}, {G} groups, rotary width {P}:")
+    print("bytes a token, counted, and as a share of MHA's\n")
     for name, layer in layers.items():
         per_token = cache_bytes([layer.new_cache(1, T, dtype=torch.bfloat16)]) / T
         share = per_token / (2 * 2 * H * D)

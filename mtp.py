@@ -298,7 +298,7 @@ class Decoder:
         if compress:
             if self.K:
                 raise ValueError("drafts from a compressed cache are not supported")
-            self.cache = trunk.new_cache(batch, compress.slots, margin, dtype=kind["dtype"], **compress.needs)
+            self.cache = trunk.new_cache(batch, compress.slots, margin, dtype=kind["dtype"], compress=compress)
             self.SEGMENT = self.PIECE = compress.buffer  # a row is compressed at the same tokens, whatever the other rows do
         else:
             self.cache = trunk.new_cache(batch, room, margin, dtype=kind["dtype"])

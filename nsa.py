@@ -67,14 +67,12 @@ def blocks_done(tokens, l, d):
 def compressed_keys(compress, tokens, pos, sizes, cache=None, count=None):
     """The compressed entries that these queries may read, one for each finished block: eq. 7 -> Keys.
 
-    compress  makes {field of Keys: (B, G, N, width)} of the blocks' tokens, (B, G, N, l, width) for each
-    tensor of
-              `tokens`, and of the positions (B or 1, N) of the blocks' last tokens
+    compress  makes {field of Keys: (B, G, N, width)} of the blocks' tokens, (B, G, N, l, width) for each field
+              of `tokens`, and of the positions (B or 1, N) of the blocks' last tokens
     tokens    Keys of what blocks are made of; pos (B or 1, T) of these queries
-    cache     of finished blocks; None: `tokens` is a whole text. The blocks that count[b] of the T tokens
-    finish
-              are appended. Each is made of its tokens' cache entries alone, so nothing is carried along and
-              nothing has to be taken back. count None: nothing is finished.
+    cache     of finished blocks, to which those are appended that count[b] of the T tokens finish. A block is
+              made of its tokens' cache entries alone: nothing is carried along, nothing has to be taken back.
+              None: `tokens` is a whole text. count None: nothing is finished.
     """
     if cache is not None and count is None:
         return cache.append(pos, None)
@@ -91,9 +89,8 @@ def compressed_keys(compress, tokens, pos, sizes, cache=None, count=None):
     end = ids * sizes.d + sizes.l - 1  # (B or 1, N)
     entries = {name: x.to(tokens.k.dtype) for name, x in compress(*blocks, end).items()}  # (B, G, N, width)
     if cache is not None:
-        count = (
-            blocks_done(pos[:, 0] + count, sizes.l, sizes.d) - first[:, 0]
-        )  # (B,) blocks that are finished
+        done = blocks_done(pos[:, 0] + count, sizes.l, sizes.d)  # (B,)
+        count = done - first[:, 0]
     return keys_of(cache, end, count, **entries)
 
 
@@ -146,9 +143,8 @@ def block_importance(p, groups, sizes, tokens):
     fold = sizes.block // sizes.d  # compressed blocks that begin in a selection block
     i = torch.arange(p.shape[-1], device=p.device)[:, None]  # (N, 1)
     j = torch.arange(-(-tokens // sizes.block), device=p.device)  # (blocks,)
-    weight = sum(
-        (i == fold * j + m - n) for m in range(fold) for n in range(sizes.l // sizes.d)
-    )  # (N, blocks)
+    strides = range(sizes.l // sizes.d)
+    weight = sum((i == fold * j + m - n) for m in range(fold) for n in strides)  # (N, blocks)
     return p.unflatten(1, (groups, -1)).sum(2) @ weight.to(p.dtype)
 
 
@@ -189,16 +185,15 @@ def chosen_tokens(lists, k_pos, block, see):
     B, G, T, _ = lists.shape
     blocks = k_pos.shape[-1] // block + 2
     chosen = torch.zeros(B, G, T, blocks, dtype=torch.bool, device=lists.device)
-    chosen.scatter_(
-        -1, lists.masked_fill(lists < 0, blocks - 1).long(), True
-    )  # no token is in the last block
+    index = lists.masked_fill(lists < 0, blocks - 1).long()  # (B, G, T, n); no token is in the last block
+    chosen.scatter_(-1, index, True)
     key_block = (k_pos.clamp(min=0) // block).long()[:, :, None].expand(B, G, T, -1)  # (B, G, T, S)
     return chosen.gather(-1, key_block) & see
 
 
 @fast_path
 def selected_attention(q, q_pos, keys, lists, sizes, scale):
-    """Attention to the tokens of the lists' blocks: eq. 12. All keys are scored here, and masked if not chosen.
+    """Attention to the tokens of the lists' blocks: eq. 12. All keys are scored here, then masked.
 
     q (B, H, T, Dk), q_pos (B or 1, T), keys of the tokens, lists (B, G, ceil(T / share), n) -> (B, H, T, Dv).
     """
@@ -238,16 +233,13 @@ class NSA(nn.Module):
     """Compressed, selected and sliding attention, each with its own keys and values of G groups.
 
     l block length, d stride, block = l' selection block, n blocks in a list, window W. It caches T/d, T and W
-    tokens. Methods as in GQA; `trace`, a dict, receives the lists and what is visible, for pictures and
-    tests.
+    tokens. Methods as in GQA; a dict `trace` receives the lists and what is visible, for pictures and tests.
     """
 
     def __init__(self, width, heads, groups, head_width, window, n, l=32, d=16, block=64, base=10000.0):
         super().__init__()
         if l % d or block % d or l > block or n < 3:
-            raise ValueError(
-                f"NSA needs d | l, d | l', l <= l', n >= 3 (3 are forced): l {l}, d {d}, l' {block}, n {n}"
-            )
+            raise ValueError(f"NSA needs d | l, d | l', l <= l', n >= 3: l {l}, d {d}, l' {block}, n {n}")
         self.heads = heads
         self.groups = groups
         self.head_width = head_width
@@ -266,9 +258,7 @@ class NSA(nn.Module):
         widths = dict.fromkeys(("k", "v"), (self.groups, self.head_width))
         blocks = max(1, blocks_done(max_len, self.sizes.l, self.sizes.d))
         return {
-            "open": SlotCache(
-                batch, max_len, widths, self.sizes.l, margin, **kind
-            ),  # un-rotated, of unfinished blocks
+            "open": SlotCache(batch, max_len, widths, self.sizes.l, margin, **kind),  # not yet compressed
             "blocks": SlotCache(batch, blocks, widths, **kind),
             "tokens": SlotCache(batch, max_len, widths, margin=margin, **kind),
             "window": SlotCache(batch, max_len, widths, self.window, margin, **kind),
@@ -293,10 +283,8 @@ class NSA(nn.Module):
         blocks = compressed_keys(self.compress, open_tokens, pos, self.sizes, slots["blocks"], count)
 
         # 2) attend to the blocks, choose the best, attend to their tokens
-        choice = tokens.k.shape[2]  # tokens that can be chosen from
-        o_cmp, lists = compressed_attention(
-            q, pos, blocks, choice, self.sizes, self.scale
-        )  # (B, H, T, D), ..
+        S = tokens.k.shape[2]  # tokens that can be chosen from
+        o_cmp, lists = compressed_attention(q, pos, blocks, S, self.sizes, self.scale)  # (B, H, T, D), ..
         o_slc = selected_attention(q, pos, tokens, lists, self.sizes, self.scale)  # (B, H, T, D)
 
         # 3) slide
@@ -370,8 +358,8 @@ class ASAGlobal(LatentAttention):
         blocks = compressed_keys(self.compress, tokens, pos, sizes, slots["blocks"], count)
 
         # 2) attend to the blocks, choose one list for 4 queries, attend to its tokens
-        choice = tokens.k.shape[2]  # tokens that can be chosen from
-        o_cmp, lists = compressed_attention(q, pos, blocks, choice, sizes, self.scale)  # (B, H, T, R), ..
+        S = tokens.k.shape[2]  # tokens that can be chosen from
+        o_cmp, lists = compressed_attention(q, pos, blocks, S, sizes, self.scale)  # (B, H, T, R), ..
         if cache is not None:
             lists = self.shared_lists(lists, pos, count, cache["lists"])  # (B, G, T, n)
         o_slc = selected_attention(q, pos, tokens, lists, sizes, self.scale)  # (B, H, T, R)
@@ -439,9 +427,7 @@ def main():
         marks = ["#" if chosen.any() else "-" if slide.any() else "." for chosen, slide in parts]
         print(f"{name:10} compressed {'o' * int(blocks.sum()) or '(none)'}")
         print(f"{'':10} tokens     {''.join(marks)}")
-    print(
-        "\nEntries that one query reads (finished blocks + chosen tokens + window), as a share of all keys\n"
-    )
+    print("\nEntries that one query reads (blocks + chosen tokens + window), as a share of all keys\n")
     lengths = (256, 512, 1024, 2048)
     print(f"{'T':10}" + "".join(f"{t:>16}" for t in lengths))
     for name, layer in layers.items():
