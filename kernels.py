@@ -1103,8 +1103,8 @@ def combine(to, bg, i, tiles, m, rule, w, tile, SPLITS):
     o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)  # (PV,)
     t = i * tile.BQ + m // w.HP
     row = ((bg // rule.G * rule.T + t) * rule.G + bg % rule.G) * w.h + m % w.HP
-    ok = (d < w.DV) & (t < rule.T) & (m % w.HP < w.h)
-    tl.store(to.out + row * w.DV + d, o.to(to.out.dtype.element_ty), mask=ok)
+    if (t < rule.T) & (m % w.HP < w.h):
+        tl.store(to.out + row * w.DV + d, o.to(to.out.dtype.element_ty), mask=d < w.DV)
 
 
 @jit
