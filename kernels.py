@@ -1163,7 +1163,8 @@ def cached_attention(q, q_pos, keys, scale, window=None):
     if keys.length is None:
         raise Refused("slots of a ring and new tokens side by side")
     h = check(q, keys, T if T > 16 else 1, most=128, width=2**16)  # torch's own kernel is better for prompts
-    cut = shares_of(q, keys, min(T, 128 // power(h)), keys.k.shape[2])
+    rows = min(128, 2**15 // power(keys.k.shape[3]))  # that fit on the chip
+    cut = shares_of(q, keys, min(T, max(1, rows // power(h))), keys.k.shape[2])
     rest = (keys.pos, keys.pos.shape[1], window or 2**31 - 1)
     return read_slots(cached_kernel, q, keys, scale, slots_rule(Slots, q, q_pos, keys, cut, *rest), cut)
 
@@ -1207,7 +1208,7 @@ def importance_kernel(
         e = chunk * BE + tl.arange(0, BE)
         j = chunk * (BE // FOLD) + tl.arange(0, BE // FOLD)
         count = tl.minimum(tl.load(rule.length + bg // rule.G), rule.S).to(tl.int32)
-        ok = (head < w.h)[:, None] & (e < count)[None, :]
+        ok = (head < w.h)[:, None] & (e < tl.cdiv(count, 16) * 16)[None, :]
         row = ((bg * w.h + head) * rule.T + t)[:, None] * (tl.cdiv(rule.S, 16) * 16)
         score = tl.load(to.raw + row + e[None, :], mask=ok, other=-1e30)  # (HP, BE)
         split = tl.arange(0, SPLITS)[:, None]
