@@ -157,12 +157,13 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
 
 @jit
 def rope_kernel(x, out, pos, H, T, strides, sign, log2_base, P: constexpr, HALF: constexpr, BT: constexpr):
-    """One program: BT tokens of one head. x (B, H, T, P) has strides, its last axis is dense; out is dense."""
+    """One program: BT tokens of one head. x (B, H, T, P) has strides but for its last axis; out is dense."""
     bh = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
     i = tl.arange(0, HALF)
     freq = tl.exp2(i.to(tl.float64) * (-2.0 / P) * log2_base).to(tl.float32)  # (HALF,) base^(-2i/P)
-    p = tl.load(pos + bh // H * strides[3] + t * strides[4], mask=t < T, other=0).to(tl.float32)  # (BT,)
+    pos += bh // H * strides[3] + t * strides[4]
+    p = tl.load(pos, mask=t < T, other=0).to(tl.float32)  # (BT,)
     angle = sign * p[:, None] * freq[None, :]  # (BT, HALF)
     cos = tl.cos(angle)
     sin = tl.sin(angle)
@@ -210,8 +211,9 @@ def rope(x, pos, base=10000.0):
 KV = namedtuple("KV", "k k2 v")
 # heads of a group; widths of k, k2 (0: there is none) and v; SHARED: the value is k
 Widths = namedtuple("Widths", "h HP DK WK PK D2 P2 DV WV PV SHARED")
-# what a program works on at once: BQ queries, BM rows, BN keys. BLOCK tokens in a block, NP >= n
-Tile = namedtuple("Tile", "BQ BM BN BLOCK NP")
+# what a program works on at once: BQ queries, BM rows, BN keys. BLOCK tokens in a block, NP >= n,
+# SPLITS: programs that share the keys of a decoding step
+Tile = namedtuple("Tile", "BQ BM BN BLOCK NP SPLITS", defaults=(1,))
 # what the backward pass reads and writes of each query
 Rows = namedtuple("Rows", "q out lse dout delta dq")
 
@@ -276,7 +278,8 @@ def store_rows(x, row, ok, value, D, P, STRIDE):
     """value (rows, P) -> x[row, :D]."""
     d = tl.arange(0, P)
     at = x + row.to(tl.int64)[:, None] * STRIDE + d[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+    ok = ok[:, None] & (d < D)[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=ok)
 
 
 @jit
@@ -316,7 +319,8 @@ def rows_of_tile(rule, w, tile):
     m = tl.arange(0, tile.BM)
     t = i * tile.BQ + m // w.HP
     head = m % w.HP
-    return bg, i, t, (bg * w.h + head) * rule.T + t, (head < w.h) & (m // w.HP < tile.BQ) & (t < rule.T)
+    ok = (head < w.h) & (m // w.HP < tile.BQ) & (t < rule.T)
+    return bg, i, t, (bg * w.h + head) * rule.T + t, ok
 
 
 @jit
@@ -329,7 +333,8 @@ def of_group(keys, bg, rule, w):
 @jit
 def nothing(M, N):
     """The softmax of no keys: the largest score (M,), the sum of weights (M,), of weights x values (M, N)."""
-    return tl.full((M,), -1e30, tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, N), tl.float32)
+    top = tl.full((M,), -1e30, tl.float32)
+    return top, tl.zeros((M,), tl.float32), zeros(M, N)
 
 
 @jit
@@ -379,7 +384,8 @@ def query_slopes(x, row, ok, w):
     outs = load_rows(x.out, row, ok, w.DV, w.PV, w.DV)
     inner = tl.sum(douts.to(tl.float32) * outs.to(tl.float32), 1)
     tl.store(x.delta + row, inner, mask=ok)
-    return douts, tl.load(x.lse + row, mask=ok, other=float("inf"))[:, None], inner[:, None]
+    norm = tl.load(x.lse + row, mask=ok, other=float("inf"))
+    return douts, norm[:, None], inner[:, None]
 
 
 @jit
@@ -402,6 +408,11 @@ def store_queries(dq, row, ok, grads, scale, w):
     store_rows(dq, row, ok, grads[0] * unit, w.DK, w.PK, w.DK + w.D2)
     if w.D2 > 0:
         store_rows(dq + w.DK, row, ok, grads[1] * unit, w.D2, w.P2, w.DK + w.D2)
+
+
+@jit
+def no_gradients(BN, w):
+    return zeros(BN, w.PK), zeros(BN, w.P2), zeros(BN, w.PV)
 
 
 @jit
@@ -530,7 +541,7 @@ def dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CUT: con
     keys = of_group(keys, bg, rule, w)
     b = load_keys(keys, s, s < rule.S, w)
     values = load_values(keys, b, s, s < rule.S, w)  # (BN, PV)
-    grads = zeros(tile.BN, w.PK), zeros(tile.BN, w.P2), zeros(tile.BN, w.PV)
+    grads = no_gradients(tile.BN, w)
     m = tl.arange(0, tile.BM)
     head = m % w.HP
     walk = query_bounds(block, (piece % rule.parts).to(tl.int32), rule, tile)
@@ -558,12 +569,13 @@ Readers = namedtuple("Readers", "T S G G2 tiles owners begins ends")
 def blocks_in(lists, n, NP):
     """How many blocks a list names."""
     i = tl.arange(0, NP)
-    return tl.sum((tl.load(lists + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
+    block = tl.load(lists + i, mask=i < n, other=-1)
+    return tl.sum((block >= 0).to(tl.int32), 0)
 
 
 @jit
 def list_bounds(lists, n, tile):
-    """Of the keys of a list's blocks, one block behind the other: only the last, the own one, needs a mask."""
+    """Of the keys of a list's blocks, one behind the other: only the last, the own one, needs a mask."""
     BN: constexpr = tile.BN
     count = blocks_in(lists, n, tile.NP)
     return 0, tl.maximum(count - 1, 0) * tile.BLOCK // BN * BN, count * tile.BLOCK
@@ -638,7 +650,7 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
     keys = of_group(keys, bg, rule, w)
     b = load_keys(keys, s, s < rule.S, w)
     values = load_values(keys, b, s, s < rule.S, w)  # (BN, PV)
-    grads = zeros(tile.BN, w.PK), zeros(tile.BN, w.P2), zeros(tile.BN, w.PV)
+    grads = no_gradients(tile.BN, w)
     m = tl.arange(0, tile.BM)
     head = m % w.HP
     for start in range(begin * STEPS, end * STEPS, MANY):
@@ -650,7 +662,8 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
             t = tl.where(m // ROWS == u, reader * tile.BQ + inside, t)
         ok = (head < w.h) & (t < rule.T) & (start + m // ROWS < end * STEPS)
         row = (bg * w.h + head) * rule.T + t
-        grads = key_step(b, values, x, row, ok, s[:, None] <= t[None, :], scale, grads, w, False)
+        see = s[:, None] <= t[None, :]  # (BN, BM)
+        grads = key_step(b, values, x, row, ok, see, scale, grads, w, False)
     store_keys(to, piece, bg, rule, s, grads, w, tile.BN, CUT)
 
 
@@ -757,7 +770,7 @@ def add_pieces(pieces, x, G, firsts, chunks):
 
 
 class Attention(torch.autograd.Function):
-    """Attention of q (B, H, T, D + P) to k (B, G, S, D), k2 (B, 1 or G, S, P) or None, v (B, G, S, Dv) or None.
+    """q (B, H, T, D + P) to k (B, G, S, D), k2 (B, 1 or G, S, P) or None, v (B, G, S, Dv) or None.
 
     By `rule`, Dense or Lists; blocks of lists have `block` tokens (0: no lists) and `share` queries have one
     list -> o (B, H, T, Dv), lse (B, H, T) in base 2.
@@ -773,7 +786,8 @@ class Attention(torch.autograd.Function):
         tile, options = tile_of("forward", w, q.dtype, *lists)
         kernel = lists_forward_kernel if block else forward_kernel
         grid = (triton.cdiv(T, tile.BQ), B * k.shape[1])
-        kernel[grid](q, kv_of(align(k), k2, align(v)), out, lse, scale, rule, w, tile, **options)
+        keys = kv_of(align(k), k2, align(v))
+        kernel[grid](q, keys, out, lse, scale, rule, w, tile, **options)
         ctx.save_for_backward(q, k, k2, v, out, lse)
         ctx.rest = (scale, rule, w, lists)
         ctx.mark_non_differentiable(lse)
@@ -789,7 +803,8 @@ class Attention(torch.autograd.Function):
         x = Rows(q, out, lse, dout.contiguous(), torch.empty_like(lse), torch.empty_like(q))
         tile, options = tile_of("dq", w, q.dtype, *lists)
         kernel = lists_dq_kernel if block else dq_kernel
-        kernel[triton.cdiv(rule.T, tile.BQ), B * G](x, keys, scale, rule, w, tile, **options)
+        grid = (triton.cdiv(rule.T, tile.BQ), B * G)
+        kernel[grid](x, keys, scale, rule, w, tile, **options)
 
         tile, options = tile_of("dkv", w, q.dtype, *lists)
         blocks = B * G * triton.cdiv(S, tile.BN)  # none where T < l: there is no entry yet
@@ -820,13 +835,24 @@ class Attention(torch.autograd.Function):
         return x.dq, *grads, None, None, None, None
 
 
+def numbers_of(q, keys):
+    """The first numbers of every rule: T, S, G, G2."""
+    G, S = keys.k.shape[1:3]
+    return q.shape[2], S, G, 1 if keys.k2 is None or keys.k2 is keys.k else keys.k2.shape[1]
+
+
+def in_rows(q, keys):
+    """q, k, k2, v as kernels want them: dense in memory."""
+    return [x if x is None else x.contiguous() for x in (q, keys.k, keys.k2, keys.v)]
+
+
 def attend(q, keys, scale, window=0, l=1, d=1, lists=None, block=0, share=1):
-    """The door to Attention: Dense, or with lists Lists -> o, lse. Kernels want everything dense in memory."""
+    """The door to Attention: Dense, or with lists Lists -> o, lse."""
     check(q, keys, share, block=block or 16)
-    q, k, k2, v = (x if x is None else x.contiguous() for x in (q, keys.k, keys.k2, keys.v))
-    numbers = (q.shape[2], k.shape[2], k.shape[1], 1 if k2 is None else k2.shape[1])
-    rule = Dense(*numbers, window, l, d, 1) if lists is None else Lists(*numbers, lists, lists.shape[3])
-    return Attention.apply(q, k, k2, v, scale * LOG2_E, rule, block, share)
+    rule = Dense(*numbers_of(q, keys), window, l, d, 1)
+    if lists is not None:
+        rule = Lists(*rule[:4], lists, lists.shape[3])
+    return Attention.apply(*in_rows(q, keys), scale * LOG2_E, rule, block, share)
 
 
 def window_attention(q, keys, window, scale):
@@ -835,7 +861,7 @@ def window_attention(q, keys, window, scale):
 
 
 def selected_attention(q, q_pos, keys, lists, sizes, scale):
-    """Attention to the tokens of lists (B, G, ceil(T / share), n), ascending with the own block last, then -1."""
+    """Attention to the tokens of lists (B, G, ceil(T / share), n), ascending (the own block last), then -1."""
     lists = lists.to(torch.int32).contiguous()
     if keys.length is not None:
         return cached_lists(q, q_pos, keys, lists, sizes.block, scale)
@@ -845,9 +871,7 @@ def selected_attention(q, q_pos, keys, lists, sizes, scale):
 def compressed_attention(q, q_pos, keys, tokens, sizes, scale):
     """Attention to the compressed entries -> o (B, H, T, Dv), and the lists of every share-th query."""
     if triton.cdiv(tokens, sizes.block) > 2**15:
-        raise Refused(
-            f"{tokens} tokens in blocks of {sizes.block}: at most {2**15} blocks are ranked at once"
-        )
+        raise Refused(f"{tokens} tokens in blocks of {sizes.block}: at most {2**15} blocks are ranked")
     if keys.length is not None:
         return cached_entries(q, q_pos, keys, tokens, sizes, scale)
     check(q, keys, block=sizes.block)
@@ -857,6 +881,9 @@ def compressed_attention(q, q_pos, keys, tokens, sizes, scale):
 
 # ------------------------------------------------------------------------------------------------------------
 # 7) Select: which blocks a query reads
+
+# the lists row0 .. row0 + rows - 1 of all, of n out of so many blocks, for T queries in G groups
+Chunk = namedtuple("Chunk", "row0 rows all_rows blocks n T G")
 
 
 @jit
@@ -868,17 +895,17 @@ def store_scores(own, over, at, live, p, N, X, sizes):
     """
     FOLD: constexpr = sizes.block // sizes.d
     OVERLAP: constexpr = sizes.l // sizes.d - 1
-    beyond = tl.maximum(tl.arange(0, N) % FOLD + OVERLAP - (FOLD - 1), 0).to(tl.float32)[:, None]  # (N, 1)
-    mine = tl.sum(tl.reshape(p * (OVERLAP + 1 - beyond), (N // FOLD, FOLD, X)), 1)
-    tl.store(own + at, mine, mask=live)
+    beyond = tl.maximum(tl.arange(0, N) % FOLD + OVERLAP - (FOLD - 1), 0)
+    beyond = beyond.to(tl.float32)[:, None]  # (N, 1) strides in the next block
+    mine = tl.reshape(p * (OVERLAP + 1 - beyond), (N // FOLD, FOLD, X))
+    tl.store(own + at, tl.sum(mine, 1), mask=live)
     if OVERLAP > 0:
-        tl.store(over + at, tl.sum(tl.reshape(p * beyond, (N // FOLD, FOLD, X)), 1), mask=live)
+        rest = tl.reshape(p * beyond, (N // FOLD, FOLD, X))
+        tl.store(over + at, tl.sum(rest, 1), mask=live)
 
 
 @jit
-def score_kernel(
-    q, keys, lse, own, over, scale, rule, row0, rows, blocks, w: constexpr, tile: constexpr, sizes: constexpr
-):
+def score_kernel(q, keys, lse, own, over, scale, rule, x, w: constexpr, tile: constexpr, sizes: constexpr):
     """One program: BQ of the lists row0 + .. The weights of their queries, made again from lse, added up.
 
     own, over (B G, rows, blocks). A matrix product sums over heads: adding across threads would cost as much
@@ -890,20 +917,23 @@ def score_kernel(
     bg = tl.program_id(1).to(tl.int64)
     i = (tl.num_programs(0) - 1 - tl.program_id(0)) * tile.BQ  # long walks first
     m = tl.arange(0, tile.BM)
-    x = tl.arange(0, LISTS)
+    r = tl.arange(0, LISTS)
     j = tl.arange(0, BN // FOLD)
-    t = (row0 + i + m // w.HP) * sizes.share  # (BM,)
+    first = x.row0 + i
+    t = (first + m // w.HP) * sizes.share  # (BM,)
     row = (bg * w.h + m % w.HP) * rule.T + t
     ok = (m % w.HP < w.h) & (t < rule.T)
     a = load_queries(q, row, ok, w.DK, w)
     norm = tl.load(lse + row, mask=ok, other=float("inf")) - 12  # (BM,)
     half = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
-    heads_of = (m[:, None] // w.HP == x[None, :]).to(half)  # (BM, LISTS)
+    heads_of = (m[:, None] // w.HP == r[None, :]).to(half)  # (BM, LISTS)
     keys = of_group(keys, bg, rule, w)
-    to = (bg * rows + i + x[None, :]) * blocks + j[:, None]  # (BN / FOLD, LISTS)
+    ok_r = (r < tile.BQ) & (i + r < x.rows)
+    to = (bg * x.rows + i + r[None, :]) * x.blocks + j[:, None]  # (BN / FOLD, LISTS)
     _, high = span(t[None, :], rule)  # (1, BM)
-    _, whole = span((row0 + i) * sizes.share, rule)
-    _, end = span(tl.minimum((row0 + i + tile.BQ - 1) * sizes.share, rule.T - 1), rule)
+    _, whole = span(first * sizes.share, rule)
+    last = (first + tile.BQ - 1) * sizes.share
+    _, end = span(tl.minimum(last, rule.T - 1), rule)
     whole = whole // BN * BN  # so far all queries read all entries
     for phase in tl.static_range(2):
         for start in range(0 if phase == 0 else whole, whole if phase == 0 else end, BN):
@@ -913,28 +943,12 @@ def score_kernel(
             if phase == 1:
                 p = tl.where(s[:, None] < high, p, 0.0)
             p = tl.dot(p.to(half), heads_of, input_precision="ieee")  # (BN, LISTS)
-            first = start // FOLD
-            live = (x < tile.BQ)[None, :] & (i + x < rows)[None, :] & (first + j < blocks)[:, None]
-            store_scores(own, over, to + first, live, p, BN, LISTS, sizes)
+            live = ok_r[None, :] & (start // FOLD + j < x.blocks)[:, None]
+            store_scores(own, over, to + start // FOLD, live, p, BN, LISTS, sizes)
 
 
 @jit
-def choose_kernel(
-    own,
-    over,
-    q_pos,
-    lists,
-    n,
-    T,
-    G,
-    row0,
-    rows,
-    all_rows,
-    blocks,
-    sizes: constexpr,
-    BJ: constexpr,
-    NP: constexpr,
-):
+def choose_kernel(own, over, q_pos, lists, x, sizes: constexpr, BJ: constexpr, NP: constexpr):
     """One program: the list of one query and group, ascending, then -1: the n best blocks up to its own.
 
     Forced are block 0, the own one and the one before it. The n-th best score is found by bisection of its
@@ -943,29 +957,33 @@ def choose_kernel(
     r = tl.program_id(0)
     bg = tl.program_id(1).to(tl.int64)
     j = tl.arange(0, BJ)
-    mine = tl.load(q_pos + bg // G * T + (row0 + r) * sizes.share).to(tl.int32) // sizes.block
-    at = (bg * rows + r) * blocks + j
+    t = (x.row0 + r) * sizes.share
+    mine = tl.load(q_pos + bg // x.G * x.T + t).to(tl.int32) // sizes.block
+    at = (bg * x.rows + r) * x.blocks + j
     score = tl.load(own + at, mask=j < mine - 1, other=0)
     if over is not None:
-        score += tl.load(over + at - 1, mask=(j > 0) & (j < mine - 1), other=0)
+        before = (j > 0) & (j < mine - 1)
+        score += tl.load(over + at - 1, mask=before, other=0)
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where((j == 0) | (j >= mine - 1), 0x7F800000, bits)  # forced: infinity
-    bits = tl.where((j > mine) | (j >= blocks), -1, bits)
+    bits = tl.where((j > mine) | (j >= x.blocks), -1, bits)
     low = 0  # at least n reach low, or low is 0
     high = 0x7F800001  # fewer than n reach high
     while high - low > 1:
         middle = low + (high - low) // 2
         reach = tl.sum((bits >= middle).to(tl.int32), 0)
-        low = tl.where(reach >= n, middle, low)
-        high = tl.where(reach > n, high, tl.where(reach == n, middle + 1, middle))  # exactly n: found
+        low = tl.where(reach >= x.n, middle, low)
+        less = tl.where(reach == x.n, middle + 1, middle)  # exactly n: found
+        high = tl.where(reach > x.n, high, less)
     better = (bits > low).to(tl.int32)
     equal = (bits == low).to(tl.int32)
-    room = n - tl.sum(better, 0)
+    room = x.n - tl.sum(better, 0)
     chosen = better + equal * (tl.cumsum(equal, 0) <= room).to(tl.int32)  # of equals the first
-    to = lists + (bg * all_rows + row0 + r) * n
+    to = lists + (bg * x.all_rows + x.row0 + r) * x.n
     tl.store(to + tl.cumsum(chosen, 0) - 1, j, mask=chosen > 0)
     i = tl.arange(0, NP)
-    tl.store(to + i, -1, mask=(i >= tl.sum(chosen, 0)) & (i < n))
+    rest = (i >= tl.sum(chosen, 0)) & (i < x.n)
+    tl.store(to + i, -1, mask=rest)
 
 
 @torch.no_grad()
@@ -974,11 +992,13 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
 
     The scores of a few thousand lists at a time lie in memory, never those of all.
     """
-    q, k, k2 = (x if x is None else x.contiguous() for x in (q, keys.k, keys.k2))
+    q, k, k2, _ = in_rows(q, keys)
     B, _, T, _ = q.shape
-    G, S = k.shape[1:3]
+    G = k.shape[1]
     w = widths_of(q, k, k2, None)
-    rule = Dense(T, S, G, 1 if k2 is None else k2.shape[1], T, sizes.l, sizes.d, 1)
+    keys = kv_of(k, k2, None)
+    scale = scale * LOG2_E
+    rule = Dense(*numbers_of(q, keys), T, sizes.l, sizes.d, 1)
     q_pos = q_pos.expand(B, T).contiguous()
     blocks = triton.cdiv(tokens, sizes.block)
     rows = triton.cdiv(T, sizes.share)
@@ -991,21 +1011,20 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
     over = torch.empty_like(own) if sizes.l > sizes.d else None
     for row0 in range(0, rows, chunk):
         count = min(chunk, rows - row0)
-        numbers = (row0, chunk, blocks, w, tile, sizes)
-        score_kernel[triton.cdiv(count, tile.BQ), B * G](
-            q, kv_of(k, k2, None), lse, own, over, scale * LOG2_E, rule, *numbers, **options
-        )
+        x = Chunk(row0, chunk, rows, blocks, n, T, G)
+        grid = (triton.cdiv(count, tile.BQ), B * G)
+        score_kernel[grid](q, keys, lse, own, over, scale, rule, x, w, tile, sizes, **options)
         seen = triton.cdiv(min(T, (row0 + chunk) * sizes.share), sizes.block)  # by the last query
-        numbers = (n, T, G, row0, chunk, rows, blocks, sizes, power(seen, 16), power(n))
         warps = max(1, min(8, power(seen) // 1024))
-        choose_kernel[count, B * G](own, over, q_pos, lists, *numbers, num_warps=warps)
+        rest = (sizes, power(seen, 16), power(n))
+        choose_kernel[count, B * G](own, over, q_pos, lists, x, *rest, num_warps=warps)
     return lists
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 8) Decoding: a few queries against the slots of a cache
 
-# T queries at q_pos (B, T); S slots of G groups, length (B,) of them filled, at positions k_pos (B, heads, S);
+# T queries at q_pos (B, T); S slots of G groups, length (B,) of them filled, positions k_pos (B, heads, S);
 # the last `window` positions count; so many programs split the slots of a group
 Slots = namedtuple("Slots", "T S G G2 splits length q_pos k_pos heads window")
 # the same for the n blocks of lists (B, G, T, n)
@@ -1025,6 +1044,12 @@ def split_of(keys, splits, BN):
 
 
 @jit
+def output_row(bg, t, m, rule, w):
+    """Where row m of a tile, a head of query t, lies in (B, T, H)."""
+    return ((bg // rule.G * rule.T + t) * rule.G + bg % rule.G) * w.h + m % w.HP
+
+
+@jit
 def store_share(to, bg, i, t, ok, o, rule, w, tile):
     """The output, if this program's share of the slots is all; else its mean, for `combine`."""
     top, total, mean = o
@@ -1032,7 +1057,7 @@ def store_share(to, bg, i, t, ok, o, rule, w, tile):
     m = tl.arange(0, tile.BM)
     at = ((bg * tl.num_programs(0) + i) * rule.splits + tl.program_id(2)) * tile.BM + m
     if to.part is None:
-        row = ((bg // rule.G * rule.T + t) * rule.G + bg % rule.G) * w.h + m % w.HP
+        row = output_row(bg, t, m, rule, w)
         store_rows(to.out, row, ok, mean, w.DV, w.PV, w.DV)
     else:
         store_rows(to.part, at, ok, mean, w.PV, w.PV, w.PV)
@@ -1089,29 +1114,31 @@ def cached_lists_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr)
 
 
 @jit
-def combine(to, bg, i, tiles, m, rule, w, tile, SPLITS):
+def combine(to, bg, i, tiles, m, rule, w, tile):
     """Row m of a tile: the shares' means, weighted by their sums."""
-    split = tl.arange(0, SPLITS)
+    split = tl.arange(0, tile.SPLITS)
     d = tl.arange(0, w.PV)
     at = ((bg * tiles + i) * rule.splits + split) * tile.BM + m
     live = split < rule.splits
     top = tl.load(to.stats + at * 2, mask=live, other=-1e30)  # (SPLITS,)
     total = tl.load(to.stats + at * 2 + 1, mask=live, other=0)  # (SPLITS,)
     weight = total * tl.exp2(top - tl.max(top, 0))  # (SPLITS,)
-    means = tl.load(to.part + at[:, None] * w.PV + d[None, :], mask=live[:, None], other=0)  # (SPLITS, PV)
+    at = at[:, None] * w.PV + d[None, :]
+    means = tl.load(to.part + at, mask=live[:, None], other=0)  # (SPLITS, PV)
     norm = tl.sum(weight, 0)
     o = tl.sum(means * weight[:, None], 0) / tl.where(norm > 0, norm, 1.0)  # (PV,)
     t = i * tile.BQ + m // w.HP
-    row = ((bg // rule.G * rule.T + t) * rule.G + bg % rule.G) * w.h + m % w.HP
+    row = output_row(bg, t, m, rule, w)
     if (t < rule.T) & (m % w.HP < w.h):
         tl.store(to.out + row * w.DV + d, o.to(to.out.dtype.element_ty), mask=d < w.DV)
 
 
 @jit
-def combine_kernel(to, rule, w: constexpr, tile: constexpr, SPLITS: constexpr):
+def combine_kernel(to, rule, w: constexpr, tile: constexpr):
     """One program: one row of a tile."""
     bg = tl.program_id(1).to(tl.int64)
-    combine(to, bg, tl.program_id(0), tl.num_programs(0), tl.program_id(2), rule, w, tile, SPLITS)
+    tiles = tl.num_programs(0)
+    combine(to, bg, tl.program_id(0), tiles, tl.program_id(2), rule, w, tile)
 
 
 def shares_of(q, keys, BQ, slots, block=0, n=1, raw=None):
@@ -1137,24 +1164,24 @@ def shares_of(q, keys, BQ, slots, block=0, n=1, raw=None):
     part = q.new_empty(*rows, w.PV, dtype=torch.float32) if splits > 1 else None
     stats = q.new_empty(*rows, 2, dtype=torch.float32) if splits > 1 or raw is not None else None
     warps = 8 if w.DK > 256 and area > 2**13 else 4
-    return (tiles, B * G, splits), Shares(out, part, stats, raw), w, Tile(BQ, BM, BN, block, power(n)), warps
+    tile = Tile(BQ, BM, BN, block, power(n), power(splits))
+    return (tiles, B * G, splits), Shares(out, part, stats, raw), w, tile, warps
 
 
 def read_slots(kernel, q, keys, scale, rule, cut):
     """Launches a kernel, and combines what its programs leave -> o (B, H, T, Dv)."""
     grid, to, w, tile, warps = cut
-    k, k2, v = keys.k, keys.k2, keys.v
-    kernel[grid](q.contiguous(), kv_of(k, k2, v), to, scale * LOG2_E, rule, w, tile, num_warps=warps)
+    slots = kv_of(keys.k, keys.k2, keys.v)
+    kernel[grid](q.contiguous(), slots, to, scale * LOG2_E, rule, w, tile, num_warps=warps)
     if grid[2] > 1 and to.raw is None:
         rows = (*grid[:2], tile.BQ * w.HP)
-        combine_kernel[rows](to, rule, w, tile, power(grid[2]), num_warps=4 if grid[2] > 16 else 1)
+        combine_kernel[rows](to, rule, w, tile, num_warps=4 if grid[2] > 16 else 1)
     return to.out.transpose(1, 2)
 
 
 def slots_rule(kind, q, q_pos, keys, cut, *rest):
-    B, _, T, _ = q.shape
-    G, S = keys.k.shape[1:3]
-    return kind(T, S, G, 1, cut[0][2], keys.length, q_pos.expand(B, T).contiguous(), *rest)
+    q_pos = q_pos.expand(len(q), q.shape[2]).contiguous()
+    return kind(*numbers_of(q, keys), cut[0][2], keys.length, q_pos, *rest)
 
 
 def cached_attention(q, q_pos, keys, scale, window=None):
@@ -1166,7 +1193,8 @@ def cached_attention(q, q_pos, keys, scale, window=None):
     rows = min(128, 2**15 // power(keys.k.shape[3]))  # that fit on the chip
     cut = shares_of(q, keys, min(T, max(1, rows // power(h))), keys.k.shape[2])
     rest = (keys.pos, keys.pos.shape[1], window or 2**31 - 1)
-    return read_slots(cached_kernel, q, keys, scale, slots_rule(Slots, q, q_pos, keys, cut, *rest), cut)
+    rule = slots_rule(Slots, q, q_pos, keys, cut, *rest)
+    return read_slots(cached_kernel, q, keys, scale, rule, cut)
 
 
 def cached_lists(q, q_pos, keys, lists, block, scale):
@@ -1180,17 +1208,7 @@ def cached_lists(q, q_pos, keys, lists, block, scale):
 
 @jit
 def importance_kernel(
-    to,
-    own,
-    over,
-    chunks,
-    blocks,
-    rule,
-    w: constexpr,
-    tile: constexpr,
-    sizes: constexpr,
-    BE: constexpr,
-    SPLITS: constexpr,
+    to, scores, blocks, rule, w: constexpr, tile: constexpr, sizes: constexpr, BE: constexpr
 ):
     """What is left when all scores are known, for one query and group; two kinds of programs, side by side.
 
@@ -1201,28 +1219,30 @@ def importance_kernel(
     bg = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(2)
     head = tl.arange(0, w.HP)
+    FOLD: constexpr = sizes.block // sizes.d
+    chunks = tl.cdiv(tl.maximum(rule.S, blocks * FOLD), BE)
     if chunk >= chunks:
-        combine(to, bg, 0, 1, t * w.HP + chunk - chunks, rule, w, tile, SPLITS)
+        combine(to, bg, 0, 1, t * w.HP + chunk - chunks, rule, w, tile)
     else:
-        FOLD: constexpr = sizes.block // sizes.d
         e = chunk * BE + tl.arange(0, BE)
         j = chunk * (BE // FOLD) + tl.arange(0, BE // FOLD)
         count = tl.minimum(tl.load(rule.length + bg // rule.G), rule.S).to(tl.int32)
         ok = (head < w.h)[:, None] & (e < tl.cdiv(count, 16) * 16)[None, :]
-        row = ((bg * w.h + head) * rule.T + t)[:, None] * (tl.cdiv(rule.S, 16) * 16)
-        score = tl.load(to.raw + row + e[None, :], mask=ok, other=-1e30)  # (HP, BE)
-        split = tl.arange(0, SPLITS)[:, None]
+        row = (bg * w.h + head) * rule.T + t  # (HP,)
+        at = row[:, None] * (tl.cdiv(rule.S, 16) * 16) + e[None, :]
+        score = tl.load(to.raw + at, mask=ok, other=-1e30)  # (HP, BE)
+        split = tl.arange(0, tile.SPLITS)[:, None]
         at = (bg * rule.splits + split) * tile.BM + (t * w.HP + head)[None, :]  # (SPLITS, HP)
         ok = (split < rule.splits) & (head < w.h)[None, :]
         tops = tl.load(to.stats + at * 2, mask=ok, other=-1e30)  # (SPLITS, HP)
         totals = tl.load(to.stats + at * 2 + 1, mask=ok, other=0)  # (SPLITS, HP)
         top = tl.maximum(tl.max(tops, 0), -1e29)  # (HP,) above what is masked
         total = tl.sum(totals * tl.exp2(tops - top[None, :]), 0)  # (HP,)
-        p = tl.exp2(score - top[:, None]) * (1 / tl.where(total > 0, total, 1.0))[:, None]  # (HP, BE)
+        weight = 1 / tl.where(total > 0, total, 1.0)
+        p = tl.exp2(score - top[:, None]) * weight[:, None]  # (HP, BE)
         p = tl.sum(p, 0)[:, None]  # (BE, 1)
-        store_scores(
-            own, over, ((bg * rule.T + t) * blocks + j)[:, None], (j < blocks)[:, None], p, BE, 1, sizes
-        )
+        at = (bg * rule.T + t) * blocks + j
+        store_scores(scores[0], scores[1], at[:, None], (j < blocks)[:, None], p, BE, 1, sizes)
 
 
 def cached_entries(q, q_pos, keys, tokens, sizes, scale):
@@ -1237,17 +1257,18 @@ def cached_entries(q, q_pos, keys, tokens, sizes, scale):
     over = torch.empty_like(own) if sizes.l > sizes.d else None
     lists = torch.empty(B, G, T, n, dtype=torch.int32, device=q.device)
     cut = shares_of(q, keys, T, S, raw=raw)
-    rule = slots_rule(Slots, q, q_pos, keys, cut, keys.pos, keys.pos.shape[1], 2**31 - 1)
+    rest = (keys.pos, keys.pos.shape[1], 2**31 - 1)
+    rule = slots_rule(Slots, q, q_pos, keys, cut, *rest)
     o = read_slots(cached_kernel, q, keys, scale, rule, cut)
     (_, _, splits), to, w, tile, _ = cut
     many = min(2**13, power(raw.numel() // (8 * SMS)))  # scores of a program: fewer where these fill no GPU
     BE = max(128, many // w.HP)
     chunks = triton.cdiv(max(S, blocks * sizes.block // sizes.d), BE)
     grid = (T, B * G, chunks + (h if splits > 1 else 0))
-    importance_kernel[grid](to, own, over, chunks, blocks, rule, w, tile, sizes, BE, power(splits))
-    numbers = (n, T, G, 0, T, T, blocks, sizes, power(blocks, 16), power(n))
+    importance_kernel[grid](to, (own, over), blocks, rule, w, tile, sizes, BE)
     warps = max(1, min(8, power(blocks) // 512))
-    choose_kernel[T, B * G](own, over, rule.q_pos, lists, *numbers, num_warps=warps)
+    rest = (Chunk(0, T, T, blocks, n, T, G), sizes, power(blocks, 16), power(n))
+    choose_kernel[T, B * G](own, over, rule.q_pos, lists, *rest, num_warps=warps)
     return o, lists
 
 
@@ -1313,8 +1334,9 @@ class Mix(torch.autograd.Function):
         grads = tuple(torch.empty_like(x) for x in branches)
         dgates = gates.new_empty(gates.shape)
         grid = (B * H, triton.cdiv(T, 16))
-        numbers = (H, T, (*gates.stride()[:2], *dout.stride()[:3]), D, power(D), 16)
-        unmix_kernel[grid](tuple(branches), gates, dout, grads, dgates, *numbers)
+        strides = (*gates.stride()[:2], *dout.stride()[:3])
+        rest = (H, T, strides, D, power(D), 16)
+        unmix_kernel[grid](tuple(branches), gates, dout, grads, dgates, *rest)
         return dgates, *grads
 
 
@@ -1339,7 +1361,8 @@ def write_row(x, b, head, take, slot, S, W, P):
         i = tl.arange(0, P)
         at = x.new + b * x.strides[0] + head * x.strides[1] + take * x.strides[2]
         row = tl.load(at + i, mask=i < W).to(x.buffer.dtype.element_ty)
-        tl.store(x.buffer + ((b * x.heads + head) * S + slot) * W + i, row, mask=i < W)
+        to = x.buffer + ((b * x.heads + head) * S + slot) * W
+        tl.store(to + i, row, mask=i < W)
 
 
 @jit
@@ -1355,16 +1378,16 @@ def write_slots_kernel(parts, length, count, S, widths: constexpr, padded: const
 
 
 def write_slots(length, buffers, new, count, ring):
-    """In place: buffers (B, heads, S) or (B, heads, S, width), new likewise with T. No row is checked for room."""
+    """In place: buffers (B, heads, S) or (B, heads, S, width), new likewise with T. Room is not checked."""
     B, _, T = new[0].shape[:3]
     S = buffers[0].shape[2]
     new = [x[..., None] if x.dim() == 3 else x for x in new]  # positions have width 1
-    new = [x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in new]
-    parts = tuple(Part(x, buffer, x.shape[1], x.stride()[:3]) for x, buffer in zip(new, buffers))
+    new = [x if 1 in (x.stride(3), x.shape[3]) else x.contiguous() for x in new]
+    parts = [Part(x, y, x.shape[1], x.stride()[:3]) for x, y in zip(new, buffers)]
     widths = tuple(x.shape[3] for x in new)
     grid = (min(T, S), B, max(x.shape[1] for x in new))
     count = count.contiguous()  # it may be one number, expanded
-    write_slots_kernel[grid](parts, length, count, S, widths, tuple(map(power, widths)))
+    write_slots_kernel[grid](tuple(parts), length, count, S, widths, tuple(map(power, widths)))
 
 
 # ------------------------------------------------------------------------------------------------------------
