@@ -150,6 +150,8 @@ class Compressor:
     sinks: int = 0  # the first entries, always kept (StreamingLLM: 4)
     queries: int = 8  # A, the newest queries, that score the others; beyond the window, some of them have not seen all that they score
 
+    records = False  # evictions that would do nothing may be left out
+
     def __post_init__(self):
         if self.budget <= self.window + self.sinks or self.buffer < 1 or self.window < 0 or self.sinks < 0:
             raise ValueError(f"the budget {self.budget} must be more than the recent entries {self.window} + sinks {self.sinks}, both at "
@@ -190,6 +192,8 @@ class Compressor:
 
 class Recorder:
     """A compressor that remembers which positions it kept: kept (E, layers, B, G, budget) of up to E evictions, -1 = none."""
+
+    records = True  # it counts evictions, so it needs every one
 
     def __init__(self, compress, evictions):
         self.compress, self.kept = compress, [None] * evictions

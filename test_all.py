@@ -1479,14 +1479,14 @@ def drafts_see_what_training_saw(attn, K=4):
         g = (K, 2, 0, 0, 0, 1)[
             number % 6
         ]  # while there are no drafts the module falls behind, and catches up at once
-        known, drawn = decoder.known.clone(), []
+        known, drawn = decoder.state.known.clone(), []
         decoder.gap += g == 0
         if g:
             decoder.close_gap()
         with swapped(mtp, "draw", lambda z, *a: (drawn.append(original(z, *a)), drawn[-1])[1]):
             drafts, _ = decoder.round(g)
         for b in range(3):
-            text = torch.cat([decoder.text[b, : known[b]], drafts[b]])[
+            text = torch.cat([decoder.state.text[b, : known[b]], drafts[b]])[
                 None
             ]  # what was known, then the drafts
             states = model.mtp.unroll(model.hidden(text), text, model.embed.weight, g)
@@ -1499,7 +1499,7 @@ def drafts_see_what_training_saw(attn, K=4):
                     f"{attn}: row {b} at {int(known[b])}, draft {k + 1} of {g}",
                 )
                 seen.append(k)
-    assert seen.count(K - 1) == 15 and decoder.known.min() > 30, "a test of many rounds"
+    assert seen.count(K - 1) == 15 and decoder.state.known.min() > 30, "a test of many rounds"
 
 
 def test_drafts_see_what_training_saw():
@@ -1637,10 +1637,10 @@ def decoding_is_lossless(K, greedy, temperature, draws=DRAWS, new=3, rows=12_000
         decoder.fill(
             range(rows), given, [len(p) + new for p in given], at_once=K == 2
         )  # else prompts ride along as forced drafts
-        while decoder.active.any():
+        while decoder.state.active.any():
             decoder.round(K)
         for i, p in enumerate(prompts):
-            code = (decoder.text[i::3, len(p) : len(p) + new] * V ** torch.arange(new - 1, -1, -1)).sum(-1)
+            code = (decoder.state.text[i::3, len(p) : len(p) + new] * V ** torch.arange(new - 1, -1, -1)).sum(-1)
             count[i] += torch.bincount(code, minlength=V**new)
     texts = torch.cartesian_prod(*[torch.arange(V)] * new)  # (V^new, new)
     for i, p in enumerate(prompts):
@@ -1710,10 +1710,10 @@ def test_weights_may_change_between_calls():
     first = decoder.generate(prompts, 30)
     for p in model.parameters():
         p.add_(0.1 * torch.randn_like(p))
-    decoder.counts.zero_()
+    decoder.state.counts.zero_()
     for d in (decoder, mtp.Decoder(model, 3, 60, model.mtp, 3, temperature=0, greedy=True, drafts=3)):
         text.append(torch.stack([t for t, _ in d.generate(prompts, 30)]))
-        counts.append(d.counts)
+        counts.append(d.state.counts)
     assert torch.equal(*text) and not torch.equal(text[0], torch.stack([t for t, _ in first]))
     close(*counts, 1e-9, "drafts reached, accepted, expected")
 
@@ -1774,7 +1774,7 @@ def test_acceptance_is_predicted():
         decoder = mtp.Decoder(model, rows, 12, model.mtp, K, greedy=greedy, drafts=K)
         decoder.fill(range(rows), [prompt] * rows, [12] * rows)
         decoder.round(K)
-        (reached, accepted, chance), (rounds, tokens) = decoder.counts.sum(0), decoder.reads.sum(0)
+        (reached, accepted, chance), (rounds, tokens) = decoder.state.counts.sum(0), decoder.state.reads.sum(0)
         assert (
             rounds == rows == reached[0]
             and tokens == rows + accepted.sum()
@@ -1844,7 +1844,7 @@ def test_counts_are_of_what_was_taken():
     )  # drafts that mean nothing
     decoder = mtp.Decoder(model, 2, 60, model.mtp, 3, temperature=0, drafts=3)
     texts = decoder.generate([text_of(model, 1, n)[0] for n in (4, 9, 1, 30)], 2)
-    rounds, tokens = decoder.reads.sum(0).tolist()
+    rounds, tokens = decoder.state.reads.sum(0).tolist()
     assert tokens == sum(len(t) for t, _ in texts) == 8 and rounds <= 8, (rounds, tokens)
     decoder.forget_counts()
     heard = []
@@ -2676,7 +2676,7 @@ def no_slot_beyond_the_cap(name="rkv"):
             assert filled == sorted(set(filled)) and row[: len(filled)].min() >= 0, (
                 "positions ascend, holes at the end"
             )
-        assert (pos.amax((1, 2)) == decoder.known - 2).all(), (
+        assert (pos.amax((1, 2)) == decoder.state.known - 2).all(), (
             "the newest entry is the token before the pending one"
         )
 

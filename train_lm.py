@@ -210,10 +210,11 @@ class LM(nn.Module):
             self.embed.weight = self.head.weight
         self.mtp = mtp.MTP(Block(cfg, 0), cfg.width, cfg.norm_eps) if cfg.mtp else None  # last: the trunk's start is the same without
 
-    def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device=None, **needs):
+    def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device=None, compress=None):
         """A cache for `batch` rows of up to max_len tokens; at most `margin` tokens can be taken back at once.
 
-        needs: of a compressor (sparse_rl.py); then tokens get evicted, and max_len is what a row can hold at a time."""
+        compress: a compressor (sparse_rl.py); then tokens get evicted, and max_len is what a row can hold at a time."""
+        needs = compress.needs if compress else {}
         device = device or self.embed.weight.device
         layers = [b.attn.new_cache(batch, max_len, margin, dtype=dtype, device=device, **needs) for b in self.blocks]
         return Cache(layers, batch, max_len, device, evicts=bool(needs))
