@@ -320,7 +320,7 @@ class Drafter:
         self.cache = mtp.block.attn.new_cache(batch, room, **kind)
         self.seen = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.newest = torch.zeros(batch, 1, weight.shape[1], **kind)
-        self.table = torch.zeros(weight.shape, **kind)
+        self.table = mtp.embed_half(weight).detach()
 
     def restart(self):
         """The weights may have changed since the last call."""
@@ -738,7 +738,6 @@ def main():
     print(f"given    {show(text[:12])}\n\nread  drafted    accepted   then")
     reads = 0
     with torch.no_grad():
-        decoder.restart()
         decoder.fill([0], [text[:12]], [64])
         while decoder.state.active.item():
             known = decoder.state.known.item()
