@@ -1,36 +1,36 @@
-"""How many tokens one read yields: draft several with one small module, verify them in one pass, keep the law.
+"""How many tokens one read yields: draft several with one small module, verify them in one pass.
 
-Decoding is bound by reading the weights and the cache, once per token. Multi-token prediction (MTP) adds one block
-to a model, unrolled K times: depth k guesses the token k + 1 places ahead. The model then reads all K guesses at
-once and keeps as many as its own distribution supports, and always one more token. The text is distributed exactly
-as without drafts (up to rounding), only sooner.
+Decoding is bound by reading the weights and the cache, once per token. Multi-token prediction (MTP) adds one
+block to a model, unrolled K times: depth k guesses the token k + 1 places ahead. The model then reads all K
+guesses at once and keeps as many as its own distribution supports, and always one more token. The text is
+distributed exactly as without drafts (up to rounding), only sooner.
 
     1) draft     the module samples d_1 .. d_g, each from its own distribution q_k          one block each
     2) verify    the trunk reads the pending token and the drafts: g + 1 distributions p    one pass
     3) accept    d_k with probability min(1, p_k / q_k), up to the first refusal;
                  then one token from (p - q)+, or from p_{g+1} if none was refused
     4) commit    stop tokens and limits; log p of what was sampled; every row at its own length
-    5) catch up  the trunk forgets refused drafts; the module makes its entries again from the trunk's states
+    5) catch up  the trunk forgets refused drafts; the module makes its entries from the trunk's states
 
-The module learns from a frozen trunk's own texts and distributions (`equip`: soft cross entropy, then end-to-end
-TV) or beside the trunk (`train_lm.py --mtp K`: soft cross entropy). The trunk never gets a gradient from it. Every
-row of a batch accepts as many drafts as it does, and rows that end are refilled. On a GPU a few rounds are one CUDA
-graph. The engine measures while decoding whether drafts pay, and goes on without them where they do not.
+The module learns from a frozen trunk's own texts and distributions (`equip`: soft cross entropy, then
+end-to-end TV) or beside the trunk (`train_lm.py --mtp K`: soft cross entropy). The trunk never gets a gradient
+from it. Rows of a batch accept each for itself, and rows that end are refilled. On a GPU a few rounds are one
+CUDA graph. The engine measures whether drafts pay, and goes on without them where they do not.
 
 Does NOT include: trees of drafts, reduced draft vocabularies, top-p, drafts from a compressed cache.
 Run `python mtp.py` to see a sentence with its drafts; `python results/drafts.py` adds a module to a run of
-train_lm.py and times it.
-Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (the module); FastMTP 2509.18362 (one
-module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL 2026, 1871), which this file
-follows, only the abstract is available to us: K, the losses, the detach points and the drafting are ours.
+train_lm.py and times it. Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (the module);
+FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL
+2026, 1871), which this file follows, only the abstract is available to us: K, the losses, the detach points and
+the drafting are ours.
 
-Letters as in latent_attention.py; K depths, g <= K drafts in a round, V vocabulary. p is the target's, q the
-draft's distribution. Counted from 0: row s holds the trunk's state h_s at token x_s, which predicts x_{s+1}; depth
-k of row s predicts x_{s+k+1}.
+Letters as in latent_attention.py; K depths, g <= K drafts in a round, V vocabulary; p is the target's, q the
+draft's distribution. Counted from 0: row s holds the trunk's state h_s at token x_s, which predicts x_{s+1};
+depth k of row s predicts x_{s+k+1}.
 
-This file knows no model class. A trunk is anything with hidden(tokens, cache, count) -> (B, T, C) after the final
-norm, new_cache(batch, max_len, margin, dtype), embed.weight (V, C) and head.weight (V, C); for a compressed cache
-new_cache takes compress too. A block is anything like train_lm.Block.
+This file knows no model class. A trunk has hidden(tokens, cache, count) -> (B, T, C) after the final norm,
+embed.weight and head.weight (V, C), and new_cache(batch, max_len, margin, dtype), with `compress` too if the
+cache is to be compressed. A block is anything like train_lm.Block.
 """
 
 import sys
@@ -50,9 +50,8 @@ import kernels
 class MTP(nn.Module):
     """One block for all depths: DeepSeek-V3's module at depth 1, fed with its own output from depth 2 on.
 
-    No weight depends on K. Which keys and values a row sees is the same in training and in drafting: at every depth
-    those that depth 1 made of rows <= s. So a draft behind the first reads the module's cache and writes nothing
-    (GLM-5.2's choice).
+    No weight depends on K. Row s sees the same keys and values in training and in drafting: at every depth those
+    that depth 1 made of rows <= s. So a later draft reads the module's cache and writes nothing (GLM-5.2's choice).
     """
 
     def __init__(self, block, width, eps=1e-6):
@@ -69,14 +68,14 @@ class MTP(nn.Module):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
 
     def embed_half(self, embedded):
-        """What an embedding (..., C) adds to the input (..., C): the same at every depth, so a decoder keeps a table."""
+        """What an embedding (..., C) adds to the input (..., C). It is the same at every depth."""
         return self.join_e(self.norm(embedded, self.norm_e))
 
     def forward(self, h, e, pos, cache=None, count=None, source=None):
         """One depth -> its state (B, T, C), and the block's input (B, T, C).
 
-        h (B, T, C) state of the depth before, at depth 1 the trunk's; e (B, T, C) `embed_half` of x_{s+k}, which
-        that state predicted; pos (B or 1, T) of the rows; source: depth 1's input, where there is no cache.
+        h (B, T, C) state of the depth before, at depth 1 the trunk's; e (B, T, C) `embed_half` of x_{s+k},
+        which that state predicted; pos (B or 1, T) of the rows; source: depth 1's input, without a cache.
         """
         h = self.norm(h, self.norm_h)  # (B, T, C)
         u = torch.addmm(e.flatten(0, 1), h.flatten(0, 1), self.join_h.weight.t())  # join_h(h) + e, (B T, C)
@@ -86,9 +85,8 @@ class MTP(nn.Module):
     def unroll(self, h, tokens, embed, K):
         """All depths of a text at once, teacher-forced.
 
-        h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K]. h and embed are detached
-        here: nothing that is made of the result gives the trunk a gradient. Within the module it flows through all
-        depths.
+        h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K]. h and embed are detached:
+        the trunk gets no gradient. Within the module it flows through all depths.
         """
         e = self.embed_half(F.embedding(tokens, embed.detach()))  # (B, T, C)
         h = h.detach()
@@ -119,12 +117,12 @@ def law(logits, temperature):
 
 
 def soft_ce(z, p):
-    """Cross entropy to the trunk's distribution. Gradient q - p: that of CE on samples of p, without their noise."""
+    """Cross entropy to the trunk's distribution. Its gradient q - p is that of CE on samples, without the noise."""
     return -(p * z.log_softmax(-1)).sum(-1)
 
 
 def tv(z, p):
-    """Total variation 1 - sum min(p, q) = the probability that a sampled draft is refused.
+    """Total variation 1 - sum min(p, q): how likely a sampled draft is refused.
 
     Its gradient is proportional to q: dead from a cold start, so soft CE comes first.
     """
@@ -144,59 +142,58 @@ def depth_masks(mask, K):
     return masks
 
 
-def draft_loss(kind, states, head, p, tokens, mask, temperature=1.0, decay=0.6):
-    """The loss of all depths, one number.
+def depths(states, head, p, mask):
+    """What each depth is measured by: states of MTP.unroll, head (V, C), p (B, T, V) the trunk's law, mask (B, T)
+    1 on tokens that count (the answer, its stop token included) -> logits, target law (B, rows, V), mask (B, rows).
 
-    kind    "ce" hard targets x_{s+k+1} | "soft" | "tv" | "e2e"
-    states  of MTP.unroll, head (V, C), p (B, T, V) the trunk's law at the same temperature, tokens (B, T), mask
-            (B, T): 1 on tokens that count (the answer, its stop token included). p and head are detached here.
-    The first three sum the depths' means with weights decay^(k-1), normalised (FastMTP). End-to-end TV is 1 - the
-    expected share of accepted drafts, 1 - 1/K sum_k prod_{i<=k} (1 - TV_i), every product over depths of one row:
-    the weights come out by themselves.
+    The trunk gets no gradient: head and p are detached.
     """
-    head = head.detach()
-    p = p.detach()
     masks = depth_masks(mask.to(p.dtype), len(states))
-    weights = torch.tensor([decay**k for k in range(len(states))])  # (K,)
-    weights = weights / weights.sum()
-    total = 0.0
-    count = 0.0
-    alive = 1.0
     for k, (h, m) in enumerate(zip(states, masks), 1):
         rows = m.shape[1]  # T - k - 1: those with a target
-        z = F.linear(h[:, :rows], head).to(p.dtype) / temperature  # (B, rows, V)
-        target = p[:, k : k + rows]  # (B, rows, V)
-        if kind == "e2e":
-            kept = 1 - tv(z, target)  # (B, rows)
-            alive = kept if k == 1 else alive[:, :rows] * kept  # (B, rows)
-            total = total + (m * (1 - alive)).sum()
-            count = count + m.sum()
-            continue
-        if kind == "ce":
-            loss = F.cross_entropy(z.transpose(1, 2), tokens[:, k + 1 :], reduction="none")  # (B, rows)
-        else:
-            loss = {"soft": soft_ce, "tv": tv}[kind](z, target)  # (B, rows)
-        total = total + weights[k - 1] * (m * loss).sum() / m.sum().clamp(min=1)
-    return total / count.clamp(min=1) if kind == "e2e" else total
+        z = F.linear(h[:, :rows], head.detach()).to(p.dtype)  # (B, rows, V)
+        yield z, p[:, k : k + rows].detach(), m
+
+
+def soft_loss(states, head, p, mask, temperature=1.0, decay=0.6):
+    """Soft CE of all depths, one number: the sum of their means, weighted by decay^(k-1), normalised (FastMTP)."""
+    weights = torch.tensor([decay**k for k in range(len(states))])  # (K,)
+    total = 0.0
+    for w, (z, target, m) in zip(weights / weights.sum(), depths(states, head, p, mask)):
+        total = total + w * (m * soft_ce(z / temperature, target)).sum() / m.sum().clamp(min=1)
+    return total
+
+
+def e2e_loss(states, head, p, mask, temperature=1.0):
+    """End-to-end TV, one number: 1 - the expected share of accepted drafts, 1 - 1/K sum_k prod_{i<=k} (1 - TV_i).
+
+    Every product goes over depths of one row. The depths' weights come out by themselves.
+    """
+    lost = 0.0
+    count = 0.0
+    alive = torch.ones_like(p[:, :, 0])  # (B, T)
+    for z, target, m in depths(states, head, p, mask):
+        alive = alive[:, : m.shape[1]] * (1 - tv(z / temperature, target))  # (B, rows)
+        lost = lost + (m * (1 - alive)).sum()
+        count = count + m.sum()
+    return lost / count.clamp(min=1)
 
 
 @torch.no_grad()
 def expected_acceptance(states, head, p, tokens, mask, temperature=1.0):
-    """The probability that drafts 1..k are all accepted, without drafting: (K,), on text that was sampled from p.
+    """How likely drafts 1..k are all accepted, (K,), estimated without drafting from text that p wrote.
 
-    sum_v min(p_k, q_k) at prefixes that p wrote, reweighted to those that accepted drafts write:
+    sum_v min(p_k, q_k), each prefix weighted by how likely accepted drafts write it:
     prod_{i<k} min(1, q_i(x_i) / p_i(x_i)).
     """
     found = []
-    weight = 1.0
-    for k, (h, m) in enumerate(zip(states, depth_masks(mask.to(p.dtype), len(states))), 1):
+    weight = torch.ones_like(p[:, :, 0])  # (B, T)
+    for z, target, m in depths(states, head, p, mask):
         rows = m.shape[1]
-        z = F.linear(h[:, :rows], head).to(p.dtype)  # (B, rows, V)
         q = law(z, temperature)  # (B, rows, V)
-        target = p[:, k : k + rows]  # (B, rows, V)
-        weight = m if k == 1 else weight[:, :rows] * m  # (B, rows)
+        weight = weight[:, :rows] * m  # (B, rows)
         found.append((weight * torch.minimum(target, q).sum(-1)).sum() / m.sum().clamp(min=1))
-        x = tokens[:, k + 1 :, None]  # (B, rows, 1)
+        x = tokens[:, -rows:, None]  # (B, rows, 1): x_{s+k+1}
         ratio = q.gather(-1, x) / target.gather(-1, x).clamp(min=1e-30)  # (B, rows, 1)
         weight = weight * ratio.clamp(max=1)[..., 0]  # (B, rows)
     return torch.stack(found)
@@ -208,19 +205,16 @@ def expected_acceptance(states, head, p, tokens, mask, temperature=1.0):
 
 @kernels.fast_path
 def draw(logits, temperature, noise=None):
-    """The law of logits (..., V), and one token of it -> (..., V), (...). Without noise there is no token: None.
+    """The law p of logits (..., V), and a token of it -> (..., V), (...) or None without noise.
 
-    The argmax of p / noise with noise ~ Exp(1), (..., V), is distributed as p, on any device and inside a CUDA
-    graph.
+    With noise (..., V) ~ Exp(1), argmax(p / noise) is distributed as p, on any device and in a CUDA graph.
     """
     p = law(logits, temperature)  # (..., V)
-    if noise is None:
-        return p, None
-    return p, (p / noise).argmax(-1)  # (...)
+    return p, None if noise is None else (p / noise).argmax(-1)
 
 
 def accept(p, q, drafts, forced, u, noise):
-    """Rejection sampling: the accepted drafts and the token after them are distributed as p (Leviathan et al.).
+    """Rejection sampling: accepted drafts and the token after them are distributed as p (Leviathan et al.).
 
     p       (B, g + 1, V) the target's laws at the pending token and at each draft
     q       (B, g, V) the laws that the drafts (B, g) were drawn from; one-hot where the best token was taken
@@ -234,8 +228,7 @@ def accept(p, q, drafts, forced, u, noise):
     q_draft = q.gather(-1, at)[..., 0]  # (B, g)
     ok = forced | (u * q_draft < p_draft)  # (B, g): u < p / q
     n = ok.long().cumprod(1).sum(1)  # (B,)
-    # The refused draft is replaced by a draw from the residual (p - q)+. Behind the last draft q is 0, so that the
-    # bonus token is drawn from p itself.
+    # The residual (p - q)+ replaces the refused draft. Behind the last draft q is 0: the bonus comes from p.
     here = n[:, None, None].expand(-1, 1, p.shape[-1])  # (B, 1, V)
     p_n = p.gather(1, here)[:, 0]  # (B, V)
     q_n = F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # (B, V)
@@ -263,7 +256,7 @@ class State(NamedTuple):
 def commit(p, q, drafts, u, noise, state, stop):
     """Accept drafts, then write them and the token after them behind the known text -> tokens taken (B,).
 
-    A row ends at a token `stop` (-1: at none) and at its limit. p, q, drafts, u, noise as in `accept`; in `state`
+    A row ends at a token `stop` (-1: at none) and at its limit. p, q, drafts, u, noise as in `accept`. Of `state`
     text, logp, known, active, counts and reads are changed in place.
     """
     text, logp, known, given, limit, active, counts, reads = state
@@ -305,19 +298,19 @@ def commit(p, q, drafts, u, noise, state, stop):
 class Drafter:
     """The module's side of a Decoder.
 
-    seen    (B,) for how many of a row's first tokens the module has made its entries: known - 1 before it drafts
+    seen    (B,) tokens of a row that the module has entries for: known - 1 whenever it drafts
     newest  (B, 1, C) depth 1 of the last of them, which predicts the first draft
     table   (V, C) MTP.embed_half of every token
     """
 
-    def __init__(self, mtp, trunk, batch, room, temperature):
+    def __init__(self, mtp, trunk, batch, room, margin, temperature):
         weight = trunk.embed.weight  # (V, C)
         kind = {"dtype": weight.dtype, "device": weight.device}
         self.mtp = mtp
         self.embed = weight
         self.head = trunk.head.weight  # (V, C)
         self.temperature = temperature
-        self.cache = mtp.block.attn.new_cache(batch, room, **kind)
+        self.cache = mtp.block.attn.new_cache(batch, room, margin, **kind)
         self.seen = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.newest = torch.zeros(batch, 1, weight.shape[1], **kind)
         self.table = mtp.embed_half(weight).detach()
@@ -333,7 +326,7 @@ class Drafter:
         self.seen.masked_fill_(fresh, 0)
 
     def draft(self, g, noise):
-        """noise (g or more, B, 1, V) ~ Exp(1) -> drafts (B, g), and the laws that they were drawn from (B, g, V)."""
+        """noise (> g, B, 1, V) ~ Exp(1) -> drafts (B, g), and the laws they were drawn from (B, g, V)."""
         drafts = []
         laws = []
         row = self.seen[:, None] - 1  # (B, 1)
@@ -347,7 +340,7 @@ class Drafter:
         return torch.cat(drafts, dim=1), torch.cat(laws, dim=1)
 
     def catch_up(self, text, h, count):
-        """Make the entries of the next count[b] rows of text (B, width), from the trunk's states h (B, T, C)."""
+        """Make the entries of the next count[b] tokens of text (B, width) from the trunk's states (B, T, C)."""
         row = self.seen[:, None] + torch.arange(h.shape[1], device=h.device)  # (B, T)
         after = text.gather(1, (row + 1).clamp(max=text.shape[1] - 1))  # (B, T): x_{s+1}
         out, _ = self.mtp(h, F.embedding(after, self.table), row, self.cache, count)  # (B, T, C)
@@ -380,7 +373,7 @@ class Pace:
 
     def update(self, g, ms, rounds, tokens):
         """After a segment with g drafts: milliseconds of a round; rounds of all rows, tokens they yielded."""
-        old = self.ms.get(g, ms)
+        old = self.ms.get(g) or ms
         self.ms[g] = min(ms, 0.7 * old + 0.3 * ms)  # disturbances only ever make it longer
         self.rounds = 0.95 * self.rounds + (rounds if g else 0)
         self.tokens = 0.95 * self.tokens + (tokens if g else 0)
@@ -442,7 +435,7 @@ class Decoder:
             self.PIECE = compress.buffer
         else:
             self.cache = trunk.new_cache(batch, room, K + 1, dtype=weight.dtype)
-        self.drafter = Drafter(mtp, trunk, batch, room, temperature) if K else None
+        self.drafter = Drafter(mtp, trunk, batch, room, K + 1, temperature) if K else None
         one = torch.ones(batch, dtype=torch.long, device=self.device)  # (B,)
         self.fresh = one < 1  # (B,) rows whose prompt is being read
         self.state = State(
@@ -539,7 +532,7 @@ class Decoder:
         todo = list(range(len(prompts)))[::-1]
         answers = [None] * len(prompts)
         owner = {}  # row -> the prompt that it answers
-        looks = []  # segments that were started and not looked at, each with the owners of its time
+        looks = []  # at segments that were started, each with the owners of its time
         self.restart()
         while todo or owner:
             free = [row for row in range(self.batch) if row not in owner][: len(todo)]
@@ -549,13 +542,13 @@ class Decoder:
                 owner.update((row, todo.pop()) for row in free)
                 chosen = [prompts[owner[row]] for row in free]
                 self.fill(free, chosen, [min(len(p) + new, self.max_len) for p in chosen], at_once)
-            looks.append((dict(owner), *self.segment()))
-            # A look that is one segment late spares the GPU the wait for the host. Where no prompt waits for a
-            # row it would only keep all rows at work for nothing.
+            looks.append((dict(owner), self.segment()))
+            # A look one segment late spares a GPU the wait for the host. Where no prompt waits for a row, it
+            # would only keep all rows at work for nothing.
             late = self.cuda and bool(todo)
             while len(looks) > late:
-                then, *segment = looks.pop(0)
-                active, known = self.look(*segment)
+                then, look = looks.pop(0)
+                active, known = look()
                 ended = [row for row, i in then.items() if owner.get(row) == i and not active[row]]
                 text = self.state.text[ended]  # (rows, width)
                 logp = self.state.logp[ended]  # (rows, width)
@@ -578,12 +571,11 @@ class Decoder:
 
     @torch.no_grad()
     def fill(self, rows, prompts, limits, at_once=True):
-        """Start texts in some rows; what these held is forgotten. Prompts are read here, or ride along as drafts."""
+        """Start texts in some rows, which forget theirs. Prompts are read here, or ride along as drafts."""
         state = self.state
         lengths = [len(p) for p in prompts]
         longest = max(lengths)
-        # One copy for all rows, which the host need not wait for: is the row new, its prompt's length, its limit,
-        # its prompt.
+        # One copy, which the host need not wait for: is a row new, its prompt's length, its limit, its prompt.
         host = torch.zeros(self.batch, 3 + longest, dtype=torch.long, pin_memory=self.cuda)
         host[rows, :3] = torch.tensor([[1, *pair] for pair in zip(lengths, limits)])
         host[rows, 3:] = nn.utils.rnn.pad_sequence([p.cpu() for p in prompts], batch_first=True)
@@ -607,7 +599,7 @@ class Decoder:
             self.run(self.read, start, min(start + self.PIECE, end))
 
     def segment(self):
-        """Start a few rounds -> what `look` wants."""
+        """Start a few rounds -> a function that waits for them: is each row still active, how long is it now."""
         g = self.pace.choose()
         n = self.SEGMENT // 2 if g else self.SEGMENT  # a round with drafts is longer, and its rows end sooner
         if self.compress:
@@ -623,23 +615,21 @@ class Decoder:
         reads = (self.state.reads - before).sum(0)  # (2,)
         result = torch.cat([self.state.active, self.state.known, reads])  # (2 B + 2,)
         host = torch.empty(result.shape, pin_memory=self.cuda).copy_(result, non_blocking=True)
-        done = torch.cuda.Event() if self.cuda else None
-        if done:
+        if self.cuda:
+            done = torch.cuda.Event()
             done.record()
-        return g, n, host, done, began, timed
 
-    def look(self, g, n, host, done, began, timed):
-        """Wait for a segment and measure it -> of each row: is it still active, how many tokens are known."""
-        if done:
-            done.synchronize()
-        *rows, rounds, tokens = host.tolist()
-        began = max(
-            began, self.looked
-        )  # where looks are late, the segment before it was still at work until then
-        self.looked = time.perf_counter()
-        if timed:
-            self.pace.update(g, 1e3 * (self.looked - began) / n, rounds, tokens)
-        return rows[: self.batch], rows[self.batch :]
+        def look():
+            if self.cuda:
+                done.synchronize()
+            start = max(began, self.looked)  # until the look before, a GPU was at work on the segment before
+            self.looked = time.perf_counter()
+            *rows, rounds, tokens = host.tolist()
+            if timed:
+                self.pace.update(g, 1e3 * (self.looked - start) / n, rounds, tokens)
+            return rows[: self.batch], rows[self.batch :]
+
+        return look
 
     # -- counts
 
@@ -669,9 +659,8 @@ def percent(rates):
 def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperature=1.0, say=print):
     """Train the module on a frozen trunk with the trunk's own samples and own distributions.
 
-    Soft CE comes first, then end-to-end TV. samples (N, T) tokens that the trunk wrote behind `prompt` given ones,
-    at `temperature`; the first `rows` of them are kept for testing. -> expected acceptance (K,) on those, see
-    expected_acceptance.
+    Soft CE comes first, then end-to-end TV. samples (N, T) tokens that the trunk wrote behind `prompt` given
+    ones, at `temperature`; the first `rows` of them are kept for testing -> expected_acceptance (K,) on those.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     device = samples.device
@@ -683,26 +672,25 @@ def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperatur
     mask[:, :prompt] = 0
 
     def unroll(text):
-        """text (rows, T) -> what the losses need of it: states, head, p, tokens, mask."""
+        """text (rows, T) -> states, head and p, which the losses compare."""
         with torch.no_grad():
             h = trunk.hidden(text)  # (rows, T, C)
             p = law(F.linear(h, trunk.head.weight), temperature)  # (rows, T, V)
-        states = module.unroll(h, text, trunk.embed.weight, K)
-        return states, trunk.head.weight, p, text, mask[: len(text)]
+        return module.unroll(h, text, trunk.embed.weight, K), trunk.head.weight, p
 
     for step in range(steps):
-        kind = "soft" if step < 0.4 * steps else "e2e"
+        kind, objective = ("soft", soft_loss) if step < 0.4 * steps else ("e2e", e2e_loss)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
         some = torch.randint(len(samples), (rows,), generator=rng).to(device)  # (rows,)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = draft_loss(kind, *unroll(samples[some]), temperature)
+            loss = objective(*unroll(samples[some]), mask, temperature)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
-                rate = expected_acceptance(*unroll(held), temperature)  # (K,)
+                rate = expected_acceptance(*unroll(held), held, mask, temperature)  # (K,)
                 left = (time.time() - start) / (step + 1) * (steps - step - 1)
                 say(
                     f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | "
@@ -712,7 +700,7 @@ def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperatur
 
 
 def main():
-    """A tiny model learns this file's header, with a module beside it; then one sentence of it, read by read."""
+    """A tiny model learns this file's header, a module beside it; then one sentence of it, read by read."""
     import train_lm
 
     torch.manual_seed(0)

@@ -1361,23 +1361,16 @@ def test_losses_have_their_gradients():
     tokens, mask = torch.randint(V, (2, T)), torch.ones(2, T).double()
     head = torch.eye(V).double()  # the states are the logits
     z = [torch.randn(2, T - k, V).double() for k in range(1, K + 1)]
-    losses = {
-        kind: lambda z, kind=kind: mtp.draft_loss(kind, z, head, p, tokens, mask) for kind in ("tv", "e2e")
-    }
-    for kind, loss in losses.items():
-        leaves = [x.clone().requires_grad_() for x in z]
-        grads = torch.autograd.grad(loss(leaves), leaves)
-        for k, t, v in [(k, t, v) for k in range(K) for t in (0, T - k - 3) for v in range(V)]:
-            step = [x.clone() for x in z]
-            step[k][1, t, v] += 1e-6
-            up = loss(step)
-            step[k][1, t, v] -= 2e-6
-            close(
-                grads[k][1, t, v],
-                (up - loss(step)) / 2e-6,
-                1e-8,
-                f"{kind}, depth {k + 1}, row {t}, logit {v}",
-            )
+    e2e = lambda z: mtp.e2e_loss(z, head, p, mask)
+    leaves = [x.clone().requires_grad_() for x in z]
+    grads = torch.autograd.grad(e2e(leaves), leaves)
+    for k, t, v in [(k, t, v) for k in range(K) for t in (0, T - k - 3) for v in range(V)]:
+        step = [x.clone() for x in z]
+        step[k][1, t, v] += 1e-6
+        up = e2e(step)
+        step[k][1, t, v] -= 2e-6
+        what = f"end-to-end TV, depth {k + 1}, row {t}, logit {v}"
+        close(grads[k][1, t, v], (up - e2e(step)) / 2e-6, 1e-8, what)
     z1, p1 = torch.randn(5, V).double().requires_grad_(), torch.randn(5, V).double().softmax(-1)
     q = z1.softmax(-1)
     below = (q <= p1).double()
@@ -1386,29 +1379,25 @@ def test_losses_have_their_gradients():
         torch.autograd.grad(mtp.tv(z1, p1).sum(), z1)[0], formula, 1e-12, "TV's gradient, -q (1[q <= p] - S)"
     )
     close(torch.autograd.grad(mtp.soft_ce(z1, p1).sum(), z1)[0], q - p1, 1e-12, "soft CE's gradient, q - p")
-    close(losses["e2e"](z[:1]), losses["tv"](z[:1]), 1e-12, "end-to-end TV at one depth is TV")
+    one = mtp.tv(z[0][:, : T - 2], p[:, 1 : T - 1]).mean()
+    close(e2e(z[:1]), one, 1e-12, "end-to-end TV at one depth is TV")
     hot = F.one_hot(tokens, V).double().roll(-1, 1)  # row s of the trunk predicts x_{s+1}
+    hard = [
+        F.cross_entropy(x[:, : T - k - 1].transpose(1, 2), tokens[:, k + 1 :]) for k, x in enumerate(z, 1)
+    ]
+    weight = [1 / 1.96, 0.6 / 1.96, 0.36 / 1.96]
+    want = sum(w * x for w, x in zip(weight, hard))
+    close(mtp.soft_loss(z, head, hot, mask), want, 1e-7, "soft CE on one-hot is CE; weights fall by 0.6")
+    flat = [torch.zeros_like(x) for x in z]
     close(
-        mtp.draft_loss("soft", z, head, hot, tokens, mask),
-        mtp.draft_loss("ce", z, head, hot, tokens, mask),
+        mtp.e2e_loss(flat, head, torch.full_like(p, 1 / V), mask) + 1,
+        one.new_ones(()),
         1e-12,
-        "soft CE on one-hot",
+        "q = p: no loss",
     )
-    even = mtp.draft_loss(
-        "tv", [torch.zeros_like(x) for x in z], head, torch.full_like(p, 1 / V), tokens, mask
-    )
-    close(even + 1, torch.ones(()).double(), 1e-12, "q = p: no loss")
-    far = mtp.draft_loss(
-        "tv",
-        [100 * F.one_hot(torch.zeros(2, T - k).long(), V).double() for k in range(1, 4)],
-        head,
-        F.one_hot(torch.ones(2, T).long(), V).double(),
-        tokens,
-        mask,
-    )
-    close(
-        far, torch.ones(()).double(), 1e-12, "nothing in common: every depth costs 1, so the weights sum to 1"
-    )
+    far = [100 * F.one_hot(torch.zeros(2, T - k).long(), V).double() for k in range(1, 4)]
+    other = F.one_hot(torch.ones(2, T).long(), V).double()
+    close(mtp.e2e_loss(far, head, other, mask), one.new_ones(()), 1e-12, "nothing in common: all is lost")
 
 
 def test_depth_masks_equal_a_loop():
@@ -1440,14 +1429,15 @@ def test_the_trunk_gets_no_gradient_from_the_module():
         )
         h = model.hidden(x)
         p = model.head(h).softmax(-1)
-        for kind in ("ce", "soft", "tv", "e2e"):
-            loss = mtp.draft_loss(
-                kind, module.unroll(h, x, model.embed.weight, 3), model.head.weight, p, x, torch.ones(2, 70)
-            )
+        for kind in (mtp.soft_loss, mtp.e2e_loss):
+            states = module.unroll(h, x, model.embed.weight, 3)
+            loss = kind(states, model.head.weight, p, torch.ones(2, 70))
             found = torch.autograd.grad(loss, trunk, allow_unused=True, retain_graph=True)
-            assert all(g is None for g in found), f"{attn}, {kind}: the draft loss reaches the trunk"
+            assert all(g is None for g in found), f"{attn}, {kind.__name__}: the draft loss reaches the trunk"
             own = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
-            assert all(g is not None and g.abs().max() > 0 for g in own), f"{attn}, {kind}: the module learns"
+            assert all(g is not None and g.abs().max() > 0 for g in own), (
+                f"{attn}, {kind.__name__}: the module learns"
+            )
 
 
 def test_one_module_for_all_depths():
