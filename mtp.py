@@ -13,16 +13,16 @@ distributed exactly as without drafts (up to rounding), only sooner.
     5) catch up  the trunk forgets refused drafts; the module makes its entries from the trunk's states
 
 The module learns from a frozen trunk's own texts and distributions (`equip`: soft cross entropy, then
-end-to-end TV) or beside the trunk (`train_lm.py --mtp K`: soft cross entropy). The trunk never gets a gradient
-from it. Rows of a batch accept each for itself, and rows that end are refilled. On a GPU a few rounds are one
-CUDA graph. The engine measures whether drafts pay, and goes on without them where they do not.
+end-to-end TV) or beside the trunk (`train_lm.py --mtp K`: soft cross entropy). The trunk gets no gradient
+from it. Every row of a batch accepts its own number of drafts, and rows that end are refilled. On a GPU a few
+rounds are one CUDA graph. The engine measures whether drafts pay; where they do not, it goes on without them.
 
 Does NOT include: trees of drafts, reduced draft vocabularies, top-p, drafts from a compressed cache.
 Run `python mtp.py` to see a sentence with its drafts; `python results/drafts.py` adds a module to a run of
-train_lm.py and times it. Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (the module);
+train_lm.py and times it. Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (module);
 FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL
-2026, 1871), which this file follows, only the abstract is available to us: K, the losses, the detach points and
-the drafting are ours.
+2026, 1871), which this file follows, only the abstract is available to us: K, the losses, what is detached
+and the drafting are ours.
 
 Letters as in latent_attention.py; K depths, g <= K drafts in a round, V vocabulary; p is the target's, q the
 draft's distribution. Counted from 0: row s holds the trunk's state h_s at token x_s, which predicts x_{s+1};
@@ -50,8 +50,8 @@ import kernels
 class MTP(nn.Module):
     """One block for all depths: DeepSeek-V3's module at depth 1, fed with its own output from depth 2 on.
 
-    No weight depends on K. Row s sees the same keys and values in training and in drafting: at every depth those
-    that depth 1 made of rows <= s. So a later draft reads the module's cache and writes nothing (GLM-5.2's choice).
+    No weight depends on K. Row s sees the same keys and values in training and in drafting: at every depth
+    those that depth 1 made of rows <= s. So a later draft only reads the module's cache (GLM-5.2's choice).
     """
 
     def __init__(self, block, width, eps=1e-6):
@@ -85,8 +85,8 @@ class MTP(nn.Module):
     def unroll(self, h, tokens, embed, K):
         """All depths of a text at once, teacher-forced.
 
-        h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K]. h and embed are detached:
-        the trunk gets no gradient. Within the module it flows through all depths.
+        h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K]. The trunk gets no
+        gradient: h and embed are detached. Within the module it flows through all depths.
         """
         e = self.embed_half(F.embedding(tokens, embed.detach()))  # (B, T, C)
         h = h.detach()
@@ -117,7 +117,7 @@ def law(logits, temperature):
 
 
 def soft_ce(z, p):
-    """Cross entropy to the trunk's distribution. Its gradient q - p is that of CE on samples, without the noise."""
+    """Cross entropy to the trunk's law. Its gradient q - p is that of CE on samples of p, without noise."""
     return -(p * z.log_softmax(-1)).sum(-1)
 
 
@@ -143,10 +143,10 @@ def depth_masks(mask, K):
 
 
 def depths(states, head, p, mask):
-    """What each depth is measured by: states of MTP.unroll, head (V, C), p (B, T, V) the trunk's law, mask (B, T)
-    1 on tokens that count (the answer, its stop token included) -> logits, target law (B, rows, V), mask (B, rows).
+    """Of each depth what it is measured by -> logits (B, rows, V), target law (B, rows, V), mask (B, rows).
 
-    The trunk gets no gradient: head and p are detached.
+    states of MTP.unroll, head (V, C), p (B, T, V) the trunk's law, mask (B, T) 1 on tokens that count: the
+    answer, its stop token included. The trunk gets no gradient: head and p are detached.
     """
     masks = depth_masks(mask.to(p.dtype), len(states))
     for k, (h, m) in enumerate(zip(states, masks), 1):
@@ -156,7 +156,7 @@ def depths(states, head, p, mask):
 
 
 def soft_loss(states, head, p, mask, temperature=1.0, decay=0.6):
-    """Soft CE of all depths, one number: the sum of their means, weighted by decay^(k-1), normalised (FastMTP)."""
+    """Soft CE, one number: the depths' means, weighted by decay^(k-1), normalised (FastMTP)."""
     weights = torch.tensor([decay**k for k in range(len(states))])  # (K,)
     total = 0.0
     for w, (z, target, m) in zip(weights / weights.sum(), depths(states, head, p, mask)):
@@ -165,9 +165,9 @@ def soft_loss(states, head, p, mask, temperature=1.0, decay=0.6):
 
 
 def e2e_loss(states, head, p, mask, temperature=1.0):
-    """End-to-end TV, one number: 1 - the expected share of accepted drafts, 1 - 1/K sum_k prod_{i<=k} (1 - TV_i).
+    """End-to-end TV, one number: 1 - the expected share of accepted drafts (Bebop).
 
-    Every product goes over depths of one row. The depths' weights come out by themselves.
+    1 - 1/K sum_k prod_{i<=k} (1 - TV_i), each product of one row. The depths' weights come out by themselves.
     """
     lost = 0.0
     count = 0.0
@@ -256,8 +256,8 @@ class State(NamedTuple):
 def commit(p, q, drafts, u, noise, state, stop):
     """Accept drafts, then write them and the token after them behind the known text -> tokens taken (B,).
 
-    A row ends at a token `stop` (-1: at none) and at its limit. p, q, drafts, u, noise as in `accept`. Of `state`
-    text, logp, known, active, counts and reads are changed in place.
+    A row ends at a token `stop` (-1: at none) and at its limit. p, q, drafts, u, noise as in `accept`. All of
+    `state` but given and limit is changed in place.
     """
     text, logp, known, given, limit, active, counts, reads = state
     g = drafts.shape[1]
@@ -340,7 +340,7 @@ class Drafter:
         return torch.cat(drafts, dim=1), torch.cat(laws, dim=1)
 
     def catch_up(self, text, h, count):
-        """Make the entries of the next count[b] tokens of text (B, width) from the trunk's states (B, T, C)."""
+        """Make entries of the next count[b] tokens of text (B, width) from the trunk's states h (B, T, C)."""
         row = self.seen[:, None] + torch.arange(h.shape[1], device=h.device)  # (B, T)
         after = text.gather(1, (row + 1).clamp(max=text.shape[1] - 1))  # (B, T): x_{s+1}
         out, _ = self.mtp(h, F.embedding(after, self.table), row, self.cache, count)  # (B, T, C)
@@ -465,9 +465,7 @@ class Decoder:
         if g:
             drafts, q = self.drafter.draft(g, noise)  # (B, g), (B, g, V)
             place = state.known[:, None] + torch.arange(g, device=self.device)  # (B, g)
-            forced = (
-                place < state.given[:, None]
-            )  # (B, g): a prompt that rides along is a draft that is right
+            forced = place < state.given[:, None]  # (B, g): tokens of a prompt that rides along
             drafts = torch.where(forced, state.text.gather(1, place), drafts)
 
         # 2) verify
@@ -521,10 +519,10 @@ class Decoder:
 
     @torch.no_grad()
     def generate(self, prompts, new):
-        """prompts: 1-D tensors of tokens, one or more; new: most tokens to add to each.
+        """Continue each of one or more prompts, 1-D tensors of tokens, by at most `new` tokens.
 
-        -> of each prompt (tokens, log-probabilities) of what was added, both 1-D. Raises ValueError for a
-        prompt that is too long or empty, FloatingPointError if the model's probabilities are not finite.
+        -> of each prompt the new tokens and their log-probabilities, both 1-D. Raises ValueError for a prompt
+        that is empty or too long, FloatingPointError if the model's probabilities are not finite.
         """
         for p in prompts:
             if not 1 <= len(p) < self.max_len:
@@ -537,7 +535,7 @@ class Decoder:
         while todo or owner:
             free = [row for row in range(self.batch) if row not in owner][: len(todo)]
             if free:
-                # Reading at once costs all rows of the batch time: beside others at work, prompts ride along.
+                # Reading at once would hold up rows at work: beside them prompts ride along as drafts.
                 at_once = not owner or self.compress is not None
                 owner.update((row, todo.pop()) for row in free)
                 chosen = [prompts[owner[row]] for row in free]
@@ -549,13 +547,11 @@ class Decoder:
             while len(looks) > late:
                 then, look = looks.pop(0)
                 active, known = look()
-                ended = [row for row, i in then.items() if owner.get(row) == i and not active[row]]
-                text = self.state.text[ended]  # (rows, width)
-                logp = self.state.logp[ended]  # (rows, width)
-                for at, row in enumerate(ended):
-                    i = owner.pop(row)
-                    part = slice(len(prompts[i]), int(known[row]))
-                    answers[i] = (text[at, part], logp[at, part])
+                for row, i in then.items():
+                    if owner.get(row) == i and not active[row]:
+                        del owner[row]
+                        part = slice(len(prompts[i]), int(known[row]))
+                        answers[i] = (self.state.text[row, part].clone(), self.state.logp[row, part].clone())
         if not torch.cat([logp for _, logp in answers]).isfinite().all():
             raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
         return answers
@@ -575,7 +571,7 @@ class Decoder:
         state = self.state
         lengths = [len(p) for p in prompts]
         longest = max(lengths)
-        # One copy, which the host need not wait for: is a row new, its prompt's length, its limit, its prompt.
+        # One copy that the host need not wait for: is a row new, its prompt's length, its limit, its prompt.
         host = torch.zeros(self.batch, 3 + longest, dtype=torch.long, pin_memory=self.cuda)
         host[rows, :3] = torch.tensor([[1, *pair] for pair in zip(lengths, limits)])
         host[rows, 3:] = nn.utils.rnn.pad_sequence([p.cpu() for p in prompts], batch_first=True)
@@ -599,7 +595,7 @@ class Decoder:
             self.run(self.read, start, min(start + self.PIECE, end))
 
     def segment(self):
-        """Start a few rounds -> a function that waits for them: is each row still active, how long is it now."""
+        """Start a few rounds -> a function that waits for them: which rows are active, how long each is."""
         g = self.pace.choose()
         n = self.SEGMENT // 2 if g else self.SEGMENT  # a round with drafts is longer, and its rows end sooner
         if self.compress:
@@ -660,7 +656,7 @@ def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperatur
     """Train the module on a frozen trunk with the trunk's own samples and own distributions.
 
     Soft CE comes first, then end-to-end TV. samples (N, T) tokens that the trunk wrote behind `prompt` given
-    ones, at `temperature`; the first `rows` of them are kept for testing -> expected_acceptance (K,) on those.
+    ones, at `temperature`; the first `rows` are kept for testing. -> expected_acceptance (K,) on those.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     device = samples.device
@@ -705,17 +701,19 @@ def main():
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # of so small a model more threads mostly wait for each other
-    text = torch.tensor([ord(c) for c in __doc__[:1200]])  # so little that it learns it nearly by heart
+    text = torch.tensor([ord(c) for c in __doc__[:600]])  # so little that it learns it nearly by heart
     cfg = train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
     model = train_lm.LM(cfg)
     objective = train_lm.Objective(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for step in range(250):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 250)
+    for _ in range(250):
         at = torch.randint(len(text) - 65, (8,))[:, None] + torch.arange(65)  # (8, 65)
         rows = text[at]  # (8, 65)
         loss, _ = objective(rows[:, :-1], rows[:, 1:], torch.ones(8, 64))
         loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
 
     def show(tokens):

@@ -394,7 +394,7 @@ def trace(model, text, compress):
 
     -> log-probability of each next token (T - 1,), and the share of layers and heads in which each token is still held at the end (T - 1,).
     """
-    cache, logp, T = model.new_cache(1, compress.slots, 1, **compress.needs), [], len(text)
+    cache, logp, T = model.new_cache(1, compress.slots, 1, compress=compress), [], len(text)
     for t in range(T - 1):
         if t % compress.buffer == 0:
             compress(cache.layers)

@@ -2662,7 +2662,7 @@ def test_no_slot_beyond_the_cap():
     for name in ("rkv", "h2o", "streaming"):
         no_slot_beyond_the_cap(name)
     model = lm("gqa")
-    cache = model.new_cache(1, 6, **Compressor("streaming", 5, 1, 2).needs)
+    cache = model.new_cache(1, 6, compress=Compressor("streaming", 5, 1, 2))
     with torch.no_grad():
         model(text_of(model, 1, 6), cache)
         try:

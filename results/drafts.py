@@ -1,10 +1,10 @@
-"""Drafts for a run of train_lm.py: train a module on the finished model, then time generation with and without it.
+"""Drafts for a run of train_lm.py: train a module on the finished model, then time generation with it.
 
-    python results/drafts.py equip RUN [--depths 8] [--steps 2700] [--samples 16384]     writes RUN/mtp.pt, nothing else
+    python results/drafts.py equip RUN [--depths 8] [--steps 2700] [--samples 16384]    writes RUN/mtp.pt
     python results/drafts.py bench RUN [--batch 1 16 64 256]
 
-RUN is the run's folder, for instance out/base-gqa. On one GPU each takes a few minutes. On a CPU try 512 samples and
-300 steps. Read mtp.py first: it holds what is trained and timed here.
+RUN is the run's folder, for instance out/base-gqa. On one GPU each takes a few minutes. On a CPU try 512 samples
+and 300 steps. Read mtp.py first: it holds what is trained and timed here.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ def crops(tokens, rows, length, seed):
 
 
 def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
-    """Train a module of depth K for a run: the model writes `samples` texts, `prompt` tokens given + `new` its own."""
+    """Train a module of K depths on `samples` texts that the run's model wrote: `prompt` tokens given + `new`."""
     model, cfg, folder = train_lm.load_run(folder, device, module=False)
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
     step = train_lm.load_checkpoint(folder / "ckpt.pt")["step"]
@@ -40,7 +40,8 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     trained = sum(p.numel() for p in model.mtp.parameters()) / 1e6
     frozen = sum(p.numel() for p in model.parameters()) / 1e6 - trained
     print(
-        f"equip    {folder}: {cfg.attn}, {frozen:.2f} M parameters frozen, {trained:.2f} M in the module, K = {K}"
+        f"equip    {folder}: {cfg.attn}, {frozen:.2f} M parameters frozen, {trained:.2f} M in the module, "
+        f"K = {K}"
     )
 
     # 1) the model's own texts
@@ -62,7 +63,7 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
 
 
 def bench_run(folder, device, batches, new=512, prompt=64, times=4):
-    """The same generation with and without drafts: `times` prompts per row, from the run's validation text."""
+    """The same generation with and without drafts: `times` prompts a row, from the run's validation text."""
     model, cfg, folder = train_lm.load_run(folder, device)
     if not cfg.mtp:
         raise train_lm.UserError(f"{folder} has no module: python results/drafts.py equip {folder}")
@@ -74,7 +75,8 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
         f"{prompt} given + {new} new tokens, temperature 1; medians of 3\n"
     )
     print(
-        f"{'batch':>5} {'drafts':>8} {'seconds':>8} {'tokens/s':>9} {'saved':>6}  tokens per read, acceptance per depth"
+        f"{'batch':>5} {'drafts':>8} {'seconds':>8} {'tokens/s':>9} {'saved':>6}  "
+        f"tokens per read, acceptance per depth"
     )
     for batch in batches:
         prompts = crops(data.tokens["val"], batch * times, prompt, 1)
