@@ -260,7 +260,7 @@ class Objective(nn.Module):
         total, draft = (loss * w).mean(), logits.new_zeros(())
         if model.mtp is not None:
             states = model.mtp.unroll(h, x, model.embed.weight, model.cfg.mtp)
-            draft = mtp.draft_loss("soft", states, model.head.weight, logits.softmax(-1), x, torch.ones_like(w))
+            draft = mtp.soft_loss(states, model.head.weight, logits.softmax(-1), torch.ones_like(w))
         return total + draft, torch.stack([loss.mean(), draft]).detach()
 
 

@@ -344,27 +344,21 @@ class Rollout:
 @torch.no_grad()
 def rollout(decoder, task, prompts):
     """Answer all prompts at once, one row each."""
-    start, compress, longest = time.perf_counter(), decoder.compress, max(map(len, prompts))
-    decoder.active.zero_()
-    if isinstance(compress, Recorder):
-        compress.restart()
-    decoder.fill(list(range(len(prompts))), [torch.tensor(task.encode(p)) for p in prompts], [len(p) + task.room[1] for p in prompts])
-    rounds = 0
-    while rounds == 0 or decoder.active.any():  # all rows began together: a look that comes late would waste rounds on all of them
-        # With no more than budget entries in any row nothing would be evicted; a recorder counts evictions, so it needs every one.
-        if compress and (isinstance(compress, Recorder) or longest - 1 + rounds > compress.budget):
-            decoder.run(decoder.evict)
-        for _ in range(decoder.SEGMENT):
-            decoder.run(decoder.round, 0)
-        rounds += decoder.SEGMENT
-    known = decoder.known.tolist()
+    start = time.perf_counter()
+    asked = [torch.tensor(task.encode(p)) for p in prompts]
+    answers = decoder.generate(asked, task.room[1])
+    given = torch.tensor([len(p) for p in asked])[:, None]  # (N, 1)
+    known = given + torch.tensor([[len(tokens)] for tokens, _ in answers])  # (N, 1)
     seconds = time.perf_counter() - start
-    text, sampler = decoder.text[:, : max(known)].clone(), decoder.logp[:, 1 : max(known)].clone()  # (N, T), (N, T - 1)
-    at = torch.arange(1, max(known), device=text.device)  # (T - 1,)
-    mask = ((at >= decoder.given[:, None]) & (at < decoder.known[:, None])).float()  # (N, T - 1)
-    answers = [task.decode(row[len(p) : n]) for p, row, n in zip(prompts, text.tolist(), known)]
-    reward = torch.tensor([task.reward(p, a) for p, a in zip(prompts, answers)])  # (N,)
-    return Rollout(text, sampler.where(mask > 0, 0), mask, answers, decoder.given.clone(), reward, seconds)
+    at = torch.arange(known.max())  # (T,)
+    inside = ((at >= given) & (at < known)).to(decoder.device)  # (N, T)
+    text = nn.utils.rnn.pad_sequence([*asked, at], batch_first=True)[:-1].to(decoder.device)  # (N, T)
+    text.masked_scatter_(inside, torch.cat([tokens for tokens, _ in answers]))
+    sampler = torch.zeros(inside.shape, dtype=answers[0][1].dtype, device=decoder.device)  # (N, T)
+    sampler.masked_scatter_(inside, torch.cat([logp for _, logp in answers]))
+    said = [task.decode(row[g:n]) for row, g, n in zip(text.tolist(), given[:, 0].tolist(), known[:, 0].tolist())]
+    reward = torch.tensor([task.reward(p, a) for p, a in zip(prompts, said)])  # (N,)
+    return Rollout(text, sampler[:, 1:].contiguous(), inside[:, 1:].float(), said, given[:, 0].to(decoder.device), reward, seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -617,7 +611,7 @@ def report(cfg, run, found, solved, sampler, full, seconds):
     held = sampler.cache.nbytes
     line, ok = verdict(cfg, found["dense_greedy"], solved)
     greedy = ", ".join(f"{share:.1%} with the {name.split('_')[0]} cache" for name, share in found.items())
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and sampler.text.is_cuda else 0
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and sampler.cuda else 0
     run.say(
         f"\nresult   {cfg.task}, {cfg.rollout} rollouts, correction {cfg.correct}: "
         f"{cfg.steps} steps of RL in {seconds:.0f} s",
