@@ -298,7 +298,7 @@ class Decoder:
         if compress:
             if self.K:
                 raise ValueError("drafts from a compressed cache are not supported")
-            self.cache = trunk.new_cache(batch, compress.slots, margin, dtype=kind["dtype"], **compress.needs)
+            self.cache = trunk.new_cache(batch, compress.slots, margin, dtype=kind["dtype"], compress=compress)
             self.SEGMENT = self.PIECE = compress.buffer  # a row is compressed at the same tokens, whatever the other rows do
         else:
             self.cache = trunk.new_cache(batch, room, margin, dtype=kind["dtype"])
@@ -446,6 +446,8 @@ class Decoder:
         todo, answers, batch = list(range(len(prompts)))[::-1], [None] * len(prompts), len(self.active)
         owner, since, number, looks = {}, {}, 0, []  # row -> prompt, row -> first look that knows about it
         self.active.zero_()
+        if hasattr(self.compress, "restart"):  # shim until the merge
+            self.compress.restart()
         if self.K:
             self.table.copy_(self.mtp.half(self.embed))  # the weights may have changed
         while todo or owner:

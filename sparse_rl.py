@@ -166,6 +166,19 @@ class Compressor:
         """What the caches have to hold beside keys and values, as GQA.new_cache takes it."""
         return {"queries": self.queries if self.name in ("rkv", "snapkv", "value") else 0, "mass": self.name == "h2o"}
 
+    def extend(self, layer, heads):
+        """Shim until the merge."""
+        tokens = layer["tokens"]
+        kind = {"margin": tokens.margin, "device": tokens.pos.device}
+        B, G, S, _ = tokens.data[0].shape
+        dtype = tokens.data[0].dtype
+        A = self.needs["queries"]
+        if A:
+            sizes = ((heads, tokens.data[0].shape[3]),)
+            layer["queries"] = type(tokens)(B, S, sizes, window=A, dtype=dtype, **kind)
+        if self.needs["mass"]:
+            layer["mass"] = type(tokens)(B, S, ((G, 1),), dtype=torch.float32, **kind)
+
     def choose(self, layer):
         """The slots of one layer to keep -> (B, G, budget)."""
         tokens, extra = layer["tokens"], {}
@@ -194,6 +207,9 @@ class Recorder:
     def __init__(self, compress, evictions):
         self.compress, self.kept = compress, [None] * evictions
         self.slots, self.buffer, self.budget, self.needs = compress.slots, compress.buffer, compress.budget, compress.needs
+
+    def extend(self, layer, heads):
+        self.compress.extend(layer, heads)
 
     def __call__(self, layers):
         self.compress(layers)
@@ -390,7 +406,7 @@ def trace(model, text, compress):
 
     -> log-probability of each next token (T - 1,), and the share of layers and heads in which each token is still held at the end (T - 1,).
     """
-    cache, logp, T = model.new_cache(1, compress.slots, 1, **compress.needs), [], len(text)
+    cache, logp, T = model.new_cache(1, compress.slots, 1, compress=compress), [], len(text)
     for t in range(T - 1):
         if t % compress.buffer == 0:
             compress(cache.layers)
@@ -414,7 +430,10 @@ def main():
         (-token_logp(model(rows[:, :-1]), rows[:, 1:]).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    text = train_lm.generate(model, doc[None, :20], 76, temperature=0.7)[0]  # (96,)
+    import mtp
+
+    [(new, _)] = mtp.Decoder(model, 1, 96, temperature=0.7).generate([doc[:20]], 76)
+    text = torch.cat([doc[:20], new])  # (96,)
     dense = token_logp(model(text[None, :-1]), text[None, 1:])[0].detach()  # (95,)
     print("Of 95 tokens 24 are held per head: # by all heads, then + - . and a space by none\n"
           "xi = p(full cache) / p(compressed) of each token: = from 0.8 to 1.25, < below, > above, ! below 0.01 (below 0.0001: a veto)\n\n"
