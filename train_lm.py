@@ -3,18 +3,17 @@
     python train_lm.py --small                    an ASA model of 1 M parameters on a CPU, offline, 2 minutes
     python train_lm.py                            30 M parameters, 4k context, one GPU, a few minutes
     python train_lm.py --preset 340m --data a.txt b.txt
-    torchrun --nproc_per_node=2 train_lm.py ...   the same run on 2 GPUs (or CPU processes), with the same batches
+    torchrun --nproc_per_node=2 train_lm.py ...   the same run, the same batches, on 2 GPUs or CPU processes
     python train_lm.py --resume --name NAME       go on with out/NAME
 
     1) options    what a run can be told, and what each option may be
-    2) data       texts become tokens on disk, memory mapped; some documents get key=value pairs to recall
+    2) data       texts become tokens on disk; some documents get key=value pairs to recall
     3) model      RMSNorm, attention, SwiGLU; with gqa exactly a Llama-type model
-    4) evaluation bits per byte, also by position in the context; recall by distance; bytes of the cache, counted
-    5) run        the run's folder, log, checkpoint and signals: train_rl.py uses these too
-    6) training   AdamW, warm-up and cosine, bf16 on a GPU, accumulation, clipping; resumable at every checkpoint
+    4) evaluation bits per byte, also by position; recall by distance; bytes of the cache, counted
+    5) run        folder, log, checkpoint, signals: train_rl.py uses them too
+    6) training   AdamW, warm-up and cosine, bf16 on a GPU, accumulation, clipping
 
-The batch of a step is a function of (seed, step, row) alone. So a run can be resumed, and it sees the same batches
-on any number of processes.
+The batch of a step is a function of (seed, step, row) alone: a run can be resumed, on any number of processes.
 Does NOT include: dropout, packing with masks between documents, tensor parallelism.
 Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
 """
@@ -33,9 +32,8 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import tiktoken
@@ -50,33 +48,12 @@ import mtp
 from latent_attention import GQA, LatentAttention, RMSNorm, cache_bytes
 from nsa import ASA_BLOCK, NSA, ASAGlobal
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1) options
 
 
 class UserError(Exception):
     """Something that the user can mend: printed as one line, exit code 2."""
-
-
-def option(default, text, group=None, least=-math.inf, most=math.inf, choices=None, fixed=False):
-    """A field of a Config, and what is to be known about it.
-
-    group   this option begins a group of --help
-    least, most, choices   what its value may be
-    fixed   a resumed run cannot change it
-    """
-    facts = {"help": text, "group": group, "least": least, "most": most, "choices": choices, "fixed": fixed}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=facts)
-    return field(default=default, metadata=facts)
-
-
-class Attention(NamedTuple):
-    """A kind of attention, as the option --attn names it."""
-
-    build: Callable  # Config, number of the layer -> the layer's attention
-    block: Callable  # Config -> tokens: the context is a multiple of this
-    evictable: bool = False  # sparse_rl.py can compress its cache
 
 
 def build_gqa(cfg, layer):
@@ -89,41 +66,45 @@ def build_nsa(cfg, layer):
 
 
 def build_asa(cfg, layer):
-    """Local and global layers alternate; the first one is local."""
+    """Local and global layers alternate; the first one is local: MLA with one latent."""
     sizes = (cfg.width, cfg.heads, cfg.head_width)
     if layer % 2 == 0:
-        local = (1, 4 * cfg.head_width, cfg.rotary, cfg.window)  # MLA: one latent of this rank
-        return LatentAttention(*sizes, *local, cfg.rope_base, cfg.norm_eps)
+        rank = 4 * cfg.head_width
+        return LatentAttention(*sizes, 1, rank, cfg.rotary, cfg.window, cfg.rope_base, cfg.norm_eps)
     return ASAGlobal(*sizes, cfg.groups, cfg.rank, cfg.rotary, cfg.blocks, cfg.rope_base, cfg.norm_eps)
 
 
+# How a layer is built; of what the context is a multiple; whether sparse_rl.py can evict from its cache.
 ATTENTION = {
-    "gqa": Attention(build_gqa, lambda cfg: 1, evictable=True),
-    "nsa": Attention(build_nsa, lambda cfg: cfg.nsa_block),
-    "asa": Attention(build_asa, lambda cfg: ASA_BLOCK),
+    "gqa": dict(build=build_gqa, block=lambda cfg: 1, evicts=True),
+    "nsa": dict(build=build_nsa, block=lambda cfg: cfg.nsa_block, evicts=False),
+    "asa": dict(build=build_asa, block=lambda cfg: ASA_BLOCK, evicts=False),
 }
-LARGE = dict(
-    layers=24, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16, context=8192, recompute=True
-)
+LARGE = dict(layers=24, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16, context=8192)
 PRESETS = {
     "small": dict(
         **dict(layers=4, width=128, heads=4, groups=2, window=16, blocks=8, nsa_blocks=4, nsa_block=32),
         **dict(recall=0.8, context=256, batch=8, micro=8, steps=400, lr=3e-3),
     ),
     "base": dict(),
-    "340m": dict(**LARGE, width=1024, batch=32, micro=2, steps=20000, lr=3e-4),
-    "1.3b": dict(**LARGE, width=2048, batch=64, micro=1, steps=50000, lr=2e-4),
+    "340m": dict(**LARGE, width=1024, batch=32, micro=2, steps=20000, lr=3e-4, recompute=True),
+    "1.3b": dict(**LARGE, width=2048, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
 }
 DEVICES = ("auto", "cpu", "cuda")
+
+
+def option(default, text, group=None, least=-math.inf, most=math.inf, choices=None, fixed=False):
+    """A field of a Config. group: it begins a group of --help; fixed: a resumed run cannot change it."""
+    facts = {"help": text, "group": group, "least": least, "most": most, "choices": choices, "fixed": fixed}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=facts)
+    return field(default=default, metadata=facts)
 
 
 @dataclass
 class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
-
-    attn: str = option(
-        "asa", "dense; three branches; local and global", "model", choices=ATTENTION, fixed=True
-    )
+    attn: str = option("asa", "dense, NSA, local and global", "model", choices=ATTENTION, fixed=True)
     layers: int = option(10, "Transformer blocks", least=1, fixed=True)
     width: int = option(512, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
@@ -131,21 +112,17 @@ class Config:
     ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32", least=0, fixed=True)
     window: int = option(64, "tokens in the window of nsa and of asa's local layers", least=1, fixed=True)
     blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers", least=3, fixed=True)
-    nsa_blocks: int = option(
-        8, "blocks in a list of nsa: as many tokens, over all layers", least=3, fixed=True
-    )
+    nsa_blocks: int = option(8, "blocks in a list of nsa: as many tokens as asa", least=3, fixed=True)
     nsa_block: int = option(64, "tokens in a block of nsa, a multiple of 16", least=32, fixed=True)
     vocab: int = option(0, "vocabulary; 0 = the tokenizer's", least=0, fixed=True)
     tied: bool = option(False, "the output matrix is the embedding", fixed=True)
     rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, fixed=True)
     norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, fixed=True)
     mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, fixed=True)
-
     data: list = option([], "text files (default: texts that come with Python)", "data", fixed=True)
     tokenizer: str = option("bytes", "bytes, or an encoding's name: tiktoken may download it", fixed=True)
     recall: float = option(0.5, "share of documents with key=value pairs to recall", least=0, most=1)
     keys: int = option(1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1)
-
     context: int = option(4096, "tokens per sequence T", "training", least=1)
     batch: int = option(8, "sequences per step, over all processes", least=1)
     micro: int = option(8, "sequences per forward pass and process: lower it when memory runs out", least=1)
@@ -156,7 +133,6 @@ class Config:
     device: str = option("auto", "auto: a GPU where there is one", choices=DEVICES)
     compile: bool = option(False, "torch.compile the model")
     recompute: bool = option(False, "keep less for the backward pass: less memory, a third slower")
-
     out: str = option("out", "folder of all runs", "run")
     name: str = option("", "the run's folder in it (default: PRESET-ATTN, numbered when taken)")
     eval_every: int = option(150, "steps between evaluations", least=1)
@@ -170,15 +146,11 @@ class Config:
 
     @property
     def rotary(self):
-        """P = D / 2, as in MLA."""
-        return self.head_width // 2
+        return self.head_width // 2  # P, as in MLA
 
     @property
     def rank(self):
-        """R of a global layer, so that G R + P = 2 G D: as wide as the keys and values that it replaces.
-
-        Ours (GLA: 2 D).
-        """
+        """R of a global layer: G R + P = 2 G D, as wide as the keys and values that it replaces. Ours."""
         return 2 * self.head_width - self.rotary // self.groups
 
 
@@ -196,7 +168,7 @@ def listed(values):
 
 
 def bounds(f):
-    """What the value of a Config's field may be, in words; "" where anything may."""
+    """What a number in this field of a Config may be, in words; "" where anything may."""
     least, most = f.metadata["least"], f.metadata["most"]
     if most < math.inf:
         return f"{least} to {most}"
@@ -205,12 +177,12 @@ def bounds(f):
 
 def parse(argv, config=Config, presets=PRESETS, script="train_lm.py", doc=__doc__):
     """Command line -> (config, the options that were given). Explicit options win over the preset."""
-    rows = [f"  {name:6} {listed(values) or 'the defaults'}" for name, values in presets.items()]
+    lines = [f"  {name:6} {listed(values) or 'the defaults'}" for name, values in presets.items()]
     parser = Parser(
         prog=script,
         usage=f"python {script} [options]",
         description="\n\n".join(doc.split("\n\n")[:2]),  # the title and the commands
-        epilog="\n".join(["presets:", *rows]),
+        epilog="\n".join(["presets:", *lines]),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -220,40 +192,34 @@ def parse(argv, config=Config, presets=PRESETS, script="train_lm.py", doc=__doc_
     )
     group = parser
     for f in dataclasses.fields(config):
-        text = f.metadata["help"]
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        if f.type is bool:
-            group.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
-        elif f.type is list:
-            group.add_argument(flag(f.name), nargs="+", metavar="FILE", help=text)
-        else:
-            notes = f" ({bounds(f)})" if bounds(f) else ""
-            notes += f" [{f.default}]" if f.default != "" else ""
-            group.add_argument(flag(f.name), type=f.type, choices=f.metadata["choices"], help=text + notes)
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        notes = (f" ({bounds(f)})" if bounds(f) else "") + f" [{f.default}]"
+        if f.type in (bool, list):
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"nargs": "+"}
+            notes = ""
+        group.add_argument(flag(f.name), **kind, help=f.metadata["help"] + notes)
     given = vars(parser.parse_args(argv))
     return config(**{**presets[given.get("preset", "base")], **given}), given
 
 
 def check_options(cfg):
-    """UserError where an option is not what its definition allows, or does not fit the others of any model."""
+    """UserError where an option is not what its definition allows, or heads do not fit the model."""
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        if f.type not in (int, float):
-            continue
-        if not f.metadata["least"] <= value <= f.metadata["most"] or not math.isfinite(value):
-            raise UserError(f"{flag(f.name)} must be {bounds(f) or 'finite'}, not {value}")
+        if f.type in (int, float):
+            if not (f.metadata["least"] <= value <= f.metadata["most"] and math.isfinite(value)):
+                raise UserError(f"{flag(f.name)} must be {bounds(f) or 'finite'}, not {value}")
     if cfg.width % cfg.heads or cfg.heads % cfg.groups or cfg.width // cfg.heads % 4:
-        raise UserError(
-            f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4, "
-            f"and --groups {cfg.groups} the heads"
-        )
+        parts = f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4"
+        raise UserError(f"{parts}, and --groups {cfg.groups} the heads")
 
 
 def validate(cfg, world=1):
     """UserError for options that do not fit together."""
     check_options(cfg)
-    block = ATTENTION[cfg.attn].block(cfg)
+    block = ATTENTION[cfg.attn]["block"](cfg)
     if cfg.context % block:
         raise UserError(f"--context {cfg.context} must be a multiple of {block}, the block of {cfg.attn}")
     if cfg.nsa_block % 16:
@@ -262,16 +228,14 @@ def validate(cfg, world=1):
         raise UserError(f"--batch {cfg.batch} must be a multiple of {world} processes x --micro {cfg.micro}")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2) data
 
-ANSWER_WEIGHT = (
-    10  # in the loss, of an answer in a recall document: with 1, one token in 50 teaches recall, slowly
-)
+ANSWER_WEIGHT = 10  # of a recalled value in the loss: with 1, one token in 50 teaches recall, slowly
 
 
 def tokenizer(name):
-    """-> a tiktoken.Encoding; "bytes" needs no file. UserError for any other name that tiktoken cannot provide."""
+    """-> a tiktoken.Encoding; "bytes" is made here. UserError where tiktoken has no other of that name."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         special = {"<|endoftext|>": 256}
@@ -284,33 +248,23 @@ def tokenizer(name):
 
 
 def sources(cfg):
-    """The texts: a list of (name, its bytes or its path), in the same order on every computer."""
+    """The texts: a list of (name, a function that opens it), in the same order on every computer."""
+    for name in cfg.data:
+        if not os.path.isfile(name):
+            raise UserError(f"--data {name}: no such file")
+        if os.path.getsize(name) == 0:
+            raise UserError(f"--data {name}: the file is empty")
     if cfg.data:
-        for name in cfg.data:
-            if not os.path.isfile(name):
-                raise UserError(f"--data {name}: no such file")
-            if os.path.getsize(name) == 0:
-                raise UserError(f"--data {name}: the file is empty")
-        return [(name, pathlib.Path(name)) for name in cfg.data]
+        return [(name, partial(open, name, "rb")) for name in cfg.data]
     if cfg.preset == "small":  # Python's own help texts
         from pydoc_data.topics import topics
 
-        return [(name, topics[name].encode()) for name in sorted(topics)]
+        return [(name, partial(io.BytesIO, topics[name].encode())) for name in sorted(topics)]
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])  # the sources of Python's library
     skip = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    names = [path.relative_to(root) for path in root.rglob("*.py")]
-    return [(name, root / name) for name in sorted(n.as_posix() for n in names if not skip & set(n.parts))]
-
-
-def pieces(text):
-    """A text, a megabyte at a time, cut at the ends of lines -> (where the piece begins, the piece, the text's bytes)."""
-    with io.BytesIO(text) if isinstance(text, bytes) else open(text, "rb") as f:
-        total = f.seek(0, 2)
-        f.seek(0)
-        while piece := f.read(1 << 20):
-            if not piece.endswith(b"\n"):
-                piece += f.readline(1 << 20)
-            yield f.tell() - len(piece), piece, total
+    paths = [path.relative_to(root) for path in root.rglob("*.py")]
+    names = sorted(path.as_posix() for path in paths if not skip & set(path.parts))
+    return [(name, partial(open, root / name, "rb")) for name in names]
 
 
 def prepare(cfg, enc, folder):
@@ -324,24 +278,23 @@ def prepare(cfg, enc, folder):
     dtype = np.uint16 if enc.n_vocab <= 65536 else np.uint32
     size = dict.fromkeys(("train", "val", "train_bytes", "val_bytes"), 0)  # tokens and bytes
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for i, (_, text) in enumerate(tqdm(texts, desc="tokenize", unit="text", disable=None, leave=False)):
-            for begin, piece, total in pieces(text):
-                digest.update(piece)
-                if len(texts) >= 10:
-                    val_from = 0 if i % 10 == 9 else total  # the byte where validation begins
-                else:
-                    val_from = total * 9 // 10
-                cut = min(max(val_from - begin, 0), len(piece))
-                for part, file, some in (("train", train, piece[:cut]), ("val", val, piece[cut:])):
-                    tokens = enc.encode_ordinary(some.decode("utf-8", errors="replace"))
-                    if some and begin + len(piece) == total:
-                        tokens.append(enc.eot_token)
-                    np.array(tokens, dtype=dtype).tofile(file)
-                    size[part] += len(tokens)
-                    size[part + "_bytes"] += len(some)
-    size.update(sha256=digest.hexdigest()[:8], dtype=np.dtype(dtype).name)
-    size.update(texts=len(texts), tokenizer=cfg.tokenizer)
-    (folder / "data.json").write_text(json.dumps(size))
+        for i, (_, opened) in enumerate(tqdm(texts, desc="tokenize", unit="text", disable=None, leave=False)):
+            tenths = 9 if len(texts) < 10 else 10 * (i % 10 < 9)  # of the text, for training
+            with opened() as f:
+                total = f.seek(0, 2)  # bytes
+                f.seek(0)
+                while piece := f.read(1 << 20):
+                    piece += b"" if piece.endswith(b"\n") else f.readline(1 << 20)  # cut at the end of a line
+                    digest.update(piece)
+                    cut = min(max(total * tenths // 10 - (f.tell() - len(piece)), 0), len(piece))
+                    for part, out, text in (("train", train, piece[:cut]), ("val", val, piece[cut:])):
+                        tokens = enc.encode_ordinary(text.decode("utf-8", errors="replace"))
+                        tokens += [enc.eot_token] if text and f.tell() == total else []
+                        np.array(tokens, dtype=dtype).tofile(out)
+                        size[part] += len(tokens)
+                        size[part + "_bytes"] += len(text)
+    about = dict(sha256=digest.hexdigest()[:8], dtype=np.dtype(dtype).name, texts=len(texts))
+    (folder / "data.json").write_text(json.dumps({**size, **about, "tokenizer": cfg.tokenizer}))
 
 
 class Data:
@@ -351,48 +304,39 @@ class Data:
         self.cfg = cfg
         self.enc = enc
         self.info = json.loads((folder / "data.json").read_text())
+        self.bytes_per_token = self.info["val_bytes"] / self.info["val"]
         self.tokens = {}
         for part in ("train", "val"):
             if self.info[part] < cfg.context + 2:
-                raise UserError(
-                    f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context} needs "
-                    f"{cfg.context + 2} or more: give more text or a shorter --context"
+                have = (
+                    f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context} needs"
                 )
+                raise UserError(f"{have} {cfg.context + 2} or more: give more text or a shorter --context")
             self.tokens[part] = np.memmap(folder / f"{part}.bin", self.info["dtype"], "r")
-        self.bytes_per_token = self.info["val_bytes"] / self.info["val"]
 
     def crop(self, part, rng, T):
         start = rng.integers(len(self.tokens[part]) - T - 1)
         return self.tokens[part][start : start + T + 1].astype(np.int64)  # (T + 1,)
 
     def recall(self, part, rng, T, keys=None):
-        """A crop with statements like <qz=H> strewn in, told again and again.
+        """A crop with statements like <qz=H> strewn in, told again and again, in sections with own pairs.
 
-        Sections have any length, and pairs of their own. When a key comes back, only a look at where it was told
-        before gives its value; guessing is right 1 time in 26. Worked example, 2 keys:
-        `...<qz=H>...<ab=C>...<qz=H>...<qz=H>...<ab=C>...`: the 3rd, 4th and 5th can be known.
-        keys  pairs in one section as long as the document (evaluation); None: short and long, easy and hard
-              sections (training): a long document with many pairs alone teaches nothing for a long time.
-        -> tokens (T + 1,), and a list of (tokens back to where it was last told, where the value begins, where it
-        ends).
+        When a key comes back, only a look at where it was told before gives its value; guessing is right 1 time
+        in 26. By hand, 2 keys: `..<qz=H>..<ab=C>..<qz=H>..<qz=H>..<ab=C>..`: the 3rd to the 5th can be known.
+        keys  pairs in the one section of the document (evaluation); None: short and long, easy and hard sections
+              (training), since a long document with many pairs alone teaches nothing for a long time.
+        -> tokens (T + 1,), and a list of (tokens back to where it was told, its value's begin and end).
         """
-
-        def between(low, high):
-            return float(np.exp(rng.uniform(math.log(low), math.log(high))))  # log-uniform
-
-        def letters(first, n):
-            return "".join(chr(ord(first) + i) for i in rng.integers(26, size=n))
-
+        between = lambda low, high: float(np.exp(rng.uniform(math.log(low), math.log(high))))  # log-uniform
+        letters = lambda first, n: "".join(chr(ord(first) + i) for i in rng.integers(26, size=n))
         text = self.crop(part, rng, T).tolist()
         doc, asked = [], []
         while len(doc) <= T:
-            # 1) a section: its length, its pairs, and how densely they are strewn
-            length = T + 1 if keys else between(64, T)
+            length = T + 1 if keys else between(64, T)  # of a section
             stop = min(len(doc) + length, T + 1)
             count = keys or int(between(1, self.cfg.keys + 1))
             pairs = dict((letters("a", 2), letters("A", 1)) for _ in range(count))
-            gap = between(4, length / 4)  # tokens of text between statements
-            # 2) text, then a statement
+            gap = between(4, length / 4)  # tokens of text between statements: dense and sparse sections
             told = {}  # key -> where it was last told
             while len(doc) < stop:
                 doc += text[len(doc) : len(doc) + int(gap * rng.uniform(0.5, 1.5))]
@@ -406,24 +350,18 @@ class Data:
         return np.array(doc[: T + 1]), asked
 
     def length(self, step):
-        """T of a step: 256 tokens or a little more at first, doubled at equal distances until it is the context.
+        """T of a step: about 256 tokens at first, doubled at equal distances, the context after `grow` of them.
 
-        It is the context after `grow` of the steps. What to look back for is learned among few tokens in few
-        steps, and then kept; among 4096 tokens it is not learned.
+        What to look back for is learned among few tokens in few steps, and then kept; among 4096 it is not.
         """
         lengths = [self.cfg.context]
         while lengths[0] >= 512 and lengths[0] % 128 == 0:
             lengths.insert(0, lengths[0] // 2)
         growing = self.cfg.grow * self.cfg.steps  # steps
-        if step >= growing:
-            return self.cfg.context
-        return lengths[int((len(lengths) - 1) * step / growing)]
+        return lengths[int((len(lengths) - 1) * step / growing)] if step < growing else self.cfg.context
 
     def batch(self, step, rank=0, world=1):
-        """The rows of a step that belong to one of `world` processes -> inputs, targets, weights of the targets.
-
-        Each is (N / world, T), where N T = batch x context at every length T.
-        """
+        """A process's rows of a step -> inputs, targets, their weights, (N / world, T) each; N T = batch x context."""
         T = self.length(step)
         rows, weights = [], []
         for row in range(rank, self.cfg.batch * self.cfg.context // T, world):
@@ -441,7 +379,7 @@ class Data:
         return rows[:, :-1], rows[:, 1:], torch.from_numpy(np.stack(weights))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3) model
 
 
@@ -452,19 +390,18 @@ class Cache:
         self.layers = layers
         self.max_len = max_len
         self.seen = torch.zeros(batch, dtype=torch.long, device=device)  # (B,)
-        # Positions of equally shaped parts lie in one tensor: to take back drafts is one operation for all layers.
+        # Positions of equally shaped parts lie in one tensor: one operation takes back drafts in all layers.
         shapes = {}
-        for layer in layers:
-            for part in layer.values():
-                shapes.setdefault(part.pos.shape, []).append(part)
+        for part in (part for layer in layers for part in layer.values()):
+            shapes.setdefault(part.pos.shape, []).append(part)
         self.stacks = []
         for parts in shapes.values():
             pos = torch.stack([part.pos for part in parts])  # (layers, B, heads, S)
             length = torch.stack([part.length for part in parts])  # (layers, B)
+            self.stacks.append((pos, length))
             for i, part in enumerate(parts):
                 part.pos = pos[i]
                 part.length = length[i]
-            self.stacks.append((pos, length))
         # (B,) of max_len: filled slots where tokens are evicted, else tokens
         self.used = layers[0]["tokens"].length if evicts else self.seen
 
@@ -488,15 +425,14 @@ class Block(nn.Module):
         super().__init__()
         ffn = cfg.ffn or -(-8 * cfg.width // 3 // 32) * 32
         self.attn_norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.attn = ATTENTION[cfg.attn].build(cfg, layer)
+        self.attn = ATTENTION[cfg.attn]["build"](cfg, layer)
         self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.gate = nn.Linear(cfg.width, ffn, bias=False)
         self.up = nn.Linear(cfg.width, ffn, bias=False)
         self.down = nn.Linear(ffn, cfg.width, bias=False)
 
     def forward(self, x, pos, cache=None, count=None, source=None):  # x, source (B, T, C), pos (B or 1, T)
-        if source is not None:
-            source = self.attn_norm(source)  # (B, T, C)
+        source = source if source is None else self.attn_norm(source)  # (B, T, C)
         x = x + self.attn(self.attn_norm(x), pos, cache, count, source)  # (B, T, C)
         y = self.ffn_norm(x)  # (B, T, C)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
@@ -513,38 +449,31 @@ class LM(nn.Module):
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
-        # Not 0.02: tokens that stand out in the residual stream are recalled much sooner.
-        nn.init.normal_(self.embed.weight, std=0.5)
-        # torch's fan-in initialisation, except that what enters the residual stream starts small.
-        for block in self.blocks:
+        nn.init.normal_(self.embed.weight, std=0.5)  # tokens that stand out are recalled much sooner
+        for block in self.blocks:  # torch's initialisation, but what enters the residual stream starts small
             for out in (block.attn.out, block.down):
-                with torch.no_grad():
-                    out.weight.mul_((2 * cfg.layers) ** -0.5)
+                out.weight.data.mul_((2 * cfg.layers) ** -0.5)
         if cfg.tied:
             self.embed.weight = self.head.weight
-        # The module comes last: the trunk starts from the same weights without it.
+        # The module comes last: with it the trunk starts from the same weights.
         self.mtp = mtp.MTP(Block(cfg, 0), cfg.width, cfg.norm_eps) if cfg.mtp else None
 
     def new_cache(self, batch, max_len, margin=8, dtype=None, device=None, compress=None):
-        """A cache for `batch` rows of up to max_len tokens; at most `margin` tokens can be taken back at once.
+        """A cache for `batch` rows of up to max_len tokens, of which `margin` can be taken back at once.
 
-        dtype, device  default: the model's
-        compress       a compressor (sparse_rl.py) that evicts tokens: max_len is what a row can hold at a time
+        dtype, device: by default the model's. compress (sparse_rl.py) evicts tokens: a row then holds max_len.
         """
-        kind = {"dtype": dtype or self.embed.weight.dtype, "device": device or self.embed.weight.device}
+        dtype = dtype or self.embed.weight.dtype
+        device = device or self.embed.weight.device
         layers = []
         for block in self.blocks:
-            layer = block.attn.new_cache(batch, max_len, margin, **kind)
+            layers.append(block.attn.new_cache(batch, max_len, margin, dtype=dtype, device=device))
             if compress:
-                compress.extend(layer, block.attn.heads)
-            layers.append(layer)
-        return Cache(layers, batch, max_len, kind["device"], evicts=compress is not None)
+                compress.extend(layers[-1], block.attn.heads)
+        return Cache(layers, batch, max_len, device, evicts=compress is not None)
 
     def hidden(self, tokens, cache=None, count=None):
-        """tokens (B, T) -> (B, T, C) after the final norm.
-
-        With a cache, the first count[b] (default: all) of T tokens are appended.
-        """
+        """tokens (B, T) -> (B, T, C) after the final norm. A cache takes the first count[b] of T (default: all)."""
         pos = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         if cache is not None:
             pos = cache.seen[:, None] + pos  # (B, T)
@@ -565,10 +494,9 @@ class LM(nn.Module):
 
 
 class Objective(nn.Module):
-    """What training minimises. tokens x, targets y, weights w (B, T) -> the loss, and what is logged (2,).
+    """What training minimises. Tokens x, targets y, weights w (B, T) -> loss, [cross entropy, draft loss].
 
-    Logged are the cross entropy, unweighted, and the draft loss. The module of mtp.py learns beside the model,
-    towards the model's own distribution; the model gets no gradient from it.
+    The module of mtp.py learns the model's own distribution beside it; the model gets no gradient from that.
     """
 
     def __init__(self, model):
@@ -580,13 +508,12 @@ class Objective(nn.Module):
         h = model.hidden(x)  # (B, T, C)
         logits = model.head(h).float()  # (B, T, V)
         loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (B, T)
-        total = (loss * w).mean()
         draft = logits.new_zeros(())
         if model.mtp is not None:
             states = model.mtp.unroll(h, x, model.embed.weight, model.cfg.mtp)  # K of (B, T - k, C)
             p = logits.softmax(-1)  # (B, T, V)
             draft = mtp.draft_loss("soft", states, model.head.weight, p, x, torch.ones_like(w))
-        return total + draft, torch.stack([loss.mean(), draft]).detach()
+        return (loss * w).mean() + draft, torch.stack([loss.mean(), draft]).detach()
 
 
 def half(model):
@@ -594,55 +521,44 @@ def half(model):
     return copy.deepcopy(model).bfloat16() if next(model.parameters()).is_cuda else model
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4) evaluation
 
 # What a run with a preset's own settings reaches: bits per byte at most, recall beyond the window at least.
 EXPECTED = {
-    ("small", "gqa"): (2.75, 0.9),
-    ("small", "nsa"): (2.65, 0.9),
-    ("small", "asa"): (2.7, 0.9),
-    ("base", "gqa"): (0.95, 0.9),
-    ("base", "nsa"): (1.05, 0.9),
-    ("base", "asa"): (0.92, 0.9),
+    "small": {"gqa": (2.75, 0.9), "nsa": (2.65, 0.9), "asa": (2.7, 0.9)},
+    "base": {"gqa": (0.95, 0.9), "nsa": (1.05, 0.9), "asa": (0.92, 0.9)},
 }
 
 
 @torch.no_grad()
 def evaluate(model, data, amp):
-    """Bits per byte of validation text, also of the context's quarters; shares of recalled values, by distance."""
+    """Bits per byte of validation text, also by quarter of the context; shares of recalled values, by distance."""
     cfg = data.cfg
-    device = model.embed.weight.device
-    model.eval()
     documents = min(64, max(16, 2**17 // cfg.context))  # of each kind
     rng = np.random.default_rng([cfg.seed, 2**31])  # the same documents at every evaluation
-    plain = [data.crop("val", rng, cfg.context) for _ in range(documents)]  # of (T + 1,)
+    docs = [data.crop("val", rng, cfg.context) for _ in range(documents)]  # of (T + 1,)
     made = [data.recall("val", rng, cfg.context, cfg.keys) for _ in range(documents)]
-
-    def predicted(docs):
-        """Documents (T + 1,) -> logits (b, T, V) and the tokens that came (b, T)."""
-        rows = torch.from_numpy(np.stack(docs)).to(device)  # (b, T + 1)
+    docs += [doc for doc, _ in made]
+    model.eval()
+    nats, right = [], []  # of (b, T)
+    for i in range(0, len(docs), cfg.micro):
+        rows = torch.from_numpy(np.stack(docs[i : i + cfg.micro])).to(model.embed.weight.device)  # (b, T + 1)
         with amp():
-            return model(rows[:, :-1]), rows[:, 1:]
-
-    nats = []  # of (b, T)
-    hits = []  # of (distance, recalled or not)
-    for i in range(0, documents, cfg.micro):
-        logits, came = predicted(plain[i : i + cfg.micro])
-        nats.append(F.cross_entropy(logits.float().transpose(1, 2), came, reduction="none").cpu())
-        docs = made[i : i + cfg.micro]
-        logits, came = predicted([doc for doc, _ in docs])
-        right = (logits.argmax(-1) == came).cpu()  # (b, T)
-        for row, (_, asked) in zip(right, docs):
-            hits += [(distance, bool(row[a - 1 : b - 1].all())) for distance, a, b in asked]
+            logits = model(rows[:, :-1])  # (b, T, V)
+        nats.append(F.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction="none").cpu())
+        right.append((logits.argmax(-1) == rows[:, 1:]).cpu())
     model.train()
+    hits = []  # of (distance, recalled or not)
+    for row, (_, asked) in zip(torch.cat(right)[documents:], made):
+        hits += [(distance, bool(row[a - 1 : b - 1].all())) for distance, a, b in asked]
 
     def share(low, high):
-        """Of the values last told more than `low`, at most `high` tokens ago -> (share recalled, number)."""
+        """Of values told low < distance <= high tokens before -> (share recalled, their number)."""
         known = [ok for distance, ok in hits if low < distance <= high]
         return (sum(known) / len(known), len(known)) if known else None
 
-    bits = torch.cat(nats).mean(0) / math.log(2) / data.bytes_per_token  # (T,)
+    bits = torch.cat(nats)[:documents].mean(0) / math.log(2) / data.bytes_per_token  # (T,)
     edges = [0] + [2**k for k in range(4, 30) if 2**k < 2 * cfg.context]
     by_distance = {str(high): share(low, high) for low, high in zip(edges, edges[1:])}
     return {
@@ -659,37 +575,34 @@ def percent(pair):
 
 
 def count_caches(cfg):
-    """Bytes per token of the cache of one full context, for each kind of attention at the same widths.
-
-    They are counted from allocated bf16 tensors.
-    """
+    """Bytes per token of the cache of a full context, for each attention, of allocated bf16 tensors."""
     result = {}
     for attn in ATTENTION:
         with torch.device("meta"):  # weights are not needed
             model = LM(dataclasses.replace(cfg, attn=attn))
-        cache = model.new_cache(1, cfg.context, dtype=torch.bfloat16, device="cpu")
-        result[attn] = cache.nbytes / cfg.context
+        result[attn] = (
+            model.new_cache(1, cfg.context, dtype=torch.bfloat16, device="cpu").nbytes / cfg.context
+        )
     return result
 
 
 def peak_memory(device):
-    """Bytes: what torch had allocated on a GPU; what the process had on a CPU (0 on Windows)."""
+    """Bytes that torch had allocated on a GPU; on a CPU those that the process had (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if sys.platform == "win32":
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5) run
 
 
 def save_checkpoint(path, state):
-    """Write to a temporary name, flush to the disk, rename: the path always holds a whole checkpoint, old or new."""
+    """Write another file, then rename it: the path always holds a whole checkpoint, old or new."""
     try:
         with open(f"{path}.tmp", "wb") as f:
             torch.save(state, f)
@@ -711,87 +624,75 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__})") from e
 
 
-def load_state(path, *pairs):
-    """Fill each (module or optimizer, its saved state); UserError if they are of another shape than in `path`."""
+def load_state(folder, target, state):
+    """target.load_state_dict(state); UserError if the run in `folder` has another shape."""
     try:
-        for target, state in pairs:
-            target.load_state_dict(state)
+        target.load_state_dict(state)
     except (RuntimeError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{path}: the checkpoint is of another shape ({reason})") from e
+        raise UserError(f"{folder}: the checkpoint is of another shape ({str(e).splitlines()[0]})") from e
 
 
 def load_run(folder, device="cpu", module=True):
-    """A finished or interrupted run -> (model in eval mode, its config, its folder, where its data lies).
-
-    module: with the drafting module that was trained for it afterwards (mtp.pt), if there is one.
-    """
+    """A run -> (model in eval mode, config, where its data lies); module: with that of mtp.pt, if any."""
     folder = pathlib.Path(folder)
     saved = load_checkpoint(folder / "ckpt.pt", device)
     cfg = Config(**saved["config"])
-    state = saved["model"]
     if module and (folder / "mtp.pt").exists():
         extra = load_checkpoint(folder / "mtp.pt", device)
         if extra["step"] != saved["step"]:
             made = f"{folder / 'mtp.pt'} was made for step {extra['step']}"
             raise UserError(f"{made}, the run is at step {saved['step']}: equip it again")
         cfg.mtp = extra["depths"]
-        state.update({f"mtp.{name}": value for name, value in extra["module"].items()})
+        saved["model"].update({f"mtp.{name}": value for name, value in extra["module"].items()})
     model = LM(cfg).to(device)
-    load_state(folder, (model, state))
+    load_state(folder, model, saved["model"])
     return model.eval(), cfg, folder
 
 
 def pick_device(cfg):
-    """-> the torch.device of --device, of this process under torchrun."""
+    """-> the torch.device of --device; under torchrun each process has a GPU of its own."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; leave the option away for the CPU")
+        raise UserError("--device cuda: this computer has no GPU that torch can use; leave the option away")
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def new_folder(cfg, base):
-    """Create the folder of a new run: out/NAME, or out/`base`, numbered when taken. It never holds a run already."""
+def run_folder(cfg, base):
+    """-> out/NAME (default: `base`, numbered): a new folder, or with --resume the latest that holds a run."""
     names = [cfg.name] if cfg.name else [base, *(f"{base}-{i}" for i in range(2, 1000))]
-    for name in names:
-        folder = pathlib.Path(cfg.out, name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "log.jsonl", "x"):
-                return folder
-        except FileExistsError:
-            if not folder.is_dir():
-                raise UserError(f"cannot write to {folder}: a file is in the way") from None
-        except OSError as e:
-            raise UserError(f"cannot write to {folder}: {e.strerror}") from e
-    raise UserError(f"{folder} holds a run already: --resume continues it, another --name starts anew")
-
-
-def old_folder(cfg, base):
-    """Find the folder of the run that --resume continues: out/NAME, or the latest that new_folder made of `base`."""
-    names = [cfg.name] if cfg.name else [base, *(f"{base}-{i}" for i in range(2, 1000))]
-    taken = [name for name in names if pathlib.Path(cfg.out, name, "log.jsonl").exists()]
-    if not taken:
-        raise UserError(f"--resume: there is no run {pathlib.Path(cfg.out, names[0])}")
-    return pathlib.Path(cfg.out, taken[-1])
+    folders = [pathlib.Path(cfg.out, name) for name in names]
+    taken = [folder for folder in folders if (folder / "log.jsonl").exists()]
+    if cfg.resume:
+        if not taken:
+            raise UserError(f"--resume: there is no run {folders[0]}")
+        return taken[-1]
+    if taken == folders:
+        raise UserError(
+            f"{folders[-1]} holds a run already: --resume continues it, another --name starts anew"
+        )
+    folder = next(folder for folder in folders if folder not in taken)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").touch(exist_ok=False)
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror}") from e
+    return folder
 
 
 def open_run(cfg, given, base, validate, rank=0, world=1):
-    """Open a new run, or one to be resumed -> (Run, what its checkpoint holds or None).
+    """Begin a run, or go on with one -> (Run, its checkpoint or None); UserError if that cannot be.
 
-    A resumed run keeps its own options, except for those that are given now and are not fixed. No folder is made
-    before `validate` has seen the options. Raises UserError.
+    A resumed run keeps its options, except for those given now. `validate` comes before anything is written.
     """
     if not cfg.resume:
         validate(cfg)
-        folder = [new_folder(cfg, base) if rank == 0 else None]
+        folder = [run_folder(cfg, base) if rank == 0 else None]
         if world > 1:
             dist.broadcast_object_list(folder)
         return Run(cfg, folder[0], rank), None
-    folder = old_folder(cfg, base)
+    folder = run_folder(cfg, base)
     saved = load_checkpoint(folder / "ckpt.pt")
     old = saved["config"]
     for f in dataclasses.fields(cfg):
@@ -801,94 +702,71 @@ def open_run(cfg, given, base, validate, rank=0, world=1):
     validate(cfg)
     if cfg.steps < saved["step"]:
         raise UserError(f"{folder}: the checkpoint is at step {saved['step']}, beyond --steps {cfg.steps}")
-    run = Run(cfg, folder, rank)
-    run.first = run.step = saved["step"]
-    run.seconds = saved["seconds"]
-    return run, saved
+    return Run(cfg, folder, rank, saved["step"], saved["seconds"]), saved
 
 
 class Run:
-    """A run's folder with log.jsonl and ckpt.pt, how far it is, and whether a signal asks it to stop.
+    """A run's folder, how far it is, and whether a signal asks it to stop. Only rank 0 writes and prints."""
 
-    step      finished steps
-    seconds   of all of them
-    signal    the signal that came, or 0
-    Only rank 0 writes and prints.
-    """
-
-    def __init__(self, cfg, folder, rank=0):
+    def __init__(self, cfg, folder, rank=0, step=0, seconds=0.0):
         self.cfg = cfg
         self.folder = folder
         self.rank = rank
-        self.step = 0
-        self.first = 0  # the step at which this process began
-        self.seconds = 0.0
-        self.timed = []  # seconds of every step of this process
-        self.signal = 0
+        self.step = step  # finished steps
+        self.seconds = seconds  # of all of them
+        self.timed = []  # seconds of each step of this process
+        self.signals = []  # that ask it to stop
 
     def say(self, *lines):
         if self.rank == 0:
             tqdm.write("\n".join(lines))
 
     def record(self, **entry):
-        """A line of the log."""
+        """Write a line of the log."""
         if self.rank == 0:
-            entry = {"step": self.step, **entry}
             short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in entry.items()}
-            self.log.write(json.dumps(short) + "\n")
+            self.log.write(json.dumps({"step": self.step, **short}) + "\n")
             self.log.flush()
 
-    def open_log(self):
-        """Continue the log: what a killed run wrote after its last checkpoint, it will write again."""
-        path = self.folder / "log.jsonl"
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last line may be torn
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
-        path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(path.with_suffix(".tmp"), path)
-        self.log = open(path, "a")
-
     def header(self, hardware, *lines, **facts):
-        """What somebody needs to judge or repeat the run, on the screen and in the log, which it opens."""
+        """What somebody needs to judge or repeat the run, on the screen and in the log.
+
+        What a killed run logged after its last checkpoint is cut off: it comes again. The last line may be torn.
+        """
         if self.rank == 0:
-            self.open_log()
+            path = self.folder / "log.jsonl"
+            old = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            new = self.folder / "log.jsonl.tmp"
+            new.write_text("".join(line for line in old if json.loads(line)["step"] <= self.step))
+            os.replace(new, path)
+            self.log = open(path, "a")
         default = type(self.cfg)()
-        options = dataclasses.asdict(self.cfg)
-        changed = {name: value for name, value in options.items() if value != getattr(default, name)}
+        options = {k: v for k, v in dataclasses.asdict(self.cfg).items() if v != getattr(default, k)}
         self.say(
             f"run      {self.folder}" + (f", resumed at step {self.step}" if self.step else ""),
             *lines,
-            f"options  {listed(changed) or 'all defaults'}",
+            f"options  {listed(options) or 'all defaults'}",
             f"on       {hardware}, torch {torch.__version__}",
         )
-        self.record(hardware=hardware, torch=torch.__version__, options=changed, **facts)
+        self.record(**facts, hardware=hardware, torch=torch.__version__, options=options)
 
-    def start(self):
-        """From here on a signal lets the step finish, and a bar shows the steps."""
+    def catch_signals(self):
+        """From here on a signal lets the step finish."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-        hidden = None if self.rank == 0 else True
-        self.bar = tqdm(total=self.cfg.steps, initial=self.step, disable=hidden, unit="step", leave=False)
-
-    def receive(self, number, frame):
-        self.signal = number
+            signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def advance(self, seconds):
-        """One step is done; it took so long."""
+        """A step is finished; it took so long."""
         self.step += 1
         self.seconds += seconds
         self.timed.append(seconds)
-        self.bar.update()
 
     def due(self, every):
-        """Whether something that is done every so many steps, and after the last one, is due."""
         return self.step % every == 0 or self.step == self.cfg.steps
 
     @property
     def pace(self):
-        """Seconds of a step: the mean of the latest ones, without the warm-up."""
+        """Seconds of a step, without the warm-up."""
         return float(np.mean(self.timed[3:][-50:] or self.timed))
 
     def progress(self, line):
@@ -897,32 +775,30 @@ class Run:
 
     def save(self, **state):
         if self.rank == 0:
-            state.update(step=self.step, seconds=self.seconds, config=dataclasses.asdict(self.cfg))
-            save_checkpoint(self.folder / "ckpt.pt", state)
+            own = {"step": self.step, "seconds": self.seconds, "config": dataclasses.asdict(self.cfg)}
+            save_checkpoint(self.folder / "ckpt.pt", {**state, **own})
+
+    # The last words of a run -> its exit code
 
     def diverged(self, loss):
-        """The last words of a run whose loss is not finite -> its exit code."""
-        self.say(
-            f"stopped  the loss is {loss} at step {self.step}: nothing saved since the last checkpoint in "
-            f"{self.folder}; try a lower --lr"
-        )
+        where = f"at step {self.step}: nothing saved since the last checkpoint in {self.folder}"
+        self.say(f"stopped  the loss is {loss} {where}; try a lower --lr")
         return 1
 
     def stopped(self):
-        """The last words of a run that a signal stopped, here or in another process -> its exit code."""
         self.say(
             f"stopped  by a signal at step {self.step}, saved; --resume --name {self.folder.name} continues"
         )
-        return 128 + (self.signal or signal.SIGTERM)
+        return 128 + (self.signals or [signal.SIGTERM])[0]  # or another process got one
 
-    def finish(self, *lines, ok, **facts):
-        """The last words of a run that ends; ok: as expected, or not, or None for no expectation -> its exit code."""
+    def finished(self, *lines, ok, **facts):
+        """ok: whether the result is what was expected; None: nothing was."""
         self.say(*lines)
         self.record(final=True, seconds=self.seconds, ok=ok, **facts)
         return 1 if self.cfg.check and ok is False else 0
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6) training
 
 
@@ -946,190 +822,157 @@ def set_rate(optimizer, lr):
         group["lr"] = lr
 
 
-def open_data(run, saved, world):
-    """The run's data, tokenized if they are not yet; UserError if a resumed run saw others."""
+def train(cfg, given):
+    """One run, from its folder to its last line. Returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(cfg)
+    cuda = device.type == "cuda"
+    hardware = f"CPU, {torch.get_num_threads()} threads, fp32"
+    if cuda:
+        hardware = f"{torch.cuda.get_device_name()}, bf16 autocast"
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+    # 1) folder, data
+    base = f"{cfg.preset}-{cfg.attn}"
+    run, saved = open_run(cfg, given, base, lambda cfg: validate(cfg, world), rank, world)
     cfg = run.cfg
     enc = tokenizer(cfg.tokenizer)
     cfg.vocab = cfg.vocab or enc.n_vocab
-    if run.rank == 0 and not (saved and (run.folder / "data.json").exists()):
+    if rank == 0 and not (saved and (run.folder / "data.json").exists()):
         prepare(cfg, enc, run.folder)
     if world > 1:
         dist.barrier()
     data = Data(cfg, enc, run.folder)
-    if saved and saved["data"] != data.info["sha256"]:
-        was = f"the run was trained on data {saved['data']}"
-        raise UserError(f"{run.folder}: {was}, this is {data.info['sha256']}")
-    return data
-
-
-def header(run, data, model, world):
-    cfg = run.cfg
     info = data.info
-    cuda = model.embed.weight.is_cuda
-    parameters = sum(p.numel() for p in model.parameters())
-    hardware = f"CPU, {torch.get_num_threads()} threads, fp32"
-    if cuda:
-        hardware = f"{torch.cuda.get_device_name()}, bf16 autocast"
-    run.header(
-        hardware,
-        f"model    {cfg.attn}, {parameters / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}",
-        f"data     {info['texts']} texts, {info['train_bytes'] + info['val_bytes']} bytes, "
-        f"sha256 {info['sha256']}, {info['train']} + {info['val']} tokens ({cfg.tokenizer})",
-        f"steps    {cfg.steps} of {cfg.batch * cfg.context} tokens, in {world} process{'es' * (world > 1)}",
-        parameters=parameters,
-        data=info,
-        processes=world,
-    )
-    if not cuda and cfg.preset != "small":
-        run.say("note     without a GPU this preset takes very long; --small is made for a CPU")
+    if saved and saved["data"] != info["sha256"]:
+        raise UserError(f"{run.folder}: it was trained on data {saved['data']}, this is {info['sha256']}")
 
-
-def train(cfg, given):
-    """One run, from its folder to its last line. Returns the exit code."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(cfg)
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    base = f"{cfg.preset}-{cfg.attn}"
-    run, saved = open_run(cfg, given, base, lambda cfg: validate(cfg, world), rank, world)
-    cfg = run.cfg
-
-    # 1) data
-    data = open_data(run, saved, world)
-
-    # 2) model and optimizer, as they were or new
+    # 2) model and optimizer, new or as they were
     torch.manual_seed(cfg.seed)
     model = LM(cfg).to(device)
     optimizer = make_optimizer(cfg, model, fused=cuda)
     if saved:
-        load_state(run.folder, (model, saved["model"]), (optimizer, saved["optimizer"]))
+        load_state(run.folder, model, saved["model"])
+        load_state(run.folder, optimizer, saved["optimizer"])
         torch.set_rng_state(saved["rng"])
-    runner = Objective(model)
-    if cfg.compile:
-        runner = torch.compile(runner)
+    runner = torch.compile(Objective(model)) if cfg.compile else Objective(model)
     if world > 1:
         runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
-    header(run, data, model, world)
+    size = sum(p.numel() for p in model.parameters())
+    run.header(
+        hardware,
+        f"model    {cfg.attn}, {size / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}",
+        f"data     {info['texts']} texts, {info['train']} + {info['val']} tokens, sha256 {info['sha256']}",
+        f"step     {cfg.batch * cfg.context} tokens in {world} process{'es' * (world > 1)}",
+        **{"parameters": size, "data": info, "processes": world},
+    )
+    if not cuda and cfg.preset != "small":
+        run.say("note     without a GPU this preset takes very long; --small is made for a CPU")
 
     def amp():
         return torch.autocast("cuda", torch.bfloat16, enabled=cuda)
 
-    def save():
-        weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save(**weights, rng=torch.get_rng_state(), data=data.info["sha256"])
-
     def test():
         found = evaluate(model, data, amp)
         run.record(**found)
-        run.say(
-            f"eval     step {run.step} | {found['bpb']:.3f} bits/byte | recall inside the window "
-            f"{percent(found['recall_inside'])}, beyond {percent(found['recall_beyond'])}"
+        recall = (
+            f"inside the window {percent(found['recall_inside'])}, beyond {percent(found['recall_beyond'])}"
         )
+        run.say(f"eval     step {run.step} | {found['bpb']:.3f} bits/byte | recall {recall}")
         return found
 
     # 3) training
     trunk = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
     own = cfg.batch // world  # sequences of this process at the full context
     accumulate = own // min(cfg.micro, own)
-    rows = data.batch(run.step, rank, world)  # (N, T) three times
-    run.start()
+    rows = data.batch(run.step, rank, world)
+    run.catch_signals()
     while run.step < cfg.steps:
         start = time.perf_counter()
         lr = learning_rate(cfg, run.step)
         set_rate(optimizer, lr)
-        logged = torch.zeros(2, device=device)  # cross entropy, draft loss
+        sums = torch.zeros(
+            3, device=device
+        )  # cross entropy, draft loss, processes that a signal asks to stop
         for i, part in enumerate(zip(*(t.chunk(accumulate) for t in rows))):
             x, y, w = (t.to(device, non_blocking=True) for t in part)  # (b, T) each
-            last = world == 1 or i == accumulate - 1  # gradients are exchanged once
+            last = world == 1 or i == accumulate - 1  # processes exchange their gradients once
             with contextlib.nullcontext() if last else runner.no_sync(), amp():
                 loss, parts = runner(x, y, w)
                 (loss / accumulate).backward()
-            logged += parts / accumulate
+            sums[:2] += parts / accumulate
         norm = nn.utils.clip_grad_norm_(trunk, 1.0)
         if model.mtp is not None:  # clipped apart: the trunk's steps are the same with and without the module
             nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
         rows = data.batch(run.step + 1, rank, world)  # made while the GPU works
-        state = torch.cat([logged / world, torch.tensor([float(run.signal > 0)], device=device)])  # (3,)
+        sums[2] = len(run.signals)
         if world > 1:
-            dist.all_reduce(state)  # so that all processes stop at the same step
-        loss, draft, stopping = state.tolist()
+            dist.all_reduce(sums)  # so that all processes stop at the same step
+        loss, draft, stopping = (sums / sums.new_tensor([world, world, 1])).tolist()
         if not math.isfinite(loss):
             return run.diverged(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.advance(time.perf_counter() - start)
 
-        entry = {"loss": loss, "lr": lr, "norm": norm.item(), "ms": 1e3 * run.timed[-1]}
+        log = {"loss": loss, "lr": lr, "norm": norm.item(), "ms": 1e3 * run.timed[-1]}
         if cfg.mtp:
-            entry["draft_loss"] = draft
-        run.record(**entry, peak_gib=peak_memory(device) / 2**30)
-        if run.due(10) or run.step == run.first + 1:
-            speed = cfg.batch * cfg.context / run.pace / 1e3
-            run.progress(
-                f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1e3 * run.pace:.0f} ms | {speed:.1f}k tok/s"
-            )
+            log["draft_loss"] = draft
+        run.record(**log, peak_gib=peak_memory(device) / 2**30)
+        if run.due(10) or len(run.timed) == 1:
+            speed = f"{1e3 * run.pace:.0f} ms | {cfg.batch * cfg.context / run.pace / 1e3:.1f}k tok/s"
+            run.progress(f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f} | {speed}")
         if stopping or run.due(cfg.save_every):
-            save()
+            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            run.save(**weights, rng=torch.get_rng_state(), data=info["sha256"])
         if stopping:
             return run.stopped()
         if run.step % cfg.eval_every == 0 and run.step < cfg.steps and rank == 0:
             test()
-    run.bar.close()
 
     # 4) evaluation
     return report(run, data, model, test()) if rank == 0 else 0
 
 
 def report(run, data, model, found):
-    """A sample, then the figures that the run claims, counted and measured, and what was expected -> exit code."""
+    """A sample, the figures that the run claims, counted and measured, what was expected -> exit code."""
     cfg = run.cfg
-    # 1) a sample, and how good drafts are
     prompt = torch.from_numpy(data.tokens["val"][:64].astype(np.int64))  # (64,)
     torch.manual_seed(cfg.seed)
-    decoder = mtp.Decoder(model, 1, 256, temperature=0.8)
-    [(tokens, _)] = decoder.generate([prompt], 192)
-    sample = f"{data.enc.decode(prompt.tolist())}|{data.enc.decode(tokens.tolist())}"
+    [(tokens, _)] = mtp.Decoder(model, 1, 256, temperature=0.8).generate([prompt], 192)
     if cfg.mtp:
         decoder = mtp.Decoder(model, 8, 256, model.mtp, cfg.mtp, drafts=cfg.mtp)
         decoder.generate([prompt] * 8, 128)
         run.say(f"drafts   at temperature 1, 8 x 128 tokens: {decoder.summary()}")
-
-    # 2) the cache of each kind of attention, speed, memory
     caches = count_caches(cfg)
-    sizes = ", ".join(f"{name} {size:.0f}" for name, size in caches.items())
-    others = [name for name in caches if name != cfg.attn]
-    shares = ", ".join(f"{caches[cfg.attn] / caches[name]:.1%} of {name}" for name in others)
+    shares = [f"{caches[cfg.attn] / size:.1%} of {name}" for name, size in caches.items() if name != cfg.attn]
     speed = cfg.batch * cfg.context / float(np.median(run.timed[3:] or run.timed or [math.inf]))
     memory = peak_memory(model.embed.weight.device)
-
-    # 3) what was expected
-    most, least = (3.0, 0.0)  # of other texts: other bits
+    bits, inside, beyond = (found[name] for name in ("bpb", "recall_inside", "recall_beyond"))
+    distances = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
+    most, least = 3.0, 0.0  # of other texts: other bits
     if not cfg.data:
-        most, least = EXPECTED.get((cfg.preset, cfg.attn), (most, least))
-    beyond = (found["recall_beyond"] or [0.0])[0]
-    ok = found["bpb"] <= most and beyond >= least
-    by_distance = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
-    return run.finish(
-        f"\nsample   (the text before the bar was given)\n{sample}\n",
+        most, least = EXPECTED.get(cfg.preset, {}).get(cfg.attn, (most, least))
+    share = beyond[0] if beyond else 0.0
+    ok = bits <= most and share >= least
+    return run.finished(
+        f"\nsample   (the text before the bar was given)\n"
+        f"{data.enc.decode(prompt.tolist())}|{data.enc.decode(tokens.tolist())}\n",
         f"result   {cfg.attn}, {cfg.steps} steps, {run.seconds:.0f} s of training",
-        f"  bits per byte     {found['bpb']:.3f}; by quarter of the context "
-        + " ".join(f"{b:.3f}" for b in found["bpb_by_position"]),
-        f"  recall            inside the window of {cfg.window} tokens {percent(found['recall_inside'])}, "
-        f"beyond it {percent(found['recall_beyond'])}",
-        f"  by distance up to {by_distance}",
-        f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: {sizes}",
-        f"                    {cfg.attn} is {shares}",
+        f"  bits per byte     {bits:.3f}; by quarter of the context "
+        + " ".join(f"{quarter:.3f}" for quarter in found["bpb_by_position"]),
+        f"  recall            inside the window of {cfg.window} {percent(inside)}, beyond it {percent(beyond)}",
+        f"  by distance up to {distances}",
+        f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: "
+        + ", ".join(f"{name} {size:.0f}" for name, size in caches.items()),
+        f"                    {cfg.attn} is {', '.join(shares)}",
         f"  speed, memory     {speed:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak",
         f"expected at most {most:.2f} bits/byte and at least {least:.0%} recall beyond the window, "
-        f"got {found['bpb']:.2f} and {beyond:.0%}: {'OK' if ok else 'NOT'}",
-        ok=ok,
-        tokens_per_second=speed,
-        peak_bytes=memory,
-        cache_bytes_per_token=caches,
+        f"got {bits:.2f} and {share:.0%}: {'OK' if ok else 'NOT'}",
+        **{"ok": ok, "tokens_per_second": speed, "peak_bytes": memory, "cache_bytes_per_token": caches},
         **found,
     )
 

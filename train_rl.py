@@ -1,4 +1,4 @@
-"""Reinforcement learning: GRPO on tasks with exact rewards, with rollouts from a full or from a compressed cache.
+"""Reinforcement learning: GRPO on tasks with exact rewards, with rollouts from a full or a compressed cache.
 
     python train_rl.py --small --name small       sums on a CPU, offline, under 2 minutes, warm start included
     python train_rl.py                            the same at full size on one GPU, in 3 minutes
@@ -11,10 +11,10 @@
     4) learner    dense old pass, corrections (sparse_rl.py), a few minibatches of clipped policy gradient
     5) evaluation greedy answers to held-out problems, from the full and from the compressed cache
 
-A step is a function of (weights, seed, step). So a run can be resumed, and all arms of a seed get the same problems.
+A step is a function of (weights, seed, step): a run can be resumed, and all arms of a seed get the same problems.
 Does NOT include: a KL term, several GPUs, drafts, rollouts that go on while the learner learns.
-Read first: sparse_rl.py; mtp.py for the decoding engine; train_lm.py for options and runs. Letters as there; N answers
-in a step, T tokens of the longest.
+Read first: sparse_rl.py; mtp.py for the decoding engine; train_lm.py for options and runs. Letters as there;
+N answers in a step, T tokens of the longest.
 """
 
 import dataclasses
@@ -26,12 +26,10 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -42,30 +40,22 @@ from mtp import Decoder
 from sparse_rl import CORRECTIONS, SCORES, Compressor, Recorder
 from train_lm import ATTENTION, DEVICES, LM, UserError, option
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1) tasks
 
 
 class Task:
-    """Problems in few characters, one token each. An answer ends in a full stop, and the number before it is its result.
+    """Problems in few characters, one token each. An answer ends in its result and a full stop: reward 1 or 0.
 
-    The reward is 1 for the right result, else 0. A demonstration goes wrong in each step with probability 0.1.
-    room = (most characters of a prompt, of an answer). Held-out problems differ from those of training by the seed
-    alone: among 99^7 sums hardly one is met twice; of --small's 256, 19 are.
+    problem(rng) -> a prompt; work(prompt, rng) -> the right answer without rng, with it a demonstration, each step
+    of which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer). Held-out problems
+    differ from those of training by the seed alone: of 99^7 sums hardly one comes twice; of --small's 256, 19 do.
     """
 
     def __init__(self, size, largest=99):
         self.size = size
         self.largest = largest
         self.stop = self.symbols.index(".")
-
-    def problem(self, rng):
-        """-> a prompt."""
-        raise NotImplementedError
-
-    def work(self, prompt, rng=None):
-        """-> the right answer; with rng a demonstration."""
-        raise NotImplementedError
 
     def encode(self, text):
         return [self.symbols.index(c) for c in text]
@@ -77,7 +67,6 @@ class Task:
         return rng.randint(1, self.largest)
 
     def slip(self, rng, chance=0.1):
-        """-> the error of one step of a demonstration, mostly 0."""
         return rng.choice((-1, 1)) * rng.choice((1, 2, 3, 10)) if rng and rng.random() < chance else 0
 
     def reward(self, prompt, answer):
@@ -97,9 +86,9 @@ def result(answer):
 class Sums(Task):
     """A sum, reduced from left to right, one operation a step, the rest copied each time.
 
-    By hand: `32-84+9=` -> 32-84 is -52, +9 copied: `-52+9=`; -52+9 is -43: `-43.`. The answer is `-52+9=-43.`, its
-    last number the result. In 15 % of the steps a demonstration does two operations at once, with three times the
-    errors.
+    By hand: `32-84+9=` -> 32-84 is -52, +9 copied: `-52+9=`; -52+9 is -43: `-43.`. The answer is `-52+9=-43.`,
+    its last number the result. In 15 % of the steps a demonstration does two operations at once, with three times
+    the errors.
     """
 
     symbols = "0123456789+-=."
@@ -125,10 +114,9 @@ class Sums(Task):
 
 
 class Ledger(Task):
-    """What letters are worth is told first; then a list of letters is added up one by one.
+    """What letters are worth is told first; then letters are added up. Each step needs an entry from far back.
 
-    Each step needs an entry from far back. By hand: `a4b7c9:cab=` -> c is 9: `c9`; a is 4, and 9+4 is 13: `a13`; b is
-    7: `b20`. The answer is `c9a13b20.`
+    By hand: `a4b7c9:cab=` -> c is 9: `c9`; a is 4, and 9+4 is 13: `a13`; b is 7: `b20`. The answer is `c9a13b20.`
     """
 
     symbols = "0123456789abcdefgh:=-."
@@ -154,10 +142,10 @@ class Ledger(Task):
 
 
 class Words(Task):
-    """A short story with numbers; the answer writes one equation for each event.
+    """A short story with numbers; the answer writes one equation for each event, two for bags.
 
-    By hand: `tom has 12 pens. he buys 3 bags of 4. he loses 5. how many=` -> a bag event takes two equations, 3*4=12
-    and 12+12=24, the loss one, 24-5=19. The answer is `3*4=12;12+12=24;24-5=19.`
+    By hand: `tom has 12 pens. he buys 3 bags of 4. he loses 5. how many=` -> 3*4=12, 12+12=24 and 24-5=19. The
+    answer is `3*4=12;12+12=24;24-5=19.`
     """
 
     symbols = "0123456789abcdefghijklmnopqrstuvwxyz+-*=; ."
@@ -210,8 +198,8 @@ def problems(task, count, *seed):
     return [task.problem(rng) for _ in range(count)]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# options
+# ------------------------------------------------------------------------------------------------------------
+# Options
 
 PRESETS = {
     "small": dict(
@@ -226,25 +214,19 @@ PRESETS = {
 @dataclass
 class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
-
     task: str = option("sums", "what is to be learned", "task", choices=TASKS, fixed=True)
     size: int = option(6, "operations in a problem", least=1, fixed=True)
     largest: int = option(99, "largest number in a sum", least=1, fixed=True)
-
     attn: str = option("gqa", "only gqa's cache can be compressed", "model", choices=ATTENTION, fixed=True)
     layers: int = option(4, "Transformer blocks", least=1, fixed=True)
     width: int = option(256, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
     groups: int = option(8, "key-value heads of gqa, latents of asa's global layers", least=1, fixed=True)
     window: int = option(16, "tokens in the window of asa's local layers", least=1, fixed=True)
-
-    warm: str = option(
-        "", "start from the warm start of this run (a folder); task and model are its", "warm start"
-    )
+    warm: str = option("", "a run: its warm start, task and model are used, none is made", "warm start")
     warm_steps: int = option(6000, "steps of imitation", least=1, fixed=True)
     warm_batch: int = option(256, "demonstrations in such a step", least=1, fixed=True)
     warm_lr: float = option(1e-3, "its highest learning rate", least=0, fixed=True)
-
     rollout: str = option("sparse", "the cache", "rollouts", choices=("dense", "sparse"), fixed=True)
     compressor: str = option("rkv", "what decides which entries stay", choices=SCORES, fixed=True)
     budget: int = option(22, "entries per layer and head that a compression leaves", least=1, fixed=True)
@@ -252,7 +234,6 @@ class Config:
     recent: int = option(18, "newest entries that always stay", least=0, fixed=True)
     queries: int = option(4, "newest queries, that score the other entries", least=1, fixed=True)
     sinks: int = option(0, "first entries that always stay", least=0, fixed=True)
-
     correct: str = option("both", "of what compression changes", "learner", choices=CORRECTIONS, fixed=True)
     problems: int = option(64, "problems in a step", least=1)
     group_size: int = option(8, "answers to each", least=2)
@@ -263,7 +244,6 @@ class Config:
     max_norm: float = option(1.0, "longer gradients are scaled down to this norm; 0: never", least=0)
     seed: int = option(0, "seeds weights, problems and samples", least=0, fixed=True)
     device: str = option("auto", "auto: a GPU where there is one", choices=DEVICES)
-
     out: str = option("out", "folder of all runs", "run")
     name: str = option("", "the run's folder in it (default: rl-TASK-CORRECTION, numbered when taken)")
     held_out: int = option(512, "problems of an evaluation", least=1)
@@ -285,9 +265,9 @@ class Config:
         return Compressor(self.compressor, self.budget, self.buffer, self.recent, self.sinks, self.queries)
 
 
-# What a run with a preset's own settings reaches, by arm and seed (a warm start differs much from seed to seed): the
-# share of held-out problems solved with the full cache, greedy, and how much the share of right rollouts (T = 1) gains
-# from the first 10 steps to the last.
+# What a run with a preset's own settings reaches, by arm and seed: warm starts differ much. The share of held-out
+# problems solved with the full cache, greedy; how much the share of right rollouts (T = 1) gains from the first 10
+# steps to the last.
 EXPECTED = {
     ("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6)},
     ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.3, 0.7)},
@@ -305,7 +285,7 @@ def validate(cfg):
     train_lm.check_options(cfg)
     if cfg.problems % cfg.minibatches:
         raise UserError(f"--minibatches {cfg.minibatches} must divide --problems {cfg.problems}")
-    if cfg.rollout == "sparse" and not ATTENTION[cfg.attn].evictable:
+    if cfg.rollout == "sparse" and not ATTENTION[cfg.attn]["evicts"]:
         raise UserError(f"--attn {cfg.attn}: its cache is small and cannot be compressed: --rollout dense")
     if "kept" in cfg.correction.reads:  # it replays evictions
         if cfg.rollout == "dense":
@@ -320,7 +300,7 @@ def validate(cfg):
         raise UserError(str(e)) from e
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2) warm start
 
 
@@ -392,16 +372,13 @@ def read_warm(cfg, given):
     return saved, dataclasses.replace(cfg, **saved["made"])
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3) rollouts
 
 
 @dataclass
 class Rollout:
-    """N finished answers. T counts tokens up to the end of the longest text.
-
-    Column t of the (N, T - 1) tensors is about token t + 1.
-    """
+    """N finished answers; T tokens of the longest text. Column t of the (N, T - 1) tensors is about token t + 1."""
 
     text: torch.Tensor  # (N, T), padded with 0
     sampler: torch.Tensor  # (N, T - 1) log pi_s
@@ -425,33 +402,26 @@ def rollout(decoder, task, prompts):
     start = time.perf_counter()
     device = decoder.text.device
     asked = [torch.tensor(task.encode(prompt), device=device) for prompt in prompts]  # N of (tokens,)
-    answered = decoder.generate(asked, task.room[1])  # N of (tokens, log-probabilities)
+    tokens, logp = zip(*decoder.generate(asked, task.room[1]))  # N of (tokens,) each
     seconds = time.perf_counter() - start
-    answers = [task.decode(tokens.tolist()) for tokens, _ in answered]
-    texts = [torch.cat([prompt, tokens]) for prompt, (tokens, _) in zip(asked, answered)]
-    logp = [F.pad(logp, (len(prompt) - 1, 0)) for prompt, (_, logp) in zip(asked, answered)]
-    mask = [F.pad(torch.ones_like(logp), (len(prompt) - 1, 0)) for prompt, (_, logp) in zip(asked, answered)]
-    reward = [task.reward(prompt, answer) for prompt, answer in zip(prompts, answers)]
-    return Rollout(
-        text=pad_sequence(texts, batch_first=True),
-        sampler=pad_sequence(logp, batch_first=True),
-        mask=pad_sequence(mask, batch_first=True).float(),
-        answers=answers,
-        given=torch.tensor([len(prompt) for prompt in prompts], device=device),
-        reward=torch.tensor(reward, device=device),
-        seconds=seconds,
-    )
+    given = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (N,)
+    known = given + torch.tensor([len(answer) for answer in tokens], device=device)  # (N,)
+    text = pad_sequence([torch.cat(pair) for pair in zip(asked, tokens)], batch_first=True)  # (N, T)
+    at = torch.arange(1, text.shape[1], device=device)  # (T - 1,)
+    mask = (at >= given[:, None]) & (at < known[:, None])  # (N, T - 1)
+    sampler = torch.zeros(mask.shape, dtype=logp[0].dtype, device=device)  # (N, T - 1)
+    sampler[mask] = torch.cat(logp)
+    answers = [task.decode(answer.tolist()) for answer in tokens]
+    reward = torch.tensor([task.reward(*pair) for pair in zip(prompts, answers)], device=device)  # (N,)
+    return Rollout(text, sampler, mask.float(), answers, given, reward, seconds)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4) learner
 
 
 def answer_logp(model, r, rows, reads="full", recorder=None):
-    """Teacher-forced log-probabilities of some answers' tokens -> (n, T - 1).
-
-    The model reads the "full" history, or what the sampler "kept".
-    """
+    """Log-probabilities of some answers' tokens -> (n, T - 1); the model reads the "full" history or what was "kept"."""
     text = r.text[rows]  # (n, T)
     cache = None
     if reads == "kept":
@@ -460,73 +430,69 @@ def answer_logp(model, r, rows, reads="full", recorder=None):
     return sparse_rl.token_logp(model(text[:, :-1], cache), text[:, 1:]) * r.mask[rows]
 
 
-class View(NamedTuple):
-    """The answers as the learner reads them: `twin` has two views, every other correction one."""
-
-    reads: str  # see sparse_rl.Correction
-    anchor: torch.Tensor  # (N, T - 1) what PPO's ratio is taken against
-    weight: torch.Tensor  # (N, T - 1)
-    counted: torch.Tensor  # (N, T - 1)
-
-
 def learn(model, optimizer, r, cfg, recorder=None):
     """The updates of one step -> what there is to log. recorder: of what the sampler kept."""
     how = cfg.correction
     size = len(r.text) // cfg.minibatches
     parts = [slice(i, i + size) for i in range(0, len(r.text), size)]  # minibatches: some whole groups each
 
-    # 1) the old policy, by the learner's own code, so that rho is 1 before the first update
-    old = {}  # what is read -> log pi_o (N, T - 1); the log needs the full history in any case
-    for reads in {"full", *how.reads}:
-        with torch.no_grad():
+    # 1) the old policy, read by the learner's own code, so that rho is 1 before the first update
+    old = {}  # what is read -> log pi_o (N, T - 1); the log is about the full history in any case
+    with torch.no_grad():
+        for reads in dict.fromkeys(("full", *how.reads)):
             old[reads] = torch.cat([answer_logp(model, r, part, reads, recorder) for part in parts])
 
-    # 2) the correction, once for all updates
-    views = []
+    # 2) the corrections, once for all updates
+    views = {}  # what is read -> what PPO's ratio is taken against, weight, counted, (N, T - 1) each
     for reads in how.reads:
-        weight, counted = how.weigh(old[reads] - r.sampler, r.mask)  # (N, T - 1) twice
-        anchor = old[reads] if how.anchor == "dense" else r.sampler  # (N, T - 1)
-        views.append(View(reads, anchor, weight, counted))
+        anchor = old[reads] if how.anchor == "dense" else r.sampler
+        views[reads] = (anchor, *how.weigh(old[reads] - r.sampler, r.mask))
+    weights = torch.stack([weight for _, weight, _ in views.values()])  # (views, N, T - 1)
 
-    # 3) advantages
+    # 3) the advantages
     advantage = sparse_rl.group_advantage(r.reward, cfg.group_size)  # (N,)
     groups = r.reward.view(-1, cfg.group_size)  # (problems, group_size)
     signal = groups.amax(-1) > groups.amin(-1)  # (problems,) right and wrong answers
-    found = sparse_rl.mismatch(old["full"] - r.sampler, r.mask, views[0].weight)
-    found["solved"] = r.reward.mean()
-    found["length"] = r.mask.sum(-1).mean()
-    found["entropy"] = -r.sampler.sum() / r.mask.sum()
-    found["no_signal"] = 1 - signal.float().mean()
 
-    # 4) which minibatches have a gradient: an answer with weight, in a group with a signal. Adam's momentum would
-    # move the weights without one. The host waits here, once, for all minibatches.
-    weighs = torch.stack([view.weight.amax(-1) for view in views]).amax(0) > 0  # (N,)
-    alive = weighs & signal.repeat_interleave(cfg.group_size)  # (N,)
+    # 4) which minibatches have a gradient: those with an answer that has weight, in a group with a signal. Without
+    # one Adam's momentum would still move the weights. The host waits here, once, for all minibatches.
+    alive = (weights.amax((0, 2)) > 0) & signal.repeat_interleave(cfg.group_size)  # (N,)
     useful = alive.view(len(parts), -1).any(-1).tolist()
 
     # 5) the updates
-    updates = []  # of (loss, clipped, norm, log_rho_max)
+    updates = []  # of (loss, clipped, largest log rho, norm)
     for part in [part for part, some in zip(parts, useful) if some]:
-        of_views = []  # of (loss, clipped, log_rho_max)
-        for view in views:
-            logp = answer_logp(model, r, part, view.reads, recorder)  # (n, T - 1)
-            terms = (view.anchor[part], advantage[part], view.weight[part], view.counted[part])
-            loss, clipped, log_rho = sparse_rl.objective(logp, *terms, cfg.clip, how.level)
-            (loss / len(views)).backward()
-            of_views.append(torch.stack([loss.detach(), clipped, log_rho]).double())
+        terms = []  # of (loss, clipped, largest log rho), one a view
+        for reads, view in views.items():
+            anchor, weight, counted = (x[part] for x in view)  # (n, T - 1) each
+            logp = answer_logp(model, r, part, reads, recorder)  # (n, T - 1)
+            term = sparse_rl.objective(logp, anchor, advantage[part], weight, counted, cfg.clip, how.level)
+            (term[0] / len(views)).backward()
+            terms.append(torch.stack(term).detach().double())
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss, clipped, log_rho = torch.stack(of_views, dim=1)  # (views,) each
-        updates.append(torch.stack([loss.mean(), clipped.mean(), norm.double(), log_rho.max()]))
+        loss, clipped, log_rho = torch.stack(terms, dim=1)  # (views,) each
+        updates.append(torch.stack([loss.mean(), clipped.mean(), log_rho.max(), norm.double()]))
+
+    # 6) what there is to log
     updates = torch.stack(updates) if updates else r.reward.new_zeros(1, 4)  # (updates, 4)
-    found.update(zip(("loss", "clipped", "norm"), updates.mean(0)))
-    found["log_rho_max"] = updates[:, 3].max()
+    loss, clipped, _, norm = updates.mean(0)
+    found = {
+        **sparse_rl.mismatch(old["full"] - r.sampler, r.mask, weights[0]),
+        **{
+            "solved": r.reward.mean(),
+            "length": r.mask.sum(-1).mean(),
+            "no_signal": 1 - signal.float().mean(),
+        },
+        **{"entropy": -r.sampler.sum() / r.mask.sum(), "loss": loss, "clipped": clipped, "norm": norm},
+        "log_rho_max": updates[:, 2].max(),
+    }
     values = torch.stack([value.double() for value in found.values()]).tolist()
     return {**dict(zip(found, values)), "updates": sum(useful)}
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5) evaluation, and the loop
 
 
@@ -553,7 +519,7 @@ def train(cfg, given):
     N = cfg.problems * cfg.group_size
     sampler = engine(model, task, cfg, N, 1.0, cfg.rollout == "sparse")
     greedy = {"dense": engine(model, task, cfg, cfg.held_out, 0.0, False)}
-    if ATTENTION[cfg.attn].evictable:
+    if ATTENTION[cfg.attn]["evicts"]:
         greedy["sparse"] = engine(model, task, cfg, cfg.held_out, 0.0, True)
     parameters = sum(p.numel() for p in model.parameters())
     held = sampler.cache.nbytes
@@ -584,7 +550,8 @@ def train(cfg, given):
     # 2) warm start
     solved = []
     if saved:
-        train_lm.load_state(run.folder, (model, saved["model"]), (optimizer, saved["optimizer"]))
+        train_lm.load_state(run.folder, model, saved["model"])
+        train_lm.load_state(run.folder, optimizer, saved["optimizer"])
         solved = saved["solved"]
     elif warm:
         model.load_state_dict(warm["model"])
@@ -598,7 +565,7 @@ def train(cfg, given):
     # 3) rollouts, 4) learner, 5) evaluation
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    run.start()
+    run.catch_signals()
     if run.step == 0:
         save()
         found = test()
@@ -614,32 +581,31 @@ def train(cfg, given):
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])
-        log["finished"] = sum(answer.endswith(".") for answer in r.answers) / N
-        log["rollout_s"] = r.seconds
-        log["seconds"] = run.timed[-1]
-        log["tokens_per_second"] = sum(map(len, r.answers)) / r.seconds
+        words = sum(map(len, r.answers))
+        finished = sum(answer.endswith(".") for answer in r.answers) / N
+        log.update(
+            finished=finished, rollout_s=r.seconds, seconds=run.timed[-1], tokens_per_second=words / r.seconds
+        )
         run.record(**log)
         if run.due(5):
-            # The loss says nothing: before the first update rho is 1, and the advantages of a group add up to 0.
-            # Watch solved.
-            run.progress(
+            # The loss says nothing: before the first update rho is 1, and the advantages of a group sum to 0.
+            line = (
                 "solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} | done {finished:.2f} | "
-                "ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} | k3 {k3:.1e} | vetoed {vetoed:.2f} | "
-                "clip {clipped:.3f} | loss {loss:+.3f} | norm {norm:.2f} | "
-                "rollout {rollout_s:.2f} of {seconds:.2f} s".format(**log)
+                "ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} | k3 {k3:.1e} | vetoed {vetoed:.2f} "
+                "| clip {clipped:.3f} | loss {loss:+.3f} | norm {norm:.2f} | rollout {rollout_s:.2f} of {seconds:.2f} s"
             )
-        if run.signal or run.due(cfg.save_every):
+            run.progress(line.format(**log))
+        if run.signals or run.due(cfg.save_every):
             save()
         if run.step % cfg.eval_every == 0 and run.step < cfg.steps:
             test()
-        if run.signal:
+        if run.signals:
             return run.stopped()
-    run.bar.close()
     return report(run, test() if cfg.steps else found, solved, held, full, device)
 
 
 def verdict(cfg, greedy, solved):
-    """What was expected of the run, and whether it came -> (a line, True or False, None without an expectation)."""
+    """What was expected of the run, and whether it came -> (a line, True or False; None if nothing was)."""
     expected = EXPECTED.get((cfg.preset, cfg.arm, cfg.seed))
     usual = {**dataclasses.asdict(Config()), **PRESETS[cfg.preset]}
     if not expected or any(getattr(cfg, name) != usual[name] for name in usual if name not in FREE):
@@ -664,7 +630,7 @@ def report(run, found, solved, held, full, device):
         cache += f"; the allocator's peak, learner and all: {peak / 2**20:.0f} MiB"
     first, last = (np.mean(part or [0]) for part in (solved[:10], solved[-10:]))
     line, ok = verdict(cfg, found["dense_greedy"], solved)
-    return run.finish(
+    return run.finished(
         f"\nresult   {cfg.task}, {cfg.rollout} rollouts, correction {cfg.correct}: "
         f"{cfg.steps} steps of RL in {run.seconds:.0f} s",
         f"  solved when sampling   {last:.0%} in the last 10 steps, {first:.0%} in the first",
