@@ -13,7 +13,7 @@
     5) run        folder, log, checkpoint, signals: train_rl.py uses them too
     6) training   AdamW, warm-up and cosine, bf16 on a GPU, accumulation, clipping
 
-The batch of a step is a function of (seed, step, row) alone: a run can be resumed, on any number of processes.
+The batch of a step depends on (seed, step, row) alone: a run can be resumed, on any number of processes.
 Does NOT include: dropout, packing with masks between documents, tensor parallelism.
 Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
 """
@@ -187,9 +187,8 @@ def parse(argv, config=Config, presets=PRESETS, script="train_lm.py", doc=__doc_
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--small", dest="preset", action="store_const", const="small", help="= --preset small"
-    )
+    small = {"action": "store_const", "const": "small", "help": "= --preset small"}
+    parser.add_argument("--small", dest="preset", **small)
     group = parser
     for f in dataclasses.fields(config):
         if f.metadata["group"]:
@@ -308,10 +307,10 @@ class Data:
         self.tokens = {}
         for part in ("train", "val"):
             if self.info[part] < cfg.context + 2:
-                have = (
+                has = (
                     f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context} needs"
                 )
-                raise UserError(f"{have} {cfg.context + 2} or more: give more text or a shorter --context")
+                raise UserError(f"{has} {cfg.context + 2} or more: give more text or a shorter --context")
             self.tokens[part] = np.memmap(folder / f"{part}.bin", self.info["dtype"], "r")
 
     def crop(self, part, rng, T):
@@ -321,16 +320,17 @@ class Data:
     def recall(self, part, rng, T, keys=None):
         """A crop with statements like <qz=H> strewn in, told again and again, in sections with own pairs.
 
-        When a key comes back, only a look at where it was told before gives its value; guessing is right 1 time
-        in 26. By hand, 2 keys: `..<qz=H>..<ab=C>..<qz=H>..<qz=H>..<ab=C>..`: the 3rd to the 5th can be known.
-        keys  pairs in the one section of the document (evaluation); None: short and long, easy and hard sections
-              (training), since a long document with many pairs alone teaches nothing for a long time.
+        When a key comes back, only a look at where it was told gives its value; 1 guess in 26 is right.
+        By hand, 2 keys: `..<qz=H>..<ab=C>..<qz=H>..<qz=H>..<ab=C>..`: the 3rd to the 5th can be known.
+        keys  pairs in the one section of the document (evaluation). None: sections short and long, easy and
+              hard (training); a long document with many pairs alone teaches nothing for a long time.
         -> tokens (T + 1,), and a list of (tokens back to where it was told, its value's begin and end).
         """
         between = lambda low, high: float(np.exp(rng.uniform(math.log(low), math.log(high))))  # log-uniform
         letters = lambda first, n: "".join(chr(ord(first) + i) for i in rng.integers(26, size=n))
         text = self.crop(part, rng, T).tolist()
-        doc, asked = [], []
+        doc = []
+        asked = []
         while len(doc) <= T:
             length = T + 1 if keys else between(64, T)  # of a section
             stop = min(len(doc) + length, T + 1)
@@ -350,7 +350,7 @@ class Data:
         return np.array(doc[: T + 1]), asked
 
     def length(self, step):
-        """T of a step: about 256 tokens at first, doubled at equal distances, the context after `grow` of them.
+        """T of a step: about 256 tokens at first, doubled at equal distances, the context after `grow` steps.
 
         What to look back for is learned among few tokens in few steps, and then kept; among 4096 it is not.
         """
@@ -361,9 +361,10 @@ class Data:
         return lengths[int((len(lengths) - 1) * step / growing)] if step < growing else self.cfg.context
 
     def batch(self, step, rank=0, world=1):
-        """A process's rows of a step -> inputs, targets, their weights, (N / world, T) each; N T = batch x context."""
+        """Rows of a step for one process -> inputs, targets, weights (N / world, T); N T = batch x context."""
         T = self.length(step)
-        rows, weights = [], []
+        rows = []
+        weights = []
         for row in range(rank, self.cfg.batch * self.cfg.context // T, world):
             rng = np.random.default_rng([self.cfg.seed, step, row])
             weight = np.ones(T, np.float32)
@@ -384,7 +385,7 @@ class Data:
 
 
 class Cache:
-    """The caches of all layers, and how many tokens each row has seen (B,): the position of its next token."""
+    """The caches of all layers, and how many tokens each row has seen, (B,): its next token's position."""
 
     def __init__(self, layers, batch, max_len, device, evicts=False):
         self.layers = layers
@@ -461,7 +462,7 @@ class LM(nn.Module):
     def new_cache(self, batch, max_len, margin=8, dtype=None, device=None, compress=None):
         """A cache for `batch` rows of up to max_len tokens, of which `margin` can be taken back at once.
 
-        dtype, device: by default the model's. compress (sparse_rl.py) evicts tokens: a row then holds max_len.
+        dtype, device: the model's by default. compress (sparse_rl.py) evicts, so that a row holds max_len.
         """
         dtype = dtype or self.embed.weight.dtype
         device = device or self.embed.weight.device
@@ -473,7 +474,7 @@ class LM(nn.Module):
         return Cache(layers, batch, max_len, device, evicts=compress is not None)
 
     def hidden(self, tokens, cache=None, count=None):
-        """tokens (B, T) -> (B, T, C) after the final norm. A cache takes the first count[b] of T (default: all)."""
+        """tokens (B, T) -> (B, T, C) after the final norm. A cache takes count[b] (default: all) of T tokens."""
         pos = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         if cache is not None:
             pos = cache.seen[:, None] + pos  # (B, T)
@@ -533,7 +534,7 @@ EXPECTED = {
 
 @torch.no_grad()
 def evaluate(model, data, amp):
-    """Bits per byte of validation text, also by quarter of the context; shares of recalled values, by distance."""
+    """Bits per byte of validation text, also by quarter of the context; share of recalled values."""
     cfg = data.cfg
     documents = min(64, max(16, 2**17 // cfg.context))  # of each kind
     rng = np.random.default_rng([cfg.seed, 2**31])  # the same documents at every evaluation
@@ -541,7 +542,8 @@ def evaluate(model, data, amp):
     made = [data.recall("val", rng, cfg.context, cfg.keys) for _ in range(documents)]
     docs += [doc for doc, _ in made]
     model.eval()
-    nats, right = [], []  # of (b, T)
+    nats = []  # of (b, T)
+    right = []  # of (b, T)
     for i in range(0, len(docs), cfg.micro):
         rows = torch.from_numpy(np.stack(docs[i : i + cfg.micro])).to(model.embed.weight.device)  # (b, T + 1)
         with amp():
@@ -580,9 +582,8 @@ def count_caches(cfg):
     for attn in ATTENTION:
         with torch.device("meta"):  # weights are not needed
             model = LM(dataclasses.replace(cfg, attn=attn))
-        result[attn] = (
-            model.new_cache(1, cfg.context, dtype=torch.bfloat16, device="cpu").nbytes / cfg.context
-        )
+        cache = model.new_cache(1, cfg.context, dtype=torch.bfloat16, device="cpu")
+        result[attn] = cache.nbytes / cfg.context
     return result
 
 
@@ -590,9 +591,9 @@ def peak_memory(device):
     """Bytes that torch had allocated on a GPU; on a CPU those that the process had (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
+    if sys.platform == "win32":  # has no module `resource`
         return 0
-    import resource  # not on Windows
+    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -669,9 +670,7 @@ def run_folder(cfg, base):
             raise UserError(f"--resume: there is no run {folders[0]}")
         return taken[-1]
     if taken == folders:
-        raise UserError(
-            f"{folders[-1]} holds a run already: --resume continues it, another --name starts anew"
-        )
+        raise UserError(f"{folders[-1]} holds a run already: --resume continues, another --name starts anew")
     folder = next(folder for folder in folders if folder not in taken)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -731,7 +730,7 @@ class Run:
     def header(self, hardware, *lines, **facts):
         """What somebody needs to judge or repeat the run, on the screen and in the log.
 
-        What a killed run logged after its last checkpoint is cut off: it comes again. The last line may be torn.
+        What a killed run logged after its last checkpoint comes again: it is cut off, with a torn last line.
         """
         if self.rank == 0:
             path = self.folder / "log.jsonl"
@@ -786,9 +785,8 @@ class Run:
         return 1
 
     def stopped(self):
-        self.say(
-            f"stopped  by a signal at step {self.step}, saved; --resume --name {self.folder.name} continues"
-        )
+        name = self.folder.name
+        self.say(f"stopped  by a signal at step {self.step}, saved; --resume --name {name} continues")
         return 128 + (self.signals or [signal.SIGTERM])[0]  # or another process got one
 
     def finished(self, *lines, ok, **facts):
@@ -866,7 +864,7 @@ def train(cfg, given):
         hardware,
         f"model    {cfg.attn}, {size / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}",
         f"data     {info['texts']} texts, {info['train']} + {info['val']} tokens, sha256 {info['sha256']}",
-        f"step     {cfg.batch * cfg.context} tokens in {world} process{'es' * (world > 1)}",
+        f"batch    {cfg.batch * cfg.context} tokens a step, in {world} process{'es' * (world > 1)}",
         **{"parameters": size, "data": info, "processes": world},
     )
     if not cuda and cfg.preset != "small":
@@ -878,9 +876,8 @@ def train(cfg, given):
     def test():
         found = evaluate(model, data, amp)
         run.record(**found)
-        recall = (
-            f"inside the window {percent(found['recall_inside'])}, beyond {percent(found['recall_beyond'])}"
-        )
+        inside, beyond = (percent(found[name]) for name in ("recall_inside", "recall_beyond"))
+        recall = f"inside the window {inside}, beyond {beyond}"
         run.say(f"eval     step {run.step} | {found['bpb']:.3f} bits/byte | recall {recall}")
         return found
 
@@ -964,7 +961,7 @@ def report(run, data, model, found):
         f"result   {cfg.attn}, {cfg.steps} steps, {run.seconds:.0f} s of training",
         f"  bits per byte     {bits:.3f}; by quarter of the context "
         + " ".join(f"{quarter:.3f}" for quarter in found["bpb_by_position"]),
-        f"  recall            inside the window of {cfg.window} {percent(inside)}, beyond it {percent(beyond)}",
+        f"  recall            inside the window {percent(inside)}, beyond it {percent(beyond)}",
         f"  by distance up to {distances}",
         f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: "
         + ", ".join(f"{name} {size:.0f}" for name, size in caches.items()),

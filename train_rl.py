@@ -11,7 +11,7 @@
     4) learner    dense old pass, corrections (sparse_rl.py), a few minibatches of clipped policy gradient
     5) evaluation greedy answers to held-out problems, from the full and from the compressed cache
 
-A step is a function of (weights, seed, step): a run can be resumed, and all arms of a seed get the same problems.
+A step depends on (weights, seed, step): a run can be resumed, and arms of a seed get the same problems.
 Does NOT include: a KL term, several GPUs, drafts, rollouts that go on while the learner learns.
 Read first: sparse_rl.py; mtp.py for the decoding engine; train_lm.py for options and runs. Letters as there;
 N answers in a step, T tokens of the longest.
@@ -45,11 +45,11 @@ from train_lm import ATTENTION, DEVICES, LM, UserError, option
 
 
 class Task:
-    """Problems in few characters, one token each. An answer ends in its result and a full stop: reward 1 or 0.
+    """Problems in few characters, one token each. An answer ends in a result and a full stop: reward 1 or 0.
 
-    problem(rng) -> a prompt; work(prompt, rng) -> the right answer without rng, with it a demonstration, each step
-    of which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer). Held-out problems
-    differ from those of training by the seed alone: of 99^7 sums hardly one comes twice; of --small's 256, 19 do.
+    problem(rng) -> a prompt. work(prompt, rng) -> the right answer; with rng a demonstration, each step of
+    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer). Held-out problems
+    differ by the seed alone: of 99^7 sums hardly one comes twice; of --small's 256, 19 do.
     """
 
     def __init__(self, size, largest=99):
@@ -86,9 +86,9 @@ def result(answer):
 class Sums(Task):
     """A sum, reduced from left to right, one operation a step, the rest copied each time.
 
-    By hand: `32-84+9=` -> 32-84 is -52, +9 copied: `-52+9=`; -52+9 is -43: `-43.`. The answer is `-52+9=-43.`,
-    its last number the result. In 15 % of the steps a demonstration does two operations at once, with three times
-    the errors.
+    By hand: `32-84+9=` -> 32-84 is -52, +9 copied: `-52+9=`; -52+9 is -43: `-43.`. The answer: `-52+9=-43.`,
+    its last number the result. In 15 % of its steps a demonstration does two operations at once, with three
+    times the errors.
     """
 
     symbols = "0123456789+-=."
@@ -114,9 +114,9 @@ class Sums(Task):
 
 
 class Ledger(Task):
-    """What letters are worth is told first; then letters are added up. Each step needs an entry from far back.
+    """What letters are worth is told first; then letters are added up. Each step looks far back.
 
-    By hand: `a4b7c9:cab=` -> c is 9: `c9`; a is 4, and 9+4 is 13: `a13`; b is 7: `b20`. The answer is `c9a13b20.`
+    By hand: `a4b7c9:cab=` -> c is 9: `c9`; a is 4, 9+4 is 13: `a13`; b is 7: `b20`. The answer: `c9a13b20.`
     """
 
     symbols = "0123456789abcdefgh:=-."
@@ -144,7 +144,7 @@ class Ledger(Task):
 class Words(Task):
     """A short story with numbers; the answer writes one equation for each event, two for bags.
 
-    By hand: `tom has 12 pens. he buys 3 bags of 4. he loses 5. how many=` -> 3*4=12, 12+12=24 and 24-5=19. The
+    By hand: `tom has 12 pens. he buys 3 bags of 4. he loses 5. how many=` -> 3*4=12, 12+12=24, 24-5=19. The
     answer is `3*4=12;12+12=24;24-5=19.`
     """
 
@@ -265,9 +265,8 @@ class Config:
         return Compressor(self.compressor, self.budget, self.buffer, self.recent, self.sinks, self.queries)
 
 
-# What a run with a preset's own settings reaches, by arm and seed: warm starts differ much. The share of held-out
-# problems solved with the full cache, greedy; how much the share of right rollouts (T = 1) gains from the first 10
-# steps to the last.
+# What a run with a preset's own settings reaches, by arm and seed, since warm starts differ: the share of held-
+# out problems solved with the full cache, greedy; the gain in right rollouts, from first to last 10 steps.
 EXPECTED = {
     ("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6)},
     ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.3, 0.7)},
@@ -378,7 +377,7 @@ def read_warm(cfg, given):
 
 @dataclass
 class Rollout:
-    """N finished answers; T tokens of the longest text. Column t of the (N, T - 1) tensors is about token t + 1."""
+    """N finished answers, T tokens of the longest. Column t of the (N, T - 1) tensors is of token t + 1."""
 
     text: torch.Tensor  # (N, T), padded with 0
     sampler: torch.Tensor  # (N, T - 1) log pi_s
@@ -421,7 +420,7 @@ def rollout(decoder, task, prompts):
 
 
 def answer_logp(model, r, rows, reads="full", recorder=None):
-    """Log-probabilities of some answers' tokens -> (n, T - 1); the model reads the "full" history or what was "kept"."""
+    """Log-probabilities of some answers (n, T - 1); the model reads the "full" history or what was "kept"."""
     text = r.text[rows]  # (n, T)
     cache = None
     if reads == "kept":
@@ -454,8 +453,8 @@ def learn(model, optimizer, r, cfg, recorder=None):
     groups = r.reward.view(-1, cfg.group_size)  # (problems, group_size)
     signal = groups.amax(-1) > groups.amin(-1)  # (problems,) right and wrong answers
 
-    # 4) which minibatches have a gradient: those with an answer that has weight, in a group with a signal. Without
-    # one Adam's momentum would still move the weights. The host waits here, once, for all minibatches.
+    # 4) which minibatches have a gradient: those with an answer that has weight, in a group with a signal.
+    # Adam's momentum would move the weights without one. The host waits here, once, for all minibatches.
     alive = (weights.amax((0, 2)) > 0) & signal.repeat_interleave(cfg.group_size)  # (N,)
     useful = alive.view(len(parts), -1).any(-1).tolist()
 
@@ -558,7 +557,8 @@ def train(cfg, given):
     else:
         start = time.time()
         loss = imitate(model, task, cfg, device)
-        run.say(f"warm     {cfg.warm_steps} steps in {time.time() - start:.0f} s, loss {loss:.3f}")
+        took = f"{time.time() - start:.0f} s, loss {loss:.3f}"
+        run.say(f"warm     {cfg.warm_steps} steps of {cfg.warm_batch} demonstrations in {took}")
         made = {name: getattr(cfg, name) for name in ["task", "size", "largest", *MODEL]}
         train_lm.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
 
@@ -590,9 +590,10 @@ def train(cfg, given):
         if run.due(5):
             # The loss says nothing: before the first update rho is 1, and the advantages of a group sum to 0.
             line = (
-                "solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} | done {finished:.2f} | "
-                "ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} | k3 {k3:.1e} | vetoed {vetoed:.2f} "
-                "| clip {clipped:.3f} | loss {loss:+.3f} | norm {norm:.2f} | rollout {rollout_s:.2f} of {seconds:.2f} s"
+                "solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} "
+                "| done {finished:.2f} | ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} | k3 {k3:.1e} "
+                "| vetoed {vetoed:.2f} | clip {clipped:.3f} | loss {loss:+.3f} | norm {norm:.2f} "
+                "| rollout {rollout_s:.2f} of {seconds:.2f} s"
             )
             run.progress(line.format(**log))
         if run.signals or run.due(cfg.save_every):
