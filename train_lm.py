@@ -95,7 +95,10 @@ DEVICES = ("auto", "cpu", "cuda")
 
 def option(default, text, group=None, least=-math.inf, most=math.inf, choices=None, fixed=False):
     """A field of a Config. group: it begins a group of --help; fixed: a resumed run cannot change it."""
-    facts = {"help": text, "group": group, "least": least, "most": most, "choices": choices, "fixed": fixed}
+    allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
+    text += f" ({allowed})" if least > -math.inf else ""
+    limits = {"least": least, "most": most, "allowed": allowed}
+    facts = {"help": text, "group": group, "choices": choices, "fixed": fixed, **limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
     return field(default=default, metadata=facts)
@@ -104,7 +107,9 @@ def option(default, text, group=None, least=-math.inf, most=math.inf, choices=No
 @dataclass
 class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
-    attn: str = option("asa", "dense, NSA, local and global", "model", choices=ATTENTION, fixed=True)
+    attn: str = option(
+        "asa", "dense, three branches, local and global layers", group="model", choices=ATTENTION, fixed=True
+    )
     layers: int = option(10, "Transformer blocks", least=1, fixed=True)
     width: int = option(512, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
@@ -119,11 +124,11 @@ class Config:
     rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, fixed=True)
     norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, fixed=True)
     mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, fixed=True)
-    data: list = option([], "text files (default: texts that come with Python)", "data", fixed=True)
+    data: list = option([], "text files (default: what comes with Python)", group="data", fixed=True)
     tokenizer: str = option("bytes", "bytes, or an encoding's name: tiktoken may download it", fixed=True)
     recall: float = option(0.5, "share of documents with key=value pairs to recall", least=0, most=1)
     keys: int = option(1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1)
-    context: int = option(4096, "tokens per sequence T", "training", least=1)
+    context: int = option(4096, "tokens per sequence T", group="training", least=1)
     batch: int = option(8, "sequences per step, over all processes", least=1)
     micro: int = option(8, "sequences per forward pass and process: lower it when memory runs out", least=1)
     grow: float = option(0.6, "share of the steps in which sequences grow to the context", least=0, most=1)
@@ -133,7 +138,7 @@ class Config:
     device: str = option("auto", "auto: a GPU where there is one", choices=DEVICES)
     compile: bool = option(False, "torch.compile the model")
     recompute: bool = option(False, "keep less for the backward pass: less memory, a third slower")
-    out: str = option("out", "folder of all runs", "run")
+    out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: PRESET-ATTN, numbered when taken)")
     eval_every: int = option(150, "steps between evaluations", least=1)
     save_every: int = option(150, "steps between checkpoints", least=1)
@@ -167,14 +172,6 @@ def listed(values):
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def bounds(f):
-    """What a number in this field of a Config may be, in words; "" where anything may."""
-    least, most = f.metadata["least"], f.metadata["most"]
-    if most < math.inf:
-        return f"{least} to {most}"
-    return f"at least {least}" if least > -math.inf else ""
-
-
 def parse(argv, config=Config, presets=PRESETS, script="train_lm.py", doc=__doc__):
     """Command line -> (config, the options that were given). Explicit options win over the preset."""
     lines = [f"  {name:6} {listed(values) or 'the defaults'}" for name, values in presets.items()]
@@ -190,15 +187,13 @@ def parse(argv, config=Config, presets=PRESETS, script="train_lm.py", doc=__doc_
     small = {"action": "store_const", "const": "small", "help": "= --preset small"}
     parser.add_argument("--small", dest="preset", **small)
     group = parser
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}
     for f in dataclasses.fields(config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        notes = (f" ({bounds(f)})" if bounds(f) else "") + f" [{f.default}]"
-        if f.type in (bool, list):
-            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"nargs": "+"}
-            notes = ""
-        group.add_argument(flag(f.name), **kind, help=f.metadata["help"] + notes)
+        kind = kinds.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
+        default = "" if f.type in kinds else f" [{f.default}]"
+        group.add_argument(flag(f.name), **kind, help=f.metadata["help"] + default)
     given = vars(parser.parse_args(argv))
     return config(**{**presets[given.get("preset", "base")], **given}), given
 
@@ -209,7 +204,7 @@ def check_options(cfg):
         value = getattr(cfg, f.name)
         if f.type in (int, float):
             if not (f.metadata["least"] <= value <= f.metadata["most"] and math.isfinite(value)):
-                raise UserError(f"{flag(f.name)} must be {bounds(f) or 'finite'}, not {value}")
+                raise UserError(f"{flag(f.name)} must be {f.metadata['allowed']}, not {value}")
     if cfg.width % cfg.heads or cfg.heads % cfg.groups or cfg.width // cfg.heads % 4:
         parts = f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4"
         raise UserError(f"{parts}, and --groups {cfg.groups} the heads")
@@ -307,10 +302,8 @@ class Data:
         self.tokens = {}
         for part in ("train", "val"):
             if self.info[part] < cfg.context + 2:
-                has = (
-                    f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context} needs"
-                )
-                raise UserError(f"{has} {cfg.context + 2} or more: give more text or a shorter --context")
+                few = f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context}"
+                raise UserError(f"{few} needs two more than that: give more text or a shorter --context")
             self.tokens[part] = np.memmap(folder / f"{part}.bin", self.info["dtype"], "r")
 
     def crop(self, part, rng, T):
@@ -361,7 +354,7 @@ class Data:
         return lengths[int((len(lengths) - 1) * step / growing)] if step < growing else self.cfg.context
 
     def batch(self, step, rank=0, world=1):
-        """Rows of a step for one process -> inputs, targets, weights (N / world, T); N T = batch x context."""
+        """One process's rows of a step -> inputs, targets, weights (N / world, T); N T = batch x context."""
         T = self.length(step)
         rows = []
         weights = []
@@ -474,7 +467,7 @@ class LM(nn.Module):
         return Cache(layers, batch, max_len, device, evicts=compress is not None)
 
     def hidden(self, tokens, cache=None, count=None):
-        """tokens (B, T) -> (B, T, C) after the final norm. A cache takes count[b] (default: all) of T tokens."""
+        """tokens (B, T) -> (B, T, C) after the final norm. A cache takes count[b] of T tokens, or all."""
         pos = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         if cache is not None:
             pos = cache.seen[:, None] + pos  # (B, T)
@@ -856,6 +849,7 @@ def train(cfg, given):
         load_state(run.folder, model, saved["model"])
         load_state(run.folder, optimizer, saved["optimizer"])
         torch.set_rng_state(saved["rng"])
+    amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=cuda)
     runner = torch.compile(Objective(model)) if cfg.compile else Objective(model)
     if world > 1:
         runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
@@ -869,9 +863,6 @@ def train(cfg, given):
     )
     if not cuda and cfg.preset != "small":
         run.say("note     without a GPU this preset takes very long; --small is made for a CPU")
-
-    def amp():
-        return torch.autocast("cuda", torch.bfloat16, enabled=cuda)
 
     def test():
         found = evaluate(model, data, amp)
@@ -891,16 +882,14 @@ def train(cfg, given):
         start = time.perf_counter()
         lr = learning_rate(cfg, run.step)
         set_rate(optimizer, lr)
-        sums = torch.zeros(
-            3, device=device
-        )  # cross entropy, draft loss, processes that a signal asks to stop
+        sums = torch.zeros(3, device=device)  # cross entropy, draft loss, signals to stop
         for i, part in enumerate(zip(*(t.chunk(accumulate) for t in rows))):
             x, y, w = (t.to(device, non_blocking=True) for t in part)  # (b, T) each
             last = world == 1 or i == accumulate - 1  # processes exchange their gradients once
             with contextlib.nullcontext() if last else runner.no_sync(), amp():
                 loss, parts = runner(x, y, w)
                 (loss / accumulate).backward()
-            sums[:2] += parts / accumulate
+            sums[:2] += parts / (accumulate * world)
         norm = nn.utils.clip_grad_norm_(trunk, 1.0)
         if model.mtp is not None:  # clipped apart: the trunk's steps are the same with and without the module
             nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
@@ -908,7 +897,7 @@ def train(cfg, given):
         sums[2] = len(run.signals)
         if world > 1:
             dist.all_reduce(sums)  # so that all processes stop at the same step
-        loss, draft, stopping = (sums / sums.new_tensor([world, world, 1])).tolist()
+        loss, draft, stopping = sums.tolist()
         if not math.isfinite(loss):
             return run.diverged(loss)
         optimizer.step()
@@ -950,9 +939,8 @@ def report(run, data, model, found):
     memory = peak_memory(model.embed.weight.device)
     bits, inside, beyond = (found[name] for name in ("bpb", "recall_inside", "recall_beyond"))
     distances = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
-    most, least = 3.0, 0.0  # of other texts: other bits
-    if not cfg.data:
-        most, least = EXPECTED.get(cfg.preset, {}).get(cfg.attn, (most, least))
+    limits = {} if cfg.data else EXPECTED.get(cfg.preset, {})
+    most, least = limits.get(cfg.attn, (3.0, 0.0))  # other texts have other bits
     share = beyond[0] if beyond else 0.0
     ok = bits <= most and share >= least
     return run.finished(

@@ -48,8 +48,8 @@ class Task:
     """Problems in few characters, one token each. An answer ends in a result and a full stop: reward 1 or 0.
 
     problem(rng) -> a prompt. work(prompt, rng) -> the right answer; with rng a demonstration, each step of
-    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer). Held-out problems
-    differ by the seed alone: of 99^7 sums hardly one comes twice; of --small's 256, 19 do.
+    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer).
+    Held-out problems differ by the seed alone: of 99^7 sums hardly one comes twice; of --small's 256, 19 do.
     """
 
     def __init__(self, size, largest=99):
@@ -209,32 +209,39 @@ PRESETS = {
     ),
     "base": dict(),
 }
+CACHES = ("dense", "sparse")  # in rollouts: full, compressed
 
 
 @dataclass
 class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
-    task: str = option("sums", "what is to be learned", "task", choices=TASKS, fixed=True)
+    task: str = option("sums", "what is to be learned", group="task", choices=TASKS, fixed=True)
     size: int = option(6, "operations in a problem", least=1, fixed=True)
     largest: int = option(99, "largest number in a sum", least=1, fixed=True)
-    attn: str = option("gqa", "only gqa's cache can be compressed", "model", choices=ATTENTION, fixed=True)
+    attn: str = option(
+        "gqa", "all but gqa: only dense rollouts", group="model", choices=ATTENTION, fixed=True
+    )
     layers: int = option(4, "Transformer blocks", least=1, fixed=True)
     width: int = option(256, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
     groups: int = option(8, "key-value heads of gqa, latents of asa's global layers", least=1, fixed=True)
     window: int = option(16, "tokens in the window of asa's local layers", least=1, fixed=True)
-    warm: str = option("", "a run: its warm start, task and model are used, none is made", "warm start")
+    warm: str = option("", "a run: its warm start, task and model are used", group="warm start")
     warm_steps: int = option(6000, "steps of imitation", least=1, fixed=True)
     warm_batch: int = option(256, "demonstrations in such a step", least=1, fixed=True)
     warm_lr: float = option(1e-3, "its highest learning rate", least=0, fixed=True)
-    rollout: str = option("sparse", "the cache", "rollouts", choices=("dense", "sparse"), fixed=True)
+    rollout: str = option(
+        "sparse", "from a full or a compressed cache", group="rollouts", choices=CACHES, fixed=True
+    )
     compressor: str = option("rkv", "what decides which entries stay", choices=SCORES, fixed=True)
     budget: int = option(22, "entries per layer and head that a compression leaves", least=1, fixed=True)
     buffer: int = option(4, "tokens between two compressions", least=1, fixed=True)
     recent: int = option(18, "newest entries that always stay", least=0, fixed=True)
     queries: int = option(4, "newest queries, that score the other entries", least=1, fixed=True)
     sinks: int = option(0, "first entries that always stay", least=0, fixed=True)
-    correct: str = option("both", "of what compression changes", "learner", choices=CORRECTIONS, fixed=True)
+    correct: str = option(
+        "both", "what compression changes", group="learner", choices=CORRECTIONS, fixed=True
+    )
     problems: int = option(64, "problems in a step", least=1)
     group_size: int = option(8, "answers to each", least=2)
     minibatches: int = option(2, "updates per step", least=1)
@@ -244,7 +251,7 @@ class Config:
     max_norm: float = option(1.0, "longer gradients are scaled down to this norm; 0: never", least=0)
     seed: int = option(0, "seeds weights, problems and samples", least=0, fixed=True)
     device: str = option("auto", "auto: a GPU where there is one", choices=DEVICES)
-    out: str = option("out", "folder of all runs", "run")
+    out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: rl-TASK-CORRECTION, numbered when taken)")
     held_out: int = option(512, "problems of an evaluation", least=1)
     eval_every: int = option(15, "steps between evaluations", least=1)
@@ -265,8 +272,8 @@ class Config:
         return Compressor(self.compressor, self.budget, self.buffer, self.recent, self.sinks, self.queries)
 
 
-# What a run with a preset's own settings reaches, by arm and seed, since warm starts differ: the share of held-
-# out problems solved with the full cache, greedy; the gain in right rollouts, from first to last 10 steps.
+# What a run with a preset's own settings reaches, by arm and seed, since warm starts differ: the share of
+# held-out problems solved with the full cache, greedy; the gain in right rollouts, first to last 10 steps.
 EXPECTED = {
     ("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6)},
     ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.3, 0.7)},
@@ -285,13 +292,15 @@ def validate(cfg):
     if cfg.problems % cfg.minibatches:
         raise UserError(f"--minibatches {cfg.minibatches} must divide --problems {cfg.problems}")
     if cfg.rollout == "sparse" and not ATTENTION[cfg.attn]["evicts"]:
-        raise UserError(f"--attn {cfg.attn}: its cache is small and cannot be compressed: --rollout dense")
+        raise UserError(
+            f"--attn {cfg.attn}: its cache cannot be compressed, so its rollouts are dense: --rollout dense"
+        )
     if "kept" in cfg.correction.reads:  # it replays evictions
         if cfg.rollout == "dense":
             raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
         if TASKS[cfg.task](cfg.size, cfg.largest).room[0] > cfg.budget:
             raise UserError(
-                f"--correct {cfg.correct}: only with prompts no longer than the --budget {cfg.budget}"
+                f"--correct {cfg.correct}: no prompt may be longer than the --budget {cfg.budget}"
             )
     try:
         cfg.compress
@@ -399,20 +408,21 @@ def engine(model, task, cfg, rows, temperature, sparse):
 def rollout(decoder, task, prompts):
     """Answer all prompts at once, one row each."""
     start = time.perf_counter()
-    device = decoder.text.device
-    asked = [torch.tensor(task.encode(prompt), device=device) for prompt in prompts]  # N of (tokens,)
+    asked = [torch.tensor(task.encode(prompt)) for prompt in prompts]  # N of (tokens,)
     tokens, logp = zip(*decoder.generate(asked, task.room[1]))  # N of (tokens,) each
     seconds = time.perf_counter() - start
-    given = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (N,)
-    known = given + torch.tensor([len(answer) for answer in tokens], device=device)  # (N,)
+    device = logp[0].device
+    tokens = torch.cat(tokens).cpu().split([len(answer) for answer in tokens])  # one transfer
     text = pad_sequence([torch.cat(pair) for pair in zip(asked, tokens)], batch_first=True)  # (N, T)
-    at = torch.arange(1, text.shape[1], device=device)  # (T - 1,)
-    mask = (at >= given[:, None]) & (at < known[:, None])  # (N, T - 1)
+    given = torch.tensor([len(prompt) for prompt in prompts])  # (N,)
+    known = given + torch.tensor([len(answer) for answer in tokens])  # (N,)
+    at = torch.arange(1, text.shape[1])  # (T - 1,)
+    mask = ((at >= given[:, None]) & (at < known[:, None])).to(device)  # (N, T - 1)
     sampler = torch.zeros(mask.shape, dtype=logp[0].dtype, device=device)  # (N, T - 1)
     sampler[mask] = torch.cat(logp)
     answers = [task.decode(answer.tolist()) for answer in tokens]
     reward = torch.tensor([task.reward(*pair) for pair in zip(prompts, answers)], device=device)  # (N,)
-    return Rollout(text, sampler, mask.float(), answers, given, reward, seconds)
+    return Rollout(text.to(device), sampler, mask.float(), answers, given.to(device), reward, seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -477,16 +487,10 @@ def learn(model, optimizer, r, cfg, recorder=None):
     # 6) what there is to log
     updates = torch.stack(updates) if updates else r.reward.new_zeros(1, 4)  # (updates, 4)
     loss, clipped, _, norm = updates.mean(0)
-    found = {
-        **sparse_rl.mismatch(old["full"] - r.sampler, r.mask, weights[0]),
-        **{
-            "solved": r.reward.mean(),
-            "length": r.mask.sum(-1).mean(),
-            "no_signal": 1 - signal.float().mean(),
-        },
-        **{"entropy": -r.sampler.sum() / r.mask.sum(), "loss": loss, "clipped": clipped, "norm": norm},
-        "log_rho_max": updates[:, 2].max(),
-    }
+    found = sparse_rl.mismatch(old["full"] - r.sampler, r.mask, weights[0])
+    found.update(solved=r.reward.mean(), length=r.mask.sum(-1).mean(), no_signal=1 - signal.float().mean())
+    found.update(entropy=-r.sampler.sum() / r.mask.sum(), loss=loss, clipped=clipped, norm=norm)
+    found["log_rho_max"] = updates[:, 2].max()
     values = torch.stack([value.double() for value in found.values()]).tolist()
     return {**dict(zip(found, values)), "updates": sum(useful)}
 
@@ -581,19 +585,17 @@ def train(cfg, given):
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])
-        words = sum(map(len, r.answers))
-        finished = sum(answer.endswith(".") for answer in r.answers) / N
-        log.update(
-            finished=finished, rollout_s=r.seconds, seconds=run.timed[-1], tokens_per_second=words / r.seconds
-        )
+        log["finished"] = sum(answer.endswith(".") for answer in r.answers) / N
+        log["tokens_per_second"] = sum(map(len, r.answers)) / r.seconds
+        log.update(rollout_s=r.seconds, seconds=run.timed[-1])
         run.record(**log)
         if run.due(5):
             # The loss says nothing: before the first update rho is 1, and the advantages of a group sum to 0.
             line = (
                 "solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} "
-                "| done {finished:.2f} | ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} | k3 {k3:.1e} "
-                "| vetoed {vetoed:.2f} | clip {clipped:.3f} | loss {loss:+.3f} | norm {norm:.2f} "
-                "| rollout {rollout_s:.2f} of {seconds:.2f} s"
+                "| done {finished:.2f} | ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} "
+                "| k3 {k3:.1e} | vetoed {vetoed:.2f} | clip {clipped:.3f} | loss {loss:+.3f} "
+                "| norm {norm:.2f} | rollout {rollout_s:.2f} of {seconds:.2f} s"
             )
             run.progress(line.format(**log))
         if run.signals or run.due(cfg.save_every):
@@ -613,12 +615,9 @@ def verdict(cfg, greedy, solved):
         return "expected nothing in particular: no run with these options has been measured", None
     got = {"greedy": greedy, "gain": np.mean(solved[-10:] or [0]) - np.mean(solved[:10] or [0])}
     words = {"greedy": "solved when greedy with the full cache", "gain": "gained when sampling"}
-    ok = True
-    lines = []
-    for name, (low, high) in expected.items():
-        ok = ok and bool(low <= got[name] <= high)
-        lines.append(f"{low:.0%} to {high:.0%} {words[name]}, got {got[name]:.1%}")
-    return f"expected {'; '.join(lines)}: {'OK' if ok else 'NOT'}", ok
+    ok = bool(all(low <= got[name] <= high for name, (low, high) in expected.items()))
+    parts = [f"{low:.0%} to {high:.0%} {words[k]}, got {got[k]:.1%}" for k, (low, high) in expected.items()]
+    return f"expected {'; '.join(parts)}: {'OK' if ok else 'NOT'}", ok
 
 
 def report(run, found, solved, held, full, device):
