@@ -179,9 +179,8 @@ class Words(Task):
             steps.append(f"{a}{sign}{b}={made}")
             return made
 
-        for bags, each, found, lost in re.findall(
-            r"buys (\d+) bags of (\d+)|finds (\d+)|loses (\d+)", prompt
-        ):
+        event = r"buys (\d+) bags of (\d+)|finds (\d+)|loses (\d+)"
+        for bags, each, found, lost in re.findall(event, prompt):
             if bags:
                 have = write(have, "+", write(int(bags), "*", int(each)))
             else:
@@ -209,7 +208,6 @@ PRESETS = {
     ),
     "base": dict(),
 }
-CACHES = ("dense", "sparse")  # in rollouts: full, compressed
 
 
 @dataclass
@@ -231,7 +229,7 @@ class Config:
     warm_batch: int = option(256, "demonstrations in such a step", least=1, fixed=True)
     warm_lr: float = option(1e-3, "its highest learning rate", least=0, fixed=True)
     rollout: str = option(
-        "sparse", "from a full or a compressed cache", group="rollouts", choices=CACHES, fixed=True
+        "sparse", "from a full or a compressed cache", "rollouts", choices=("dense", "sparse"), fixed=True
     )
     compressor: str = option("rkv", "what decides which entries stay", choices=SCORES, fixed=True)
     budget: int = option(22, "entries per layer and head that a compression leaves", least=1, fixed=True)
@@ -240,7 +238,7 @@ class Config:
     queries: int = option(4, "newest queries, that score the other entries", least=1, fixed=True)
     sinks: int = option(0, "first entries that always stay", least=0, fixed=True)
     correct: str = option(
-        "both", "what compression changes", group="learner", choices=CORRECTIONS, fixed=True
+        "both", "of what compression changes (sparse_rl.py)", group="learner", choices=CORRECTIONS, fixed=True
     )
     problems: int = option(64, "problems in a step", least=1)
     group_size: int = option(8, "answers to each", least=2)
@@ -292,16 +290,12 @@ def validate(cfg):
     if cfg.problems % cfg.minibatches:
         raise UserError(f"--minibatches {cfg.minibatches} must divide --problems {cfg.problems}")
     if cfg.rollout == "sparse" and not ATTENTION[cfg.attn]["evicts"]:
-        raise UserError(
-            f"--attn {cfg.attn}: its cache cannot be compressed, so its rollouts are dense: --rollout dense"
-        )
+        raise UserError(f"--attn {cfg.attn}: its cache cannot be compressed, so give --rollout dense")
     if "kept" in cfg.correction.reads:  # it replays evictions
         if cfg.rollout == "dense":
             raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
         if TASKS[cfg.task](cfg.size, cfg.largest).room[0] > cfg.budget:
-            raise UserError(
-                f"--correct {cfg.correct}: no prompt may be longer than the --budget {cfg.budget}"
-            )
+            raise UserError(f"--correct {cfg.correct}: a prompt may be longer than --budget {cfg.budget}")
     try:
         cfg.compress
     except ValueError as e:
@@ -374,9 +368,7 @@ def read_warm(cfg, given):
         raise UserError(f"--warm {path}: not a warm start of train_rl.py")
     for name, value in saved["made"].items():
         if given.get(name, value) != value:
-            raise UserError(
-                f"--warm {path}: it was made with {train_lm.flag(name)} {value}, not {given[name]}"
-            )
+            raise UserError(f"--warm {path} was made with {train_lm.flag(name)} {value}, not {given[name]}")
     return saved, dataclasses.replace(cfg, **saved["made"])
 
 
