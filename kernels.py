@@ -55,6 +55,21 @@ except ImportError:  # no Triton, no fast path
     triton = None
 
 
+PAIRS = {}
+
+
+class Refused(ValueError):
+    pass
+
+
+def usable(x):
+    return False
+
+
+def fast_path(definition):
+    return definition
+
+
 def fast(x, k=None, v=None, block=16, share=1):
     """Whether the kernels can take x, or queries x with these keys, values and blocks: on a GPU, with Triton, in 16 or 32 bits."""
     able = triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)

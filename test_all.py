@@ -1,21 +1,28 @@
 """Every claim of the code as a test.
 
-    python test_all.py              all tests; the last line counts them
-    python test_all.py -k NAME      those whose name contains NAME
-    python -m pytest -q test_all.py the same tests
+    python test_all.py               all tests but the longest, in about 3 minutes on two cores
+    python test_all.py --quick       those that take a moment
+    python test_all.py --all         the longest as well: every mode with 200,000 draws, storms of kills
+    python test_all.py -k WORD       those whose name contains WORD
+    python -m pytest -q test_all.py  the same tests
 
-Identities are checked in fp64 at small sizes, and messages carry the largest and the mean difference. Where a test is subtle, it is also
-run on a deliberately wrong implementation (a mutant), which it has to catch.
+Identities are checked in fp64 at small sizes, and messages carry the largest and the mean difference. A subtle test
+is also run on a deliberately wrong implementation (a mutant), which it has to catch. On a CPU as many tests run at a
+time as there are cores (at most 4), each in one thread. The kernels then run in Triton's interpreter.
 """
 
+import argparse
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -55,6 +62,27 @@ DEVICE = "cuda" if CUDA else "cpu"
 KINDS = ("gqa", "nsa", "asa")
 
 
+EVERYTHING = False  # --all
+
+
+def slow(test):
+    """A test that takes more than a moment: --quick leaves it out."""
+    test.slow = True
+    return test
+
+
+def longest(test):
+    """A test that is long by nature: it runs with --all only."""
+
+    @functools.wraps(test)
+    def only_with_all():
+        if not EVERYTHING:
+            raise unittest.SkipTest("only with --all")
+        test()
+
+    return slow(only_with_all)
+
+
 def setup_function(fn=None):  # before each test, by pytest and by main
     torch.manual_seed(0)
     torch.set_num_threads(1)  # of such small tensors more threads mostly wait for each other
@@ -90,7 +118,8 @@ def swapped(module, name, wrong):
 
 def mutant(function, right, wrong):
     """The function with one expression of its source changed."""
-    source, scope = textwrap.dedent(inspect.getsource(function)), dict(inspect.unwrap(function).__globals__)
+    source = textwrap.dedent(inspect.getsource(function)).removeprefix("@fast_path\n")
+    scope = dict(inspect.unwrap(function).__globals__)
     assert source.count(right) == 1, f"{function.__name__} has {source.count(right)} times {right!r}"
     exec(source.replace(right, wrong), scope)
     return scope[function.__name__]
@@ -164,19 +193,20 @@ class ListCache:
 
 def slots_match_lists(window, max_len=64, margin=4):
     draw = random.Random(0)
-    cache, lists = SlotCache(3, max_len, ((2, 1), (1, 3)), window=window, margin=margin), ListCache(3)
+    cache = SlotCache(3, max_len, {"k": (2, 1), "v": (1, 3)}, window, margin)
+    lists = ListCache(3)
     seen = torch.zeros(3, dtype=torch.long)
     for _ in range(60):
         T = draw.choice([1, 1, 2, margin, 11, 25])
         count = torch.tensor([draw.randint(0, T) for _ in range(3)]).minimum(max_len - seen)
         pos, value = seen[:, None] + torch.arange(T), torch.randn(3, T)
         shaped = value[:, None, :, None]
-        read = cache.append(shaped.expand(-1, 2, -1, 1), shaped.expand(-1, 1, -1, 3), pos=pos, count=count)
+        read = cache.append(pos, count, k=shaped.expand(-1, 2, -1, 1), v=shaped.expand(-1, 1, -1, 3))
         lists.append(value, pos, count)
         for b in range(3):
             for i in range(int(count[b])):  # what every new query sees
-                see = visible(pos[b : b + 1, i : i + 1], read[2][b : b + 1], window)[0, 0, 0]
-                got = sorted(zip(read[2][b, 0][see].tolist(), read[0][b, 1, :, 0][see].tolist()))
+                see = visible(pos[b : b + 1, i : i + 1], read.pos[b : b + 1], window)[0, 0, 0]
+                got = sorted(zip(read.pos[b, 0][see].tolist(), read.k[b, 1, :, 0][see].tolist()))
                 want = sorted(
                     e
                     for e in lists.rows[b]
@@ -205,9 +235,8 @@ def test_slot_cache_equals_lists():
         cache = slots_match_lists(window)
         assert cache.pos.shape[2] == (64 if window is None else min(64, window + 3)), "slots = W - 1 + margin"
 
-    def small_ring(
-        self, batch, max_len, widths, window=None, margin=8, **kind
-    ):  # a ring of W slots loses what a rejected draft needs
+    def small_ring(self, batch, max_len, widths, window=None, margin=8, **kind):
+        # A ring of W slots loses what a rejected draft needs.
         SlotCache.init(self, batch, max_len, widths, window and max(1, window - margin + 1), margin, **kind)
 
     SlotCache.init = SlotCache.__init__
@@ -216,34 +245,33 @@ def test_slot_cache_equals_lists():
 
 
 def test_slot_cache_keep_gathers_kept_slots():
-    cache = SlotCache(2, 10, ((3, 4), (3, 2)))
+    cache = SlotCache(2, 10, {"k": (3, 4), "v": (3, 2)})
     k, v, pos = torch.randn(2, 3, 8, 4), torch.randn(2, 3, 8, 2), torch.arange(8).expand(2, -1)
-    cache.append(k, v, pos=pos, count=torch.tensor([8, 6]))
+    cache.append(pos, torch.tensor([8, 6]), k=k, v=v)
     index = torch.tensor(
         [[[0, 3, 7], [1, 2, 5], [4, 5, 6]], [[0, 5, -1], [1, 2, -1], [3, 4, -1]]]
     )  # (B, heads, n): each head its own
     cache.keep(index)
     for b, h in [(b, h) for b in range(2) for h in range(3)]:
         kept = [i for i in index[b, h].tolist() if i >= 0]
-        close(cache.data[0][b, h, : len(kept)], k[b, h, kept], 0, "kept keys")
-        close(cache.data[1][b, h, : len(kept)], v[b, h, kept], 0, "kept values")
+        close(cache.data["k"][b, h, : len(kept)], k[b, h, kept], 0, "kept keys")
+        close(cache.data["v"][b, h, : len(kept)], v[b, h, kept], 0, "kept values")
         assert cache.pos[b, h].tolist() == kept + [-1] * (10 - len(kept)), (
             "kept slots carry their original positions, the rest is empty"
         )
     assert cache.length.tolist() == [3, 2]
-    cache.append(
-        k[:, :, :1], v[:, :, :1], pos=torch.tensor([[8], [6]]), count=torch.ones(2, dtype=torch.long)
-    )
+    one = torch.ones(2, dtype=torch.long)
+    cache.append(torch.tensor([[8], [6]]), one, k=k[:, :, :1], v=v[:, :, :1])
     assert cache.pos[:, 0, :4].tolist() == [[0, 3, 7, 8], [0, 5, 6, -1]], (
         "the next token goes behind the kept ones"
     )
 
 
 def test_slot_cache_refuses_to_overflow():
-    cache = SlotCache(1, 4, ((1, 2),))
-    cache.append(torch.zeros(1, 1, 3, 2), pos=torch.arange(3)[None], count=torch.tensor([3]))
+    cache = SlotCache(1, 4, {"k": (1, 2)})
+    cache.append(torch.arange(3)[None], torch.tensor([3]), k=torch.zeros(1, 1, 3, 2))
     try:
-        cache.append(torch.zeros(1, 1, 2, 2), pos=torch.arange(3, 5)[None], count=torch.tensor([2]))
+        cache.append(torch.arange(3, 5)[None], torch.tensor([2]), k=torch.zeros(1, 1, 2, 2))
     except RuntimeError:
         return
     raise AssertionError("a full row was overwritten")
@@ -288,7 +316,7 @@ def test_window_attention_equals_a_mask_with_gradients():
         )
         pos, results = torch.arange(T)[None], []
         for o in (
-            la.window_attention(q, k, v, W, 0.3),
+            la.window_attention(q, la.keys_of(None, pos, None, k, v), W, 0.3),
             plain_attention(q, k, v, visible(pos, pos[:, None], W), 0.3),
         ):
             results.append(
@@ -298,26 +326,22 @@ def test_window_attention_equals_a_mask_with_gradients():
             close(a, b, 1e-11, f"window attention, {what}, T {T}, window {W}")
 
 
+@torch.no_grad()
 def test_absorbed_equals_materialised():
     for latents, window in ((1, None), (1, 7), (4, None)):  # MLA, MLA in a window, GLA
         layer = LatentAttention(64, 8, 8, latents, 24, 6, window=window).double()
-        x, pos = torch.randn(2, 19, 64).double(), torch.arange(19)[None]
-        parts, mask = layer.project(x, pos), visible(pos, pos[:, None], window)
+        x = torch.randn(2, 19, 64).double()
+        pos = torch.arange(19).expand(2, -1)
+        all19 = torch.tensor([19, 19])
 
         def same():
-            close(
-                layer.absorbed(*parts, mask),
-                layer.materialised(*parts),
-                1e-10,
-                f"{latents} latents, window {window}",
-            )
+            cache = layer.new_cache(2, 19, dtype=torch.float64)
+            close(layer(x, pos, cache, all19), layer(x, pos), 1e-10, f"{latents} latents, window {window}")
 
         same()
-        scale = layer.scale
-        wrong = layer.absorb
-        layer.absorb = lambda q_c, q_r: (
-            wrong(q_c, q_r) * ((24 + 6) ** -0.5 / scale)
-        )  # the scale of the absorbed width: a classic
+        right = layer.absorb
+        wrong = ((24 + 6) / (8 + 6)) ** -0.5  # a classic: the scale of the absorbed width
+        layer.absorb = lambda q_c, q_r: right(q_c, q_r) * wrong
         fails(same)
 
 
@@ -360,9 +384,8 @@ def test_block_importance_is_geometric():
     for l, d, block in ((32, 16, 64), (16, 16, 16), (32, 16, 32), (8, 4, 16), (64, 16, 64)):
         tokens = 256
         N = int(nsa.blocks_done(tokens, l, d))
-        got = nsa.block_importance(torch.eye(N)[None, None], 1, l, d, block, tokens)[
-            0, 0
-        ]  # (N, blocks): one-hot weights
+        sizes = nsa.Blocks(l, d, block, n=4)
+        got = nsa.block_importance(torch.eye(N)[None, None], 1, sizes, tokens)[0, 0]  # (N, blocks)
 
         def geometric(got):
             for i, j in [(i, j) for i in range(N) for j in range(got.shape[1])]:
@@ -386,7 +409,7 @@ def test_select_blocks_equals_a_loop():
     for block, n in ((16, 4), (32, 3), (16, 8), (16, 50)):
         T = 150
         score = torch.rand(2, 3, T, -(-T // block))
-        lists = nsa.select_blocks(score, torch.arange(T)[None], block, n)
+        lists = nsa.select_blocks(score, torch.arange(T)[None], nsa.Blocks(16, 16, block, n))
         for b, g, t in [(b, g, t) for b in range(2) for g in range(3) for t in range(0, T, 7)]:
             own = t // block
             forced = {0, own, max(0, own - 1)}
@@ -394,35 +417,40 @@ def test_select_blocks_equals_a_loop():
             want = forced | set(others[: n - len(forced)])
             got = lists[b, g, t].tolist()
             valid = [j for j in got if j >= 0]
-            assert got == valid + [-1] * (len(got) - len(valid)), "valid blocks first, then -1"
+            assert got == sorted(valid) + [-1] * (len(got) - len(valid)), "ascending blocks, then -1"
             assert len(set(valid)) == len(valid) == min(n, own + 1), (
                 f"block {block}, n {n}, t {t}: {valid} are unique, min(n, own + 1)"
             )
             assert set(valid) == want, f"block {block}, n {n}, t {t}: {valid} instead of {want}"
 
 
+def lists_are_shared_by_the_first_of_four():
+    """However a text is cut into calls, a query has the list of the first of its four."""
+    layer = ASAGlobal(32, 4, 8, 3, 14, 8, n=5)
+    lists = torch.randint(9, (2, 3, 60, 5), dtype=torch.int32)
+    for cuts in ((1,) * 30, (3, 1, 7, 2, 9, 4), (22, 1, 1, 5), (40, 6)):
+        cache = layer.new_cache(2, 96)["lists"]
+        at = 0
+        for T in cuts:
+            pos = at + torch.arange(T).expand(2, -1)
+            got = layer.shared_lists(lists[:, :, at : at + T], pos, torch.tensor([T, T]), cache)
+            for t in range(T):
+                first = (at + t) // SHARE * SHARE
+                assert torch.equal(got[:, :, t], lists[:, :, first]), f"cuts {cuts}: query {at + t}"
+            at += T
+
+
 def test_lists_are_shared_by_the_first_of_four():
-    lists, T = torch.randint(9, (2, 3, 22, 5)), 22
-    shared = nsa.share_lists(lists, torch.arange(T)[None])
-    for t in range(T):
-        assert torch.equal(shared[:, :, t], lists[:, :, t // SHARE * SHARE]), f"query {t}"
-    repeated = lists[:, :, ::SHARE].repeat_interleave(SHARE, 2)[:, :, :T]
-    assert torch.equal(nsa.share_lists(repeated, torch.arange(T)[None]), repeated), (
-        "shared = own when neighbours agree"
-    )
+    lists_are_shared_by_the_first_of_four()
+    own = mutant(ASAGlobal.shared_lists, "pos - pos % SHARE", "pos - (pos + 1) % SHARE")
+    with swapped(ASAGlobal, "shared_lists", own):
+        fails(lists_are_shared_by_the_first_of_four)
 
 
 def nsa_by_loops(layer, x):
     """NSA for one text, query by query and head by head, from the paper's equations with its tokens and blocks counted from 1."""
-    T, H, G, D, l, d, block = (
-        x.shape[0],
-        layer.heads,
-        layer.groups,
-        layer.head_width,
-        layer.l,
-        layer.d,
-        layer.block,
-    )
+    T, H, G, D = len(x), layer.heads, layer.groups, layer.head_width
+    l, d, block, n, _ = layer.sizes
     pos = torch.arange(T)[None]
     q0 = layer.q(x).view(T, H, D)
     kv = layer.kv(x).view(T, 6, G, D)
@@ -449,10 +477,10 @@ def nsa_by_loops(layer, x):
                 ] * (p @ torch.stack(v_cmp))
             own, score = (t - 1) // block + 1, {}
             for j in range(1, own + 1):  # eq. 9 as printed, j and the compressed index counted from 1
-                ids = [block // d * j - m - n for m in range(block // d) for n in range(l // d)]
+                ids = [block // d * j - m - a for m in range(block // d) for a in range(l // d)]
                 score[j] = sum(p[:, i - 1].sum().item() for i in ids if 1 <= i <= n_cmp)  # eq. 10
             forced = {1, own, max(1, own - 1)}
-            rest = sorted(set(score) - forced, key=lambda j: -score[j])[: layer.n - len(forced)]
+            rest = sorted(set(score) - forced, key=lambda j: -score[j])[: n - len(forced)]
             for branch, keys in (
                 (
                     1,
@@ -508,7 +536,7 @@ def asa_by_loops(layer, x):
             if t % SHARE == 0:
                 forced = {0, t // 16, max(0, t // 16 - 1)}
                 chosen = forced | set(
-                    sorted(set(score) - forced, key=lambda b: -score[b])[: layer.n - len(forced)]
+                    sorted(set(score) - forced, key=lambda b: -score[b])[: layer.sizes.n - len(forced)]
                 )
             keys = [s for s in range(t + 1) if s // 16 in chosen]
             for i in heads:
@@ -580,7 +608,7 @@ def compressed_rotation():
         torch.randn(1, 1, 3, 1, 8).double().expand(-1, -1, -1, 16, -1),
     )  # r constant in a block
     keys = lambda shift: rope(r.reshape(1, 1, 48, 8), shift + torch.arange(48)[None]).view(1, 1, 3, 16, 8)
-    small = layer.compress(c, keys(0))[1]
+    small = layer.compress(c, keys(0), None)["k2"]
     close(
         small.norm(dim=-1),
         r[..., 0, :].norm(dim=-1),
@@ -594,15 +622,16 @@ def compressed_rotation():
         "a compressed rotary key stands at its block's middle",
     )
     q = torch.randn(1, 1, 1, 8).double()
-    score = lambda shift: (rope(q, torch.tensor([[60 + shift]])) * layer.compress(c, keys(shift))[1]).sum(-1)
+    score = lambda shift: (
+        rope(q, torch.tensor([[60 + shift]])) * layer.compress(c, keys(shift), None)["k2"]
+    ).sum(-1)
     close(score(0), score(160), 1e-11, "scores after a shift of all positions")
 
 
 def test_rotation_and_pooling():
     compressed_rotation()
-    with swapped(
-        ASAGlobal, "compress", lambda self, c, k_r, end=None: (c.mean(-2), k_r.mean(-2))
-    ):  # pooling after rotation
+    pooled_after_rotation = lambda self, c, k_r, end: {"k": c.mean(-2), "k2": k_r.mean(-2)}
+    with swapped(ASAGlobal, "compress", pooled_after_rotation):
         fails(compressed_rotation)
 
 
@@ -628,16 +657,15 @@ def test_causality_is_bit_exact():
     for attn in KINDS:
         causal(attn)
     see = lambda q_pos, k_pos, window=None: visible(q_pos + 1, k_pos, window)
-    shared_by_last = lambda lists, pos, earlier=None: lists.gather(  # the list of the last of the four
-        2,
-        (torch.arange(pos.shape[1]) // 4 * 4 + 3)
-        .clamp(max=pos.shape[1] - 1)[None, None, :, None]
-        .expand_as(lists),
+    of_the_last = (
+        "p.detach()[:, :, :: sizes.share]",
+        "p.detach().roll(1 - sizes.share, 2)[:, :, :: sizes.share]",
     )
+    shared_by_last = mutant(nsa.compressed_attention, *of_the_last)  # the list of the last of the four
     for attn, name, wrong in (
         ("nsa", "visible", see),
         ("asa", "visible", see),
-        ("asa", "share_lists", shared_by_last),
+        ("asa", "compressed_attention", shared_by_last),
     ):
         with swapped(nsa, name, wrong):
             fails(causal, attn)
@@ -662,7 +690,7 @@ def test_first_tokens_are_finite():
             torch.randn(1, 2, N, 6),
         )
         see = torch.zeros(1, 1, 5, N, dtype=torch.bool)
-        o, p = nsa.compressed_attention(q, k, v, see, 1.0)
+        o, p = nsa.attend_with_weights(q, k, v, see, 1.0)
         assert (o == 0).all() and (p == 0).all(), "no finished block: exactly 0"
         assert torch.autograd.grad(o.sum(), q)[0].isfinite().all()
 
@@ -802,6 +830,7 @@ def kernels_equal_attend(s, branch):
         assert off(a, b) < 1e-5, f"{branch} attention, {s.name}: {what} is off by {off(a, b):.1e}"
 
 
+@slow
 def test_attention_kernels_equal_attend_with_gradients():
     with kernels_in_use():
         for T, h, G, D, Dv, more in [
@@ -844,6 +873,7 @@ def test_attention_kernels_equal_attend_with_gradients():
             fails(kernels_equal_attend, s, "window")
 
 
+@slow
 def test_selection_kernels_equal_the_reference():
     with kernels_in_use():
         for T, h, G, more in [
@@ -879,6 +909,7 @@ def test_selection_kernels_equal_the_reference():
                 )
 
 
+@slow
 def test_layers_on_kernels_equal_the_reference():
     pos = torch.arange(50, device=DEVICE)[None]
     for attn, depth in (("nsa", 0), ("asa", 0), ("asa", 1)):
@@ -1079,6 +1110,7 @@ def test_decode_attention_kernel_equals_attend():
         )
 
 
+@slow
 @torch.no_grad()
 def test_decoding_on_kernels_equals_the_reference():
     """Whole models, token by token and ragged, through rope, append and decode_attention; rings, rejected drafts, one-number counts."""
@@ -1103,6 +1135,7 @@ def test_decoding_on_kernels_equals_the_reference():
             close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
 
 
+@slow
 def test_decode_attention_splits_and_lists():
     with kernels_in_use():
         B, H, G, T, S, D = 2, 6, 2, 3, 600, 16
@@ -1189,6 +1222,7 @@ def decode_blocks_equals_read_blocks(decode):
             )
 
 
+@slow
 def test_decode_blocks_kernel_equals_read_blocks():
     with kernels_in_use():
         right = kernels.decode_blocks
@@ -1285,13 +1319,13 @@ def decoding_equals_forward(attn, plans=None, T=110):
         close(decode(model, text, plan), full, 1e-12, f"{attn}, {what}")
 
 
+@slow
 def test_decoding_equals_forward():
     for attn in KINDS:
         decoding_equals_forward(attn)
     one = {"1 token": [1] * 110}
-    with swapped(
-        nsa.ASAGlobal, "cached_lists", lambda self, lists, pos, count, cache: lists
-    ):  # a fresh list at every step
+    fresh_at_every_step = lambda self, lists, pos, count, cache: lists
+    with swapped(nsa.ASAGlobal, "shared_lists", fresh_at_every_step):
         fails(decoding_equals_forward, "asa", one)
     with swapped(
         nsa, "find", lambda k_pos, want: (want - 1).clamp(0, k_pos.shape[1] - 1)
@@ -1571,6 +1605,7 @@ def accept_is_lossless(g, greedy, temperature):
     )
 
 
+@slow
 def test_verification_is_lossless():
     for g, greedy, temperature in [
         (g, greedy, t) for g in range(1, 6) for greedy in (False, True) for t in (0.7, 1.0)
@@ -1651,6 +1686,7 @@ def decoding_is_lossless(K, greedy, temperature, draws=DRAWS, new=3, rows=12_000
         within_errors(count[i], exact, f"{K} {kind} drafts, temperature {temperature}, prompt of {len(p)}")
 
 
+@slow
 def test_decoding_is_lossless():
     for K, greedy, temperature in (
         (1, False, 0.7),
@@ -1667,6 +1703,7 @@ def test_decoding_is_lossless():
         fails(decoding_is_lossless, 3, False, 1.0, 40_000)
 
 
+@slow
 @torch.no_grad()
 def test_greedy_text_is_the_same_with_drafts():
     """Temperature 0: plain decoding, the full forward pass and every way of drafting agree, token for token; refills, stops, limits."""
@@ -1718,6 +1755,7 @@ def test_weights_may_change_between_calls():
     close(*counts, 1e-9, "drafts reached, accepted, expected")
 
 
+@slow
 @torch.no_grad()
 def test_any_number_of_drafts_at_any_time():
     """Drafts change from segment to segment, long stretches have none, looks come late as on a GPU, windows are shorter than drafts."""
@@ -1755,6 +1793,7 @@ def recorded_equals_forward(attn, temperature):
         close(logp, want, 1e-5, f"{attn}, temperature {temperature}: recorded log-probabilities")
 
 
+@slow
 def test_recorded_log_probabilities_are_the_targets():
     for attn, temperature in [(attn, t) for attn in KINDS for t in (0.7, 1.0)]:
         recorded_equals_forward(attn, temperature)
@@ -1765,6 +1804,7 @@ def test_recorded_log_probabilities_are_the_targets():
         fails(recorded_equals_forward, "gqa", 1.0)
 
 
+@slow
 @torch.no_grad()
 def test_acceptance_is_predicted():
     """Counted over first rounds from one prompt: each depth, against sum min(p, q) there, and against the estimate without drafting."""
@@ -1946,6 +1986,7 @@ def test_any_trunk_will_do():
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, drafted))
 
 
+@slow
 def test_a_run_with_a_module():
     """train_lm.py --mtp trains the trunk bit for bit as without; mtp.py --equip and --bench work on a run and refuse anything else."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -2081,6 +2122,7 @@ def prepared(folder, **changes):
     return train_lm.Data(cfg, enc, folder)
 
 
+@slow
 def test_data_is_split_by_text_and_read_in_pieces():
     with tempfile.TemporaryDirectory() as tmp:
         tmp, draw = pathlib.Path(tmp), random.Random(0)
@@ -2221,6 +2263,7 @@ def losses(folder):
     return {e["step"]: e["loss"] for e in entries if "loss" in e}
 
 
+@slow
 def test_resumed_training_equals_uninterrupted():
     for attn in KINDS:
         with tempfile.TemporaryDirectory() as tmp:
@@ -2250,6 +2293,7 @@ def test_resumed_training_equals_uninterrupted():
             )
 
 
+@slow
 def test_two_processes_equal_one():
     with tempfile.TemporaryDirectory() as tmp:
         common = [*QUICK, "--out", tmp, "--steps", 4, "--eval-every", 100]
@@ -2278,6 +2322,7 @@ def test_two_processes_equal_one():
             assert diff < 2e-5, f"{what}: losses differ by {diff}"
 
 
+@slow
 def test_a_model_learns_or_says_not():
     with tempfile.TemporaryDirectory() as tmp:
         code, out, _ = in_process(*QUICK, "--steps", 2, "--lr", 0, "--check", "--out", tmp, "--name", "idle")
@@ -2303,6 +2348,7 @@ def test_a_model_learns_or_says_not():
             assert word in out, f"the last block lacks {word!r}"
 
 
+@slow
 def test_bad_input_is_one_line_and_exit_code_2():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = pathlib.Path(tmp)
@@ -2359,6 +2405,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         assert state["step"] >= 1
 
 
+@slow
 def test_kill_leaves_a_whole_checkpoint():
     with tempfile.TemporaryDirectory() as tmp:
         folder, draw = pathlib.Path(tmp, "k"), random.Random(0)
@@ -2408,6 +2455,7 @@ def test_kill_leaves_a_whole_checkpoint():
         assert train_lm.load_checkpoint(folder / "ckpt.pt")["step"] > last
 
 
+@slow
 def test_no_network_and_no_triton_needed():
     code = (
         "import socket, sys\n"
@@ -2482,6 +2530,11 @@ def test_kept_slots_are_forced_best_and_in_order():
             fails(best_is_sound)
 
 
+def scores_apart():
+    """What is registered meanwhile (a mutant too: it brings its decorator along) is forgotten afterwards."""
+    return swapped(sparse_rl, "SCORES", dict(sparse_rl.SCORES))
+
+
 def rkv_by_loops(e, b, g, mix=0.1, same=0.5, pool=7):
     """R-KV's score of one row and head, from its definition, for the slots before the window."""
     L, h = int(e.length[b]), e.q.shape[1] // e.k.shape[1]
@@ -2522,9 +2575,9 @@ def test_rkv_equals_a_loop():
         (".amax(-1, keepdim=True)", ".amin(-1, keepdim=True)"),
         ("~e.old[:, :, None]", "(e.pos < 0)[:, :, None]"),
         (".masked_fill(~real, -math.inf).softmax", ".softmax"),
-        ("/ e.length[:, None, None]", "/ len(e.slot)"),
+        ("/ e.length[:, None, None]", "/ e.pos.shape[2]"),
     ):
-        with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, right, wrong)):
+        with scores_apart(), swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, right, wrong)):
             fails(rkv_equals_loops)
 
 
@@ -2549,7 +2602,8 @@ def rkv_makes_nothing_larger_than_the_cosines():
 
 def test_rkv_makes_nothing_larger_than_the_cosines():
     rkv_makes_nothing_larger_than_the_cosines()
-    with swapped(sparse_rl, "rkv", mutant(sparse_rl.rkv, "e.slot.short()", "e.slot")):
+    int64 = lambda: mutant(sparse_rl.rkv, "dtype=torch.short", "dtype=torch.long")
+    with scores_apart(), swapped(sparse_rl, "rkv", int64()):
         fails(rkv_makes_nothing_larger_than_the_cosines)
 
 
@@ -2596,10 +2650,8 @@ def other_scores():
 
 def test_other_scores_equal_loops():
     other_scores()
-    acausal = mutant(
-        sparse_rl.Entries.attention, "(self.pos[:, :, None] <= self.q_pos[:, None, :, None])", "True"
-    )
-    with swapped(sparse_rl.Entries, "attention", acausal):
+    acausal = mutant(sparse_rl.attention, "visible(q_pos, k_pos)", "visible(q_pos + 99, k_pos)")
+    with swapped(sparse_rl, "attention", acausal):
         fails(other_scores)
 
 
@@ -2639,6 +2691,7 @@ def test_nothing_evicted_nothing_changed():
             close(old, logp, 1e-5, f"{name}: log xi")
 
 
+@slow
 def test_ragged_rows_equal_single_rows():
     """A row's kept sets do not depend on the other rows, nor on when they begin or end, even with prompts longer than the cache."""
     model = lm("gqa")
@@ -2663,9 +2716,9 @@ def no_slot_beyond_the_cap(name="rkv"):
     most = torch.stack(most)  # (rounds, rows)
     assert most.max() == 17 and most[-1].min() > 12, f"slots in use: {most.max()}"
     layers = decoder.cache.layers
-    assert {t.shape[2] for layer in layers for t in (*layer["tokens"].data, layer["tokens"].pos)} == {17}, (
-        "allocated"
-    )
+    assert {
+        t.shape[2] for layer in layers for t in (*layer["tokens"].data.values(), layer["tokens"].pos)
+    } == {17}, "allocated"
     per_slot = 2 * 8 * 8  # 2 groups of width 8, fp64
     extra = {"rkv": 3 * 4 * 8 * 8, "h2o": 17 * 2 * 4}.get(
         name, 0
@@ -2689,7 +2742,7 @@ def test_no_slot_beyond_the_cap():
     for name in ("rkv", "h2o", "streaming"):
         no_slot_beyond_the_cap(name)
     model = lm("gqa")
-    cache = model.new_cache(1, 6, **Compressor("streaming", 5, 1, 2).needs)
+    cache = model.new_cache(1, 6, compress=Compressor("streaming", 5, 1, 2))
     with torch.no_grad():
         model(text_of(model, 1, 6), cache)
         try:
@@ -2743,38 +2796,6 @@ def test_replayed_eviction_gives_the_recorded_probabilities():
         fails(replay_equals_record)  # positions counted anew
 
 
-def trace_reads_as_a_decoder():
-    """The demo's probabilities and kept positions are those of a rollout that begins with the text's first token."""
-    model = LM(tiny("gqa"))
-    for name in ("rkv", "snapkv", "h2o"):
-        compress = Compressor(name, 12, 4, 4, sinks=1)
-        prompt = prompts_of(model, 1)
-        [(answer, own)], decoder = sampled(model, prompt, 40, compress)
-        with torch.no_grad():
-            decoder.evict()
-        logp, held = sparse_rl.trace(model, torch.cat([*prompt, answer]), compress)
-        close(logp, own, 1e-5, f"{name}: log-probabilities")
-        pos = torch.stack([layer["tokens"].pos for layer in decoder.cache.layers]).flatten(
-            0, 2
-        )  # (layers * groups, S)
-        close(
-            held,
-            torch.stack([(pos == t).any(1).float().mean() for t in range(40)]),
-            0,
-            f"{name}: kept positions",
-        )
-
-
-def test_trace_reads_as_a_decoder():
-    trace_reads_as_a_decoder()
-    for right, wrong in (
-        ("compress.slots, 1, **", "compress.slots, **"),
-        ("t % compress.buffer == 0", "t % compress.buffer == 1"),
-    ):
-        with swapped(sparse_rl, "trace", mutant(sparse_rl.trace, right, wrong)):
-            fails(trace_reads_as_a_decoder)
-
-
 def test_h2o_mass_and_its_grace():
     """The mass is the attention received, and without a window each new entry is evicted, since it has received little."""
     model = lm("gqa")
@@ -2783,10 +2804,11 @@ def test_h2o_mass_and_its_grace():
     q, k = rope(la.split_heads(layer.q(x), 4), pos), rope(la.split_heads(layer.k(x), 2), pos)
     s = q.unflatten(1, (2, 2)) @ k[:, :, None].transpose(-1, -2) * 8**-0.5
     p = s.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1)
-    cache = layer.new_cache(2, 20, mass=True, dtype=torch.float64)
+    cache = layer.new_cache(2, 20, dtype=torch.float64)
+    Compressor("h2o", 12, 8).extend(cache, 4)
     for a, b in ((0, 5), (5, 6), (6, 12)):
         layer(x[:, a:b], pos[:, a:b].expand(2, -1), cache, torch.tensor([b - a, b - a]))
-    close(cache["mass"].data[0][..., :12, 0], p[:, :, :, :12, :12].sum((2, 3)), 1e-5, "mass")
+    close(cache["mass"].data["mass"][..., :12, 0], p[:, :, :, :12, :12].sum((2, 3)), 1e-5, "mass")
     kept = (
         sampled(model, prompts_of(model, 8), 40, Compressor("h2o", 12, 1, 1))[1].cache.layers[0]["tokens"].pos
     )
@@ -2888,7 +2910,7 @@ def test_replay_by_hand():
     held = torch.tensor([[0, 1], [0, 3]])[
         :, None, None, None
     ]  # (E, layers, B, G, n): eviction 0 kept a and b, eviction 1 a and d
-    see = sparse_rl.Replay(held, torch.tensor([3]), 2, 6).layers[0]["see"][0, 0]  # (T, T)
+    see = sparse_rl.Replay(held, torch.tensor([3]), 2, 6).layers[0]["tokens"].see[0, 0]  # (T, T)
     reads = ["".join(c for c, one in zip("abcdef", row) if one) for row in see.tolist()]
     assert reads == ["a", "ab", "abc", "abcd", "ade", "adef"], reads
     shown = re.search(r"a: a  .*", sparse_rl.Replay.__doc__)[0]
@@ -2934,8 +2956,9 @@ def test_objective_is_the_papers():
     objective_is_the_papers()
     inside = mutant(
         sparse_rl.objective,
-        "torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)",
-        "torch.minimum(rho * weight * A, (rho * weight).clamp(1 - clip, 1 + clip) * A) / weight.clamp(min=1e-9)",
+        "torch.minimum(free, rho.clamp(1 - clip, 1 + clip) * advantage)",
+        "torch.minimum(free * weight, (rho * weight).clamp(1 - clip, 1 + clip) * advantage)"
+        " / weight.clamp(min=1e-9)",
     )
     survivors = mutant(sparse_rl.objective, "loss.mean()", "loss.sum() / (weight.sum(-1) > 0).sum()")
     tokens = mutant(
@@ -3208,6 +3231,7 @@ def learn_equals_formulas(correct, lr=3.0):
     )
 
 
+@slow
 def test_learn_by_hand():
     for correct in ("none", "both", "answer", "bypass", "gspo", "replay", "twin"):
         learn_equals_formulas(correct)
@@ -3235,6 +3259,100 @@ def test_statistics_of_a_replay_are_of_the_dense_policy():
     assert found[0]["k3"] > 1e-5 and all(
         abs(found[0][n] - found[1][n]) < 1e-9 for n in ("k3", "xi_mean", "log_xi_min", "vetoed")
     ), found
+
+
+def extended_by_a_compressor(needs):
+    """A rollout with a score that is one function: it gets what it asks for, and what it says is what stays."""
+    model, calls = lm("gqa"), []
+
+    @sparse_rl.score(needs=[needs])
+    def mine(e):
+        assert (e.q is not None) == (e.q_pos is not None) == (needs == "queries"), "queries, if asked for"
+        assert (e.mass is not None) == (needs == "mass"), "masses, if asked for"
+        worth = -e.attention() if needs == "queries" else -e.mass  # the least read: no other score's choice
+        calls.append(([x.clone() if torch.is_tensor(x) else x for x in e], worth))
+        return worth
+
+    prompts = prompts_of(model, 7, 9)
+    record = sparse_rl.Recorder(Compressor("mine", 12, 4, 4, sinks=1, queries=3), 99)
+    answers, _ = sampled(model, prompts, 60, record)
+    texts = [torch.cat([p, a]) for p, (a, _) in zip(prompts, answers)]
+    evictions = 0
+    for i, (e, worth) in enumerate(calls):
+        e = sparse_rl.Entries(*e)
+        for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            pos = e.pos[b, g, : e.length[b]].tolist()
+            rest = sorted(range(1, len(pos) - 4), key=lambda j: (-float(worth[b, g, j]), j))[:7]
+            want = [pos[j] for j in sorted({0, *rest, *range(len(pos) - 4, len(pos))})]
+            if len(pos) > 12:
+                evictions += 1
+                kept = record.kept[i // 4, i % 4, b, g].tolist()
+                assert kept == want, f"layer {i % 4}: kept {kept}, by the score {want}"
+        if i % 4 or e.length.min() <= 12:
+            continue
+        for b, text in enumerate(texts):  # the first layer, once its caches are full
+            T, attn = int(e.pos[b].max()) + 1, model.blocks[0].attn
+            x, at = model.blocks[0].attn_norm(model.embed(text[None, :T])), torch.arange(T)[None]
+            q, k = rope(la.split_heads(attn.q(x), 4), at), rope(la.split_heads(attn.k(x), 2), at)
+            if needs == "queries":
+                newest = e.q_pos[b].long()
+                assert sorted(newest.tolist()) == [T - 3, T - 2, T - 1], "the newest queries"
+                close(e.q[b], q[0, :, newest], 1e-9, "the queries themselves")
+            elif T == e.length[b]:  # nothing was evicted before
+                s = q.unflatten(1, (2, 2)) @ k[:, :, None].transpose(-1, -2) * 8**-0.5
+                p = s.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1)
+                close(e.mass[b, :, :T], p.sum((2, 3))[0], 1e-5, "the masses")
+    assert evictions > 100, f"{evictions} evictions"
+
+
+def extended_by_a_correction():
+    """A correction that is one line: learn's loss and its gradient are those of the formula."""
+    model, r, cfg, _ = answered("geometric", minibatches=1)
+    old = train_rl.answer_logp(model, r, slice(None))  # (B, T - 1)
+    xi = (
+        ((old - r.sampler).sum(-1) / r.mask.sum(-1)).exp().detach()
+    )  # (B,), the geometric mean of each answer's
+    assert xi.std() > 1e-3, "something was evicted"
+    advantage = sparse_rl.group_advantage(r.reward, 4)  # (B,)
+    want = -(xi * advantage * (old - old.detach()).exp().mul(r.mask).sum(-1) / r.mask.sum(-1)).mean()
+    close(loss_of("geometric", old, old.detach(), r.sampler, advantage, r.mask), want, 1e-12, "its loss")
+    gradients = torch.autograd.grad(want, list(model.parameters()))
+    before = [p.detach().clone() for p in model.parameters()]
+    found = train_rl.learn(model, torch.optim.SGD(model.parameters(), lr=1.0), r, cfg)
+    assert abs(found["loss"] - want) < 1e-9 and found["updates"] == 1
+    for a, b, g in zip(model.parameters(), before, gradients):
+        close(a.detach(), b - g, 1e-9, "its step")
+
+
+def test_extend_a_compressor_and_a_correction():
+    """A new compressor is one function that says what it needs; a new correction one line."""
+    for needs in ("queries", "mass"):
+        with scores_apart():
+            extended_by_a_compressor(needs)
+        by_name = f'"{needs}" in self.score.needs', 'self.name in ("rkv", "snapkv", "value", "h2o")'
+        with scores_apart(), swapped(Compressor, "extend", mutant(Compressor.extend, *by_name)):
+            fails(extended_by_a_compressor, needs)
+    longer = mutant(Compressor.extend, "window=self.queries", "window=self.queries + 1")
+    with scores_apart(), swapped(Compressor, "extend", longer):
+        fails(extended_by_a_compressor, "queries")
+    padded = mutant(sparse_rl.add_mass, "p.where(real[:, None, :, None], 0)", "p")
+    with scores_apart(), swapped(sparse_rl, "add_mass", padded):
+        fails(extended_by_a_compressor, "mass")
+    assert "mine" not in sparse_rl.SCORES
+    try:
+        sparse_rl.score(needs=["querys"])
+    except ValueError as e:
+        assert "querys" in str(e)
+    else:
+        raise AssertionError("a need that nobody can meet")
+
+    mean = lambda log_xi, mask: (log_xi * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    geometric = sparse_rl.Correction(lambda log_xi, mask: (mask * mean(log_xi, mask).exp(), mask))
+    sparse_rl.CORRECTIONS["geometric"] = geometric
+    try:
+        extended_by_a_correction()
+    finally:
+        del sparse_rl.CORRECTIONS["geometric"]
 
 
 def updates_only_where_there_is_a_signal():
@@ -3427,6 +3545,7 @@ def test_rl_stopped_where_it_evaluates():
     assert found == [0, 1, 2, 3], f"evaluated at {found}"
 
 
+@slow
 def test_arms_script_runs_and_makes_a_table():
     with tempfile.TemporaryDirectory() as tmp:
         own = [
@@ -3454,6 +3573,7 @@ def results_script(name):
     return module
 
 
+@slow
 def test_compressors_script_knows_the_full_cache():
     """The sampler that evicts nothing is the dense policy; one that evicts is not, and saves bytes."""
     script = results_script("rl_compressors")
@@ -3519,6 +3639,7 @@ def test_memory_script_warms_every_shape_twice():
             assert all(before[0].count(key) >= 2 for key in set(calls)), f"{set(calls)} of {before[0]}"
 
 
+@slow
 def test_rl_options_are_read_and_the_demo_runs():
     tree = ast.parse((HERE / "train_rl.py").read_text())
     owner = lambda n: n.value.id if isinstance(n.value, ast.Name) else None
@@ -3583,6 +3704,7 @@ def test_readme_commands_parse():
         assert (HERE / name).exists() or (HERE / "results" / name).exists(), f"README names {name}"
 
 
+@slow
 def test_demos_run():
     for script, words in (
         ("latent_attention.py", ("MHA", "MLA", "GLA")),
@@ -3600,22 +3722,47 @@ def test_demos_run():
     )
 
 
-def main(argv):
-    wanted = argv[argv.index("-k") + 1] if "-k" in argv else ""
-    count = {"passed": 0, "failed": 0, "skipped": 0}
-    for name, test in [(n, f) for n, f in globals().items() if n.startswith("test_") and wanted in n]:
-        setup_function()
-        began = time.time()
+def run_one(name, everything):
+    """-> result, seconds, what the test printed."""
+    globals()["EVERYTHING"] = everything
+    setup_function()
+    began = time.time()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
-            test()
+            globals()[name]()
             result = "passed"
         except unittest.SkipTest as e:
-            result, _ = "skipped", print(f"         {e}")
+            result = "skipped"
+            print(f"         {e}")
         except Exception:
             result = "failed"
-            traceback.print_exc()
-        count[result] += 1
-        print(f"{result:8} {name} ({time.time() - began:.1f} s)", flush=True)
+            print(traceback.format_exc())
+    return result, time.time() - began, said.getvalue()
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("-k", metavar="WORD", default="", help="only tests whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
+    parser.add_argument("--all", action="store_true", help="run the longest tests as well")
+    given = parser.parse_args(argv)
+    tests = {name: f for name, f in globals().items() if name.startswith("test_") and given.k in name}
+    if given.quick:
+        tests = {name: f for name, f in tests.items() if not hasattr(f, "slow")}
+    names = sorted(tests, key=lambda name: not hasattr(tests[name], "slow"))  # the slow ones first
+    workers = 1 if CUDA else min(4, os.cpu_count(), max(1, len(names)))
+    count = {"passed": 0, "failed": 0, "skipped": 0}
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        running = {pool.submit(run_one, name, given.all): name for name in names}
+        for future in concurrent.futures.as_completed(running):
+            result, seconds, said = future.result()
+            count[result] += 1
+            print(f"{result:8} {running[future]} ({seconds:.1f} s)", flush=True)
+            if result != "passed":
+                print(said, end="")
     print(", ".join(f"{n} {result}" for result, n in count.items()))
     return int(count["failed"] > 0)
 

@@ -59,7 +59,7 @@ def main():
         for budget in (None, *given.budget):
             compress = budget and Compressor("rkv", budget // 4 if given.small else budget, given.buffer)
             row = model.new_cache(1, compress.slots if compress else prompt + new + 1, dtype=model.embed.weight.dtype,
-                                  **(compress.needs if compress else {})).nbytes  # fmt: skip
+                                  compress=compress).nbytes  # fmt: skip
             rows = min(given.most, mib * 2**20 // row)
             if not rows:
                 continue
