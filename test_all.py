@@ -2395,6 +2395,36 @@ def test_bad_input_is_one_line_and_exit_code_2():
         assert len(run("--colour", "red", code=2)[1].splitlines()) == 1, "the same from the shell"
 
 
+def refused(check, cfg):
+    """Whether the check says, in one line, that an option is wrong."""
+    try:
+        check(cfg)
+    except train_lm.UserError as e:
+        return "must be" in str(e)
+    return False
+
+
+def test_options_are_what_their_definitions_allow():
+    """Every number has a range that --help shows; what lies outside it, nan and infinity are refused."""
+    for script in (train_lm, train_rl):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            script.main(["--help"])
+        said = " ".join(said.getvalue().split())
+        cfg = script.Config(vocab=257) if script is train_lm else script.Config()
+        assert not refused(script.validate, cfg)
+        for f in dataclasses.fields(cfg):
+            facts = f.metadata
+            assert not facts["group"] or f" {facts['group']}: --{f.name}" in said, (
+                f"--help: no {facts['group']}"
+            )
+            if f.type in (int, float):
+                assert f"({facts['allowed']}) [{f.default}]" in said, f"--help: no range of --{f.name}"
+                for wrong in (facts["least"] - 1, facts["most"] + 1, math.nan, math.inf):
+                    bad = dataclasses.replace(cfg, **{f.name: wrong})
+                    assert refused(script.validate, bad), f"--{f.name} {wrong} is not refused"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     with tempfile.TemporaryDirectory() as tmp:
         code, out, _ = in_process(
