@@ -216,9 +216,7 @@ class Config:
     task: str = option("sums", "what is to be learned", group="task", choices=TASKS, fixed=True)
     size: int = option(6, "operations in a problem", least=1, fixed=True)
     largest: int = option(99, "largest number in a sum", least=1, fixed=True)
-    attn: str = option(
-        "gqa", "all but gqa: only dense rollouts", group="model", choices=ATTENTION, fixed=True
-    )
+    attn: str = option("gqa", "all but gqa: dense rollouts", group="model", choices=ATTENTION, fixed=True)
     layers: int = option(4, "Transformer blocks", least=1, fixed=True)
     width: int = option(256, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
@@ -516,21 +514,18 @@ def train(cfg, given):
     greedy = {"dense": engine(model, task, cfg, cfg.held_out, 0.0, False)}
     if ATTENTION[cfg.attn]["evicts"]:
         greedy["sparse"] = engine(model, task, cfg, cfg.held_out, 0.0, True)
-    parameters = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in model.parameters())
+    longest = sum(task.room)  # tokens
     held = sampler.cache.nbytes
-    full = model.new_cache(1, sum(task.room) + 1, margin=1).nbytes * N  # of dense rollouts
+    full = model.new_cache(1, longest + 1, margin=1).nbytes * N  # of dense rollouts
     run.header(
         f"{torch.cuda.get_device_name()}, fp32" if cuda else "CPU, fp32",
-        f"model    {cfg.attn}, {parameters / 1e6:.2f} M parameters; {cfg.task} of {cfg.size}, "
-        f"{sum(task.room)} tokens at most",
+        f"model    {cfg.attn}, {size / 1e6:.2f} M parameters; {cfg.task} of {cfg.size}, {longest} tokens",
         f"cache    {cfg.rollout} rollouts: {held / 2**20:.1f} MiB allocated for {N} answers, "
         f"{1 - held / full:.0%} less than dense",
         cache_bytes=held,
         dense_bytes=full,
     )
-
-    def save():
-        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), solved=solved)
 
     def test():
         torch.manual_seed(cfg.seed)
@@ -563,7 +558,7 @@ def train(cfg, given):
         torch.cuda.reset_peak_memory_stats()
     run.catch_signals()
     if run.step == 0:
-        save()
+        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), solved=solved)
         found = test()
     while run.step < cfg.steps:
         start = time.perf_counter()
@@ -591,7 +586,7 @@ def train(cfg, given):
             )
             run.progress(line.format(**log))
         if run.signals or run.due(cfg.save_every):
-            save()
+            run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), solved=solved)
         if run.step % cfg.eval_every == 0 and run.step < cfg.steps:
             test()
         if run.signals:
