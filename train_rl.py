@@ -243,7 +243,7 @@ class Config:
     minibatches: int = option(2, "updates per step", least=1)
     steps: int = option(150, "steps of RL", least=0)
     lr: float = option(1.5e-4, "learning rate, after a warm-up of 10 steps", least=0)
-    clip: float = option(0.2, "PPO's epsilon; gspo wants about 4e-4", least=0, most=1)
+    clip: float = option(0.2, "PPO's epsilon", least=0, most=1)
     max_norm: float = option(1.0, "longer gradients are scaled down to this norm; 0: never", least=0)
     seed: int = option(0, "seeds weights, problems and samples", least=0, fixed=True)
     device: str = option("auto", "auto: a GPU where there is one", choices=DEVICES)
@@ -465,7 +465,7 @@ def learn(model, optimizer, r, cfg, recorder=None):
         for reads, view in views.items():
             anchor, weight, counted = (x[part] for x in view)  # (n, T - 1) each
             logp = answer_logp(model, r, part, reads, recorder)  # (n, T - 1)
-            term = sparse_rl.objective(logp, anchor, advantage[part], weight, counted, cfg.clip, how.level)
+            term = sparse_rl.objective(logp, anchor, advantage[part], weight, counted, cfg.clip)
             (term[0] / len(views)).backward()
             terms.append(torch.stack(term).detach().double())
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
