@@ -1,33 +1,41 @@
-"""How many tokens one read yields: draft several with one small module, verify them in one pass, keep the distribution as it was.
+"""How many tokens one read yields: draft several with one small module, verify them in one pass.
 
-Decoding is bound by reading the weights and the cache, once per token. Multi-token prediction (MTP) adds one block to a model, unrolled K
-times: depth k guesses the token k + 1 places ahead. The model then reads all K guesses at once and keeps as many as its own distribution
-supports, and always one more token: the text is distributed exactly as without drafts (up to rounding), only sooner.
+Decoding is bound by reading the weights and the cache, once per token. Multi-token prediction (MTP) adds one
+block to a model, unrolled K times: depth k guesses the token k + 1 places ahead. The model then reads all K
+guesses at once and keeps as many as its own distribution supports, and always one more token. The text is
+distributed exactly as without drafts (up to rounding), only sooner.
 
     1) draft     the module samples d_1 .. d_g, each from its own distribution q_k          one block each
-    2) verify    the trunk reads the pending token and the drafts: g + 1 distributions p     one pass
-    3) accept    d_k with probability min(1, p_k / q_k), up to the first refusal; then one token from (p - q)+, or from p_{g+1}
+    2) verify    the trunk reads the pending token and the drafts: g + 1 distributions p    one pass
+    3) accept    d_k with probability min(1, p_k / q_k), up to the first refusal;
+                 then one token from (p - q)+, or from p_{g+1} if none was refused
     4) commit    stop tokens and limits; log p of what was sampled; every row at its own length
-    5) catch up  the trunk forgets refused drafts; the module makes its entries again from the trunk's states
+    5) catch up  the trunk forgets refused drafts; the module makes its entries from the trunk's states
 
-The module learns from a frozen trunk's own texts and distributions (`equip`: soft cross entropy, then end-to-end TV) or beside the trunk
-(`train_lm.py --mtp K`: soft cross entropy); the trunk never gets a gradient from it. Every row of a batch accepts as many drafts as it does;
-rows that end are refilled. On a GPU a whole round is one CUDA graph. How many drafts pay, possibly none, is measured while decoding.
+The module learns from a frozen trunk's own texts and distributions (`equip`: soft cross entropy, then
+end-to-end TV) or beside the trunk (`train_lm.py --mtp K`: soft cross entropy). The trunk gets no gradient
+from it. Every row of a batch accepts its own number of drafts, and rows that end are refilled. On a GPU a few
+rounds are one CUDA graph. The engine measures whether drafts pay; where they do not, it goes on without them.
 
 Does NOT include: trees of drafts, reduced draft vocabularies, top-p, drafts from a compressed cache.
-Run `python mtp.py` to see a sentence with its drafts, `python mtp.py --equip out/base-gqa` to add a module to a run of train_lm.py,
-`python mtp.py --bench out/base-gqa` to time it. Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (the module);
-FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL 2026, 1871), which this file
-follows, only the abstract is available to us: K, the losses, the detach points and the drafting are ours.
+Run `python mtp.py` to see a sentence with its drafts; `python results/drafts.py` adds a module to a run of
+train_lm.py and times it. Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (module);
+FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL
+2026, 1871), which this file follows, only the abstract is available to us: K, the losses, what is detached
+and the drafting are ours.
 
-Letters as in latent_attention.py; K depths, g <= K drafts in a round, V vocabulary. p target, q draft distribution. 0-based: row s holds
-the trunk's state h_s at token x_s, which predicts x_{s+1}; depth k of row s predicts x_{s+k+1}.
+Letters as in latent_attention.py; K depths, g <= K drafts in a round, V vocabulary; p is the target's, q the
+draft's distribution. Counted from 0: row s holds the trunk's state h_s at token x_s, which predicts x_{s+1};
+depth k of row s predicts x_{s+k+1}.
 
-This file knows no model class. A trunk is anything with hidden(tokens, cache, count) -> (B, T, C) after the final norm, new_cache(batch,
-max_len, margin, dtype), embed.weight (V, C) and head.weight (V, C); a block is anything like train_lm.Block.
+This file knows no model class. A trunk has hidden(tokens, cache, count) -> (B, T, C) after the final norm,
+embed.weight and head.weight (V, C), and new_cache(batch, max_len, margin, dtype), with `compress` too if the
+cache is to be compressed. A block is anything like train_lm.Block.
 """
+
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -35,235 +43,340 @@ import torch.nn.functional as F
 
 import kernels
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The module
 
 
 class MTP(nn.Module):
-    """One block for all depths: DeepSeek-V3's module at depth 1, fed with its own output from depth 2 on. No weight depends on K.
+    """One block for all depths: DeepSeek-V3's module at depth 1, fed with its own output from depth 2 on.
 
-    Which keys and values a row sees is the same in training and in drafting: at every depth those that depth 1 made of rows <= s. So a
-    draft behind the first reads the module's cache and writes nothing (GLM-5.2's choice).
+    No weight depends on K. Row s sees the same keys and values in training and in drafting: at every depth
+    those that depth 1 made of rows <= s. So a later draft only reads the module's cache (GLM-5.2's choice).
     """
 
     def __init__(self, block, width, eps=1e-6):
         super().__init__()
-        self.norm_h, self.norm_e, self.norm_out = (nn.Parameter(torch.ones(width)) for _ in range(3))
-        self.join_h, self.join_e = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)  # two halves of one matrix
-        self.block, self.eps = block, eps
+        self.norm_h = nn.Parameter(torch.ones(width))
+        self.norm_e = nn.Parameter(torch.ones(width))
+        self.norm_out = nn.Parameter(torch.ones(width))
+        self.join_h = nn.Linear(width, width, bias=False)  # with join_e the two halves of one matrix
+        self.join_e = nn.Linear(width, width, bias=False)
+        self.block = block
+        self.eps = eps
 
     def norm(self, x, weight):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
 
-    def half(self, embedded):
-        """The embedding half of the input, (..., C) -> (..., C): the same at every depth, so a decoder keeps a table of it."""
+    def embed_half(self, embedded):
+        """What an embedding (..., C) adds to the input (..., C). It is the same at every depth."""
         return self.join_e(self.norm(embedded, self.norm_e))
 
     def forward(self, h, e, pos, cache=None, count=None, source=None):
-        """h (B, T, C) state of the depth before (depth 1: the trunk's), e (B, T, C) `half` of x_{s+k}, which it predicted, pos (B or 1, T)
-        of the rows -> (state (B, T, C), the block's input (B, T, C)); source: depth 1's input, where there is no cache."""
+        """One depth -> its state (B, T, C), and the block's input (B, T, C).
+
+        h (B, T, C) state of the depth before, at depth 1 the trunk's; e (B, T, C) `embed_half` of x_{s+k},
+        which that state predicted; pos (B or 1, T) of the rows; source: depth 1's input, without a cache.
+        """
         h = self.norm(h, self.norm_h)  # (B, T, C)
-        u = torch.addmm(e.flatten(0, 1), h.flatten(0, 1), self.join_h.weight.t()).view_as(h)  # join_h(h) + e, (B, T, C)
+        u = torch.addmm(e.flatten(0, 1), h.flatten(0, 1), self.join_h.weight.t())  # join_h(h) + e, (B T, C)
+        u = u.view_as(h)  # (B, T, C)
         return self.norm(self.block(u, pos, cache, count, source), self.norm_out), u
 
     def unroll(self, h, tokens, embed, K):
-        """All depths of a text at once, teacher-forced: h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K].
+        """All depths of a text at once, teacher-forced.
 
-        h and embed are detached here: nothing that is made of the result gives the trunk a gradient. Within the module it flows through
-        all depths.
+        h (B, T, C), tokens (B, T), embed (V, C) -> [state (B, T - k, C) for k = 1..K]. The trunk gets no
+        gradient: h and embed are detached. Within the module it flows through all depths.
         """
-        e, h, source, states = self.half(F.embedding(tokens, embed.detach())), h.detach(), None, []  # (B, T, C)
+        e = self.embed_half(F.embedding(tokens, embed.detach()))  # (B, T, C)
+        h = h.detach()
+        source = None
+        states = []
         for k in range(1, K + 1):
             rows = tokens.shape[1] - k
             pos = torch.arange(rows, device=tokens.device)[None]  # (1, T - k)
             h, u = self(h[:, :rows], e[:, k:], pos, source=source)  # (B, T - k, C) twice
-            source = u[:, :-1] if source is None else source[:, :-1]
+            source = u[:, :-1] if source is None else source[:, :-1]  # (B, T - k - 1, C)
             states.append(h)
         return states
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Losses: z logits and p target probabilities (..., V) -> (...)
 
 
 def law(logits, temperature):
-    """The distribution that is sampled from: softmax(logits / temperature) in fp32 or better; at 0 all mass on the best token."""
+    """The distribution that is sampled from: softmax(logits / temperature) in fp32 or better.
+
+    At temperature 0 all mass is on the best token.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(-1)
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(dtype)
+    return (logits.to(dtype) / temperature).softmax(-1)
 
 
 def soft_ce(z, p):
-    """Cross entropy to the trunk's distribution. Gradient q - p: the same as CE's on samples of p, without their noise."""
+    """Cross entropy to the trunk's law. Its gradient q - p is that of CE on samples of p, without noise."""
     return -(p * z.log_softmax(-1)).sum(-1)
 
 
 def tv(z, p):
-    """Total variation 1 - sum min(p, q) = the probability that a sampled draft is refused. Its gradient is proportional to q: dead from a
-    cold start, so soft CE comes first."""
+    """Total variation 1 - sum min(p, q): how likely a sampled draft is refused.
+
+    Its gradient is proportional to q: dead from a cold start, so soft CE comes first.
+    """
     return 1 - torch.minimum(p, z.softmax(-1)).sum(-1)
 
 
 def depth_masks(mask, K):
-    """Which rows count at depth k: those whose tokens x_{s+1} .. x_{s+k+1} all do. mask (B, T) of 0 and 1 -> [(B, T - k - 1) for k = 1..K]."""
-    masks, m = [], mask[:, 1:]  # (B, T - 1)
+    """Which rows count at depth k: those whose tokens x_{s+1} .. x_{s+k+1} all do.
+
+    mask (B, T) of 0 and 1 -> [(B, T - k - 1) for k = 1..K].
+    """
+    masks = []
+    m = mask[:, 1:]  # (B, T - 1)
     for k in range(1, K + 1):
         m = m[:, :-1] * mask[:, k + 1 :]  # (B, T - k - 1)
         masks.append(m)
     return masks
 
 
-def draft_loss(kind, states, head, p, tokens, mask, temperature=1.0, decay=0.6):
-    """The loss of all depths, one number.
+def depths(states, head, p, mask):
+    """Of each depth what it is measured by -> logits (B, rows, V), target law (B, rows, V), mask (B, rows).
 
-    kind    "ce" hard targets x_{s+k+1} | "soft" | "tv" | "e2e"
-    states  of MTP.unroll, head (V, C), p (B, T, V) the trunk's law at the same temperature, tokens (B, T), mask (B, T): 1 on tokens that
-            count (the answer, its stop token included). p and head are detached here.
-    The first three sum the depths' means with weights decay^(k-1), normalised (FastMTP). End-to-end TV is 1 - the expected share of
-    accepted drafts, 1 - 1/K sum_k prod_{i<=k} (1 - TV_i), every product over depths of one row: the weights come out by themselves.
+    states of MTP.unroll, head (V, C), p (B, T, V) the trunk's law, mask (B, T) 1 on tokens that count: the
+    answer, its stop token included. The trunk gets no gradient: head and p are detached.
     """
-    head, p, masks = head.detach(), p.detach(), depth_masks(mask.to(p.dtype), len(states))
-    weights = torch.tensor([decay**k for k in range(len(states))])
-    total, weight_sum, alive = 0.0, 0.0, None
+    masks = depth_masks(mask.to(p.dtype), len(states))
     for k, (h, m) in enumerate(zip(states, masks), 1):
         rows = m.shape[1]  # T - k - 1: those with a target
-        z = F.linear(h[:, :rows], head).to(p.dtype) / temperature  # (B, rows, V)
-        target = p[:, k : k + rows]  # (B, rows, V)
-        if kind == "e2e":
-            kept = 1 - tv(z, target)  # (B, rows)
-            alive = kept if alive is None else alive[:, :rows] * kept
-            total, weight_sum = total + (m * (1 - alive)).sum(), weight_sum + m.sum()
-            continue
-        if kind == "ce":
-            loss = F.cross_entropy(z.transpose(1, 2), tokens[:, k + 1 :], reduction="none")  # (B, rows)
-        else:
-            loss = {"soft": soft_ce, "tv": tv}[kind](z, target)  # (B, rows)
-        total = total + weights[k - 1] / weights.sum() * (m * loss).sum() / m.sum().clamp(min=1)
-    return total / weight_sum.clamp(min=1) if kind == "e2e" else total
+        z = F.linear(h[:, :rows], head.detach()).to(p.dtype)  # (B, rows, V)
+        yield z, p[:, k : k + rows].detach(), m
+
+
+def soft_loss(states, head, p, mask, temperature=1.0, decay=0.6):
+    """Soft CE, one number: the depths' means, weighted by decay^(k-1), normalised (FastMTP)."""
+    weights = torch.tensor([decay**k for k in range(len(states))])  # (K,)
+    total = 0.0
+    for w, (z, target, m) in zip(weights / weights.sum(), depths(states, head, p, mask)):
+        total = total + w * (m * soft_ce(z / temperature, target)).sum() / m.sum().clamp(min=1)
+    return total
+
+
+def e2e_loss(states, head, p, mask, temperature=1.0):
+    """End-to-end TV, one number: 1 - the expected share of accepted drafts (Bebop).
+
+    1 - 1/K sum_k prod_{i<=k} (1 - TV_i), each product of one row. The depths' weights come out by themselves.
+    """
+    lost = 0.0
+    count = 0.0
+    alive = torch.ones_like(p[:, :, 0])  # (B, T)
+    for z, target, m in depths(states, head, p, mask):
+        alive = alive[:, : m.shape[1]] * (1 - tv(z / temperature, target))  # (B, rows)
+        lost = lost + (m * (1 - alive)).sum()
+        count = count + m.sum()
+    return lost / count.clamp(min=1)
 
 
 @torch.no_grad()
-def expected_acceptance(states, head, p, tokens, mask, temperature=1.0, greedy=False):
-    """The probability that drafts 1..k are all accepted, without drafting: (K,), on text that was sampled from p.
+def expected_acceptance(states, head, p, tokens, mask, temperature=1.0):
+    """How likely drafts 1..k are all accepted, (K,), estimated without drafting from text that p wrote.
 
-    sum_v min(p_k, q_k) at prefixes that p wrote, reweighted to those that accepted drafts write: prod_{i<k} min(1, q_i(x_i) / p_i(x_i)).
+    sum_v min(p_k, q_k), each prefix weighted by how likely accepted drafts write it:
+    prod_{i<k} min(1, q_i(x_i) / p_i(x_i)).
     """
-    found, weight = [], None
-    for k, (h, m) in enumerate(zip(states, depth_masks(mask.to(p.dtype), len(states))), 1):
+    found = []
+    weight = torch.ones_like(p[:, :, 0])  # (B, T)
+    for z, target, m in depths(states, head, p, mask):
         rows = m.shape[1]
-        z = F.linear(h[:, :rows], head).to(p.dtype)  # (B, rows, V)
-        q, target = law(z, 0 if greedy else temperature), p[:, k : k + rows]  # (B, rows, V)
-        weight = m if weight is None else weight[:, :rows] * m
+        q = law(z, temperature)  # (B, rows, V)
+        weight = weight[:, :rows] * m  # (B, rows)
         found.append((weight * torch.minimum(target, q).sum(-1)).sum() / m.sum().clamp(min=1))
-        x = tokens[:, k + 1 :, None]  # (B, rows, 1)
-        weight = weight * (q.gather(-1, x) / target.gather(-1, x).clamp(min=1e-30)).clamp(max=1)[..., 0]
+        x = tokens[:, -rows:, None]  # (B, rows, 1): x_{s+k+1}
+        ratio = q.gather(-1, x) / target.gather(-1, x).clamp(min=1e-30)  # (B, rows, 1)
+        weight = weight * ratio.clamp(max=1)[..., 0]  # (B, rows)
     return torch.stack(found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 3) Verification
+# ----------------------------------------------------------------------------------------------------------
+# 3) Accept, 4) commit
 
 
+@kernels.fast_path
 def draw(logits, temperature, noise=None):
-    """The law of logits (..., V), and a token of it: argmax of p / noise, noise ~ Exp(1), is distributed as p, on any device and inside
-    a CUDA graph -> (..., V), (...)."""
-    if kernels.fast(logits):
-        return kernels.draw(logits, temperature, noise)
-    p = law(logits, temperature)
+    """The law p of logits (..., V), and a token of it -> (..., V), (...) or None without noise.
+
+    With noise (..., V) ~ Exp(1), argmax(p / noise) is distributed as p, on any device and in a CUDA graph.
+    """
+    p = law(logits, temperature)  # (..., V)
     return p, None if noise is None else (p / noise).argmax(-1)
 
 
 def accept(p, q, drafts, forced, u, noise):
-    """Rejection sampling: the accepted drafts and the token after them are distributed as p. Greedy drafts have a one-hot q.
+    """Rejection sampling: accepted drafts and the token after them are distributed as p (Leviathan et al.).
 
-    p (B, g+1, V) target laws at the pending token and at each draft, q (B, g, V) draft laws, drafts (B, g) ~ q, forced (B, g) bool:
-    not a draft but a given token, u (B, g) uniform, noise (B, V) ~ Exp(1) -> n (B,) accepted drafts, and the next token (B,).
+    p       (B, g + 1, V) the target's laws at the pending token and at each draft
+    q       (B, g, V) the laws that the drafts (B, g) were drawn from; one-hot where the best token was taken
+    forced  (B, g) bool: not a draft but a given token, always accepted
+    u       (B, g) uniform; noise (B, V) ~ Exp(1)
+    -> n (B,) accepted drafts, and the token after them (B,).
     """
-    g, at = drafts.shape[1], drafts[..., None]
-    ok = forced | (u * q.gather(-1, at)[..., 0] < p[:, :g].gather(-1, at)[..., 0])  # (B, g): u < p / q
+    g = drafts.shape[1]
+    at = drafts[..., None]  # (B, g, 1)
+    p_draft = p[:, :g].gather(-1, at)[..., 0]  # (B, g)
+    q_draft = q.gather(-1, at)[..., 0]  # (B, g)
+    ok = forced | (u * q_draft < p_draft)  # (B, g): u < p / q
     n = ok.long().cumprod(1).sum(1)  # (B,)
+    # The residual (p - q)+ replaces the refused draft. Behind the last draft q is 0: the bonus comes from p.
     here = n[:, None, None].expand(-1, 1, p.shape[-1])  # (B, 1, V)
-    # The residual (p - q)+ at the refused draft; behind the last draft q is 0 and the bonus is drawn from p_{g+1} itself.
-    p_n, q_n = p.gather(1, here)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # (B, V)
-    rest = (p_n - q_n).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)  # p = q up to rounding
+    p_n = p.gather(1, here)[:, 0]  # (B, V)
+    q_n = F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # (B, V)
+    rest = (p_n - q_n).clamp(min=0)  # (B, V)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_n)  # else p = q, up to rounding
     return n, (rest / noise).argmax(-1)
 
 
-def commit(p, q, drafts, u, noise, text, logp, known, given, limit, active, counts, reads, stop):
-    """Accept, then write what was accepted and the token after it behind the known text, up to a stop token (-1: none) and the limit.
+class State(NamedTuple):
+    """What a Decoder knows of its B rows, all on the device. Every row has a length of its own."""
 
-    text, logp (B, width) of tokens and their log-probabilities under p; known, given, limit, active (B,): tokens that are known (read or
-    about to be), of the prompt, at most; counts (B, 3, K): drafts reached, accepted, expected to be accepted (sum of min(p, q)); reads
-    (B, 2): rounds and tokens. Rounds that still read a prompt do not count. text, logp, known, active, counts, reads are changed in place
-    -> tokens taken (B,).
+    text: (
+        torch.Tensor
+    )  # (B, width) the prompt, the answer, room for what a last round drafts beyond the limit
+    logp: torch.Tensor  # (B, width) log-probabilities of the answer's tokens under the target
+    known: torch.Tensor  # (B,) tokens of the row; the last is pending: the model has not read it yet
+    given: torch.Tensor  # (B,) tokens of its prompt
+    limit: torch.Tensor  # (B,) where it ends at the latest
+    active: torch.Tensor  # (B,) bool: it has not ended
+    counts: torch.Tensor  # (B, 3, K) drafts reached, accepted, expected to be accepted: sum of min(p, q)
+    reads: torch.Tensor  # (B, 2) rounds that read no prompt, and the tokens that they yielded
+
+
+@kernels.fast_path
+def commit(p, q, drafts, u, noise, state, stop):
+    """Accept drafts, then write them and the token after them behind the known text -> tokens taken (B,).
+
+    A row ends at a token `stop` (-1: at none) and at its limit. p, q, drafts, u, noise as in `accept`. All of
+    `state` but given and limit is changed in place.
     """
+    text, logp, known, given, limit, active, counts, reads = state
     g = drafts.shape[1]
-    j = torch.arange(g + 1, device=p.device)
-    place, real = known[:, None] + j, active & (known >= given)  # (B, g + 1), (B,)
-    forced = place < given[:, None]
-    n, last = accept(p, q, drafts, forced[:, :g], u, noise)
-    reached, passed = ((n[:, None] >= i) & real[:, None] for i in (j[:g], j[1:]))  # (B, g)
-    chance = torch.minimum(p[:, :g], q).sum(-1).nan_to_num().masked_fill(~reached, 0)  # (B, g); nan: a module that has read nothing yet
-    counts[..., :g] += torch.stack([reached.to(p.dtype), passed.to(p.dtype), chance], dim=1).to(counts.dtype)
+    j = torch.arange(g + 1, device=p.device)  # (g + 1,)
+    place = known[:, None] + j  # (B, g + 1)
+    forced = place < given[:, None]  # (B, g + 1): the prompt's own tokens
+    n, last = accept(p, q, drafts, forced[:, :g], u, noise)  # (B,), (B,)
 
+    # Count.
+    real = active & (known >= given)  # (B,)
+    reached = real[:, None] & (n[:, None] >= j[:g])  # (B, g)
+    passed = real[:, None] & (n[:, None] >= j[1:])  # (B, g)
+    chance = (
+        torch.minimum(p[:, :g], q).sum(-1).nan_to_num() * reached
+    )  # (B, g); nan: the module has read nothing
+    counts[..., :g] += torch.stack([reached.to(p.dtype), passed.to(p.dtype), chance], dim=1)  # (B, 3, g)
+
+    # Write.
     y = torch.where(j < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (B, g + 1)
-    y = torch.where(forced, text.gather(1, place), y)
+    y = torch.where(forced, text.gather(1, place), y)  # (B, g + 1)
+    y_logp = p.gather(-1, y[..., None])[..., 0].log()  # (B, g + 1)
     take = torch.minimum(n + 1, limit - known)  # (B,)
-    stops = (y == stop) & (j < take[:, None]) & ~forced
-    take = torch.where(stops.any(1), stops.int().argmax(1) + 1, take) * active
-    for buffer, new in ((text, y), (logp, p.gather(-1, y[..., None])[..., 0].log())):
-        buffer.scatter_(1, place, torch.where(j < take[:, None], new.to(buffer.dtype), buffer.gather(1, place)))
+    stops = (y == stop) & (j < take[:, None]) & ~forced  # (B, g + 1)
+    stopped = stops.any(1)  # (B,)
+    take = torch.where(stopped, stops.int().argmax(1) + 1, take) * active  # (B,)
+    for buffer, new in ((text, y), (logp, y_logp)):
+        buffer.scatter_(1, place, torch.where(j < take[:, None], new, buffer.gather(1, place)))
     known += take
-    reads += torch.stack([real, real * take], dim=1)
-    active &= (known < limit) & ~stops.any(1)
+    reads += torch.stack([real, real * take], dim=1)  # (B, 2)
+    active &= (known < limit) & ~stopped
     return take
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The decoding engine
 
 
-class Pace:
-    """How many drafts pay: of 0, 1, 2, 4, .., K the number with the most expected tokens, from counted acceptance, per measured time.
+class Drafter:
+    """The module's side of a Decoder.
 
-    All are timed at first; then one of the others is tried again now and then, ever more rarely while nothing changes.
+    seen    (B,) tokens of a row that the module has entries for: known - 1 whenever it drafts
+    newest  (B, 1, C) depth 1 of the last of them, which predicts the first draft
+    table   (V, C) MTP.embed_half of every token
     """
 
-    def __init__(self, K, fixed=None):
-        self.choices = [fixed] if fixed is not None else sorted({0, K, *(2**i for i in range(K.bit_length()))})
-        self.ms = {}  # drafts -> milliseconds of a round
-        self.reached, self.accepted = [0.0] * K, [0.0] * K  # per depth, fading
-        self.now, self.turn, self.since, self.wait = self.choices[-1], 0, 0, 4  # in use; next to be tried again; since when, when
+    def __init__(self, mtp, trunk, batch, room, margin, temperature):
+        weight = trunk.embed.weight  # (V, C)
+        kind = {"dtype": weight.dtype, "device": weight.device}
+        self.mtp = mtp
+        self.embed = weight
+        self.head = trunk.head.weight  # (V, C)
+        self.temperature = temperature
+        self.cache = mtp.block.attn.new_cache(batch, room, margin, **kind)
+        self.seen = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.newest = torch.zeros(batch, 1, weight.shape[1], **kind)
+        self.table = mtp.embed_half(weight).detach()
 
-    def tokens(self, g):
-        """Expected tokens of a round with g drafts: 1 + sum of the cumulative acceptance rates."""
-        total = alive = 1.0
-        for reached, accepted in zip(self.reached[:g], self.accepted[:g]):
-            alive *= accepted / max(reached, 1e-9)
-            total += alive
-        return total
+    def restart(self):
+        """The weights may have changed since the last call."""
+        self.table.copy_(self.mtp.embed_half(self.embed))
+
+    def forget(self, fresh):
+        """Drop all entries of the rows `fresh` (B,) bool."""
+        for part in self.cache.values():
+            part.rollback(self.seen.masked_fill(fresh, 0))
+        self.seen.masked_fill_(fresh, 0)
+
+    def draft(self, g, noise):
+        """noise (> g, B, 1, V) ~ Exp(1) -> drafts (B, g), and the laws they were drawn from (B, g, V)."""
+        drafts = []
+        laws = []
+        row = self.seen[:, None] - 1  # (B, 1)
+        h = self.newest  # (B, 1, C)
+        for k in range(g):
+            if k > 0:  # reads the module's cache, writes nothing
+                h, _ = self.mtp(h, F.embedding(drafts[-1], self.table), row, self.cache)
+            q, d = draw(F.linear(h, self.head), self.temperature, noise[k])  # (B, 1, V), (B, 1)
+            drafts.append(d)
+            laws.append(q)
+        return torch.cat(drafts, dim=1), torch.cat(laws, dim=1)
+
+    def catch_up(self, text, h, count):
+        """Make entries of the next count[b] tokens of text (B, width) from the trunk's states h (B, T, C)."""
+        row = self.seen[:, None] + torch.arange(h.shape[1], device=h.device)  # (B, T)
+        after = text.gather(1, (row + 1).clamp(max=text.shape[1] - 1))  # (B, T): x_{s+1}
+        out, _ = self.mtp(h, F.embedding(after, self.table), row, self.cache, count)  # (B, T, C)
+        at = (count - 1).clamp(min=0)[:, None, None]  # (B, 1, 1)
+        last = out.gather(1, at.expand(-1, 1, out.shape[2]))  # (B, 1, C)
+        torch.where(count[:, None, None] > 0, last, self.newest, out=self.newest)
+        self.seen += count
+
+
+class Pace:
+    """Whether drafts pay: 0 or K of them, whichever gives more tokens per millisecond; or always `fixed`."""
+
+    RETRY = 128  # every so many segments the other choice is tried again, since acceptance and timings change
+
+    def __init__(self, K, fixed=None):
+        self.K = K
+        self.fixed = fixed
+        self.segments = 0
+        self.ms = {0: 0.0, K: 0.0}  # of a round; what has not been timed yet counts as fast
+        self.rounds = 1e-9  # with drafts, a fading count;
+        self.tokens = 1e-9 * (K + 1)  # the tokens that they yielded: before the first round we hope for all
 
     def choose(self):
         """Drafts of the next segment."""
-        for g in reversed(self.choices):
-            if g not in self.ms:
-                return g
-        best = max(self.choices, key=lambda g: self.tokens(g) / self.ms[g])
-        if best != self.now:
-            self.now, self.wait = best, 4
-        self.since += 1
-        if self.since < self.wait:
-            return best
-        self.turn, self.since, self.wait = self.turn + 1, 0, min(2 * self.wait, 32)
-        return self.choices[-(self.turn % len(self.choices)) - 1]
+        if self.fixed is not None:
+            return self.fixed
+        best = self.K if self.tokens * self.ms[0] > self.rounds * self.ms[self.K] else 0
+        self.segments += 1
+        return self.K - best if self.segments % self.RETRY == 0 else best
 
-    def update(self, g, ms, reached, accepted):
-        """After a segment: its milliseconds per round, and counts per depth (K,)."""
-        self.ms[g] = min(ms, 0.7 * self.ms.get(g, ms) + 0.3 * ms)  # disturbances only ever make it longer
-        for k in range(g):
-            self.reached[k] = 0.9 * self.reached[k] + reached[k]
-            self.accepted[k] = 0.9 * self.accepted[k] + accepted[k]
+    def update(self, g, ms, rounds, tokens):
+        """After a segment with g drafts: milliseconds of a round; rounds of all rows, tokens they yielded."""
+        old = self.ms.get(g) or ms
+        self.ms[g] = min(ms, 0.7 * old + 0.3 * ms)  # disturbances only ever make it longer
+        self.rounds = 0.95 * self.rounds + (rounds if g else 0)
+        self.tokens = 0.95 * self.tokens + (tokens if g else 0)
 
 
 class Decoder:
@@ -273,418 +386,356 @@ class Decoder:
     batch        rows that are decoded at once; longer lists of prompts refill the rows that end
     max_len      most tokens of a row, prompt included
     K            most drafts in a round
-    temperature  of the target; greedy: drafts are the module's best tokens instead of samples
+    temperature  of the target and of the drafts; at 0 both are the best tokens
     stop         a token that ends a row, or None
-    drafts       None: as many as pay; else always so many
-    compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache then has compress.slots
-                 slots a row, and no text is too long for it; without drafts only
-    Weights may change between calls (in place, as optimizers do): graphs stay valid.
+    drafts       None: K or none, whichever is faster; else always so many
+    compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache
+                 then has compress.slots slots a row, and no text is too long for it; without drafts only
+    Weights may change between calls (in place, as optimizers do): graphs stay valid. Raises ValueError for
+    settings that do not go together.
+
+    Rows are ragged: each accepts, ends and starts anew on its own. Between two rounds each row has `known`
+    tokens, and the trunk has read all but the last, which is pending. A round appends 1 + g tokens to the
+    trunk's cache; `commit` takes some of them, and the others are taken back. The module has seen what the
+    trunk has seen, except within a segment without drafts. A row that has ended reads 0 tokens in a round.
     """
 
     SEGMENT = 4  # rounds without drafts between two looks of the host
     PIECE = 64  # tokens of a prompt that are read at once
-    GAP = 64  # rounds without drafts after which the module catches up at the latest
 
-    def __init__(self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, greedy=False, drafts=None, compress=None):
-        self.trunk, self.mtp, self.K = trunk, mtp, K if mtp is not None else 0
-        if not 0 <= (drafts or 0) <= self.K:
-            raise ValueError(f"drafts must be 0 to {self.K} here, not {drafts}")
-        self.max_len, self.temperature, self.stop, self.greedy = max_len, temperature, -1 if stop is None else stop, greedy
-        self.embed, self.head = trunk.embed.weight, trunk.head.weight  # (V, C)
-        device, C = self.embed.device, self.embed.shape[1]
-        kind = {"dtype": self.embed.dtype, "device": device}
-        room, margin = max_len + self.K + 1, self.K + 1
+    def __init__(
+        self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, drafts=None, compress=None
+    ):
+        K = K if mtp is not None else 0
+        if drafts is not None and not 0 <= drafts <= K:
+            raise ValueError(f"drafts must be 0 to {K} here, not {drafts}")
+        K = 0 if drafts == 0 else K
+        if compress and K:
+            raise ValueError("drafts from a compressed cache are not supported")
+        self.trunk = trunk
+        self.batch = batch
+        self.max_len = max_len
+        self.K = K
+        self.temperature = temperature
+        self.stop = -1 if stop is None else stop
         self.compress = compress
+        self.pace = Pace(K, drafts)
+        self.graphs = {}
+        self.pool = None
+        self.held = 0  # entries in a row of the cache at most, counted by the host
+        self.looked = 0.0  # when the host looked at a segment
+
+        weight = trunk.embed.weight  # (V, C)
+        self.device = weight.device
+        self.cuda = weight.is_cuda
+        room = max_len + K + 1
         if compress:
-            if self.K:
-                raise ValueError("drafts from a compressed cache are not supported")
-            self.cache = trunk.new_cache(batch, compress.slots, margin, dtype=kind["dtype"], compress=compress)
-            self.SEGMENT = self.PIECE = compress.buffer  # a row is compressed at the same tokens, whatever the other rows do
+            self.cache = trunk.new_cache(batch, compress.slots, 1, dtype=weight.dtype, compress=compress)
+            self.SEGMENT = compress.buffer  # a row is compressed at the same tokens, whatever other rows do
+            self.PIECE = compress.buffer
         else:
-            self.cache = trunk.new_cache(batch, room, margin, dtype=kind["dtype"])
-        self.text = torch.zeros(batch, room + 1, dtype=torch.long, device=device)  # prompt, answer, room for a round's overhang
-        self.logp = torch.zeros(batch, room + 1, device=device, dtype=torch.promote_types(kind["dtype"], torch.float32))
-        self.known = torch.ones(batch, dtype=torch.long, device=device)  # tokens of a row; the last of them is pending: not in the cache
-        self.given, self.limit = torch.ones_like(self.known), torch.ones_like(self.known)  # its prompt's length, where it ends at last
-        self.active = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.counts, self.reads = torch.zeros(batch, 3, max(1, self.K), device=device), torch.zeros(batch, 2, device=device)  # see commit
-        if self.K:
-            self.table = mtp.half(self.embed).detach()  # of every token
-            self.own = mtp.block.attn.new_cache(batch, room, margin, **kind)  # the module's cache
-            self.own_seen = torch.zeros(batch, dtype=torch.long, device=device)
-            self.state = torch.zeros(batch, 1, C, **kind)  # depth 1 at the last row: it makes the first draft
-            self.gap_states, self.gap_at = torch.zeros(batch, self.GAP, C, **kind), torch.zeros(1, dtype=torch.long, device=device)
-        self.fresh = torch.zeros_like(self.active)  # rows whose prompt is being read
-        self.gap = 0  # rounds without drafts, whose states wait in gap_states: the module has seen known - 1 - gap tokens of a row
-        self.pace, self.graphs, self.pool = Pace(self.K, drafts), {}, None
-        self.forget_counts()
+            self.cache = trunk.new_cache(batch, room, K + 1, dtype=weight.dtype)
+        self.drafter = Drafter(mtp, trunk, batch, room, K + 1, temperature) if K else None
+        one = torch.ones(batch, dtype=torch.long, device=self.device)  # (B,)
+        self.fresh = one < 1  # (B,) rows whose prompt is being read
+        self.state = State(
+            text=one.new_zeros(batch, room + 1),
+            logp=one.new_zeros(batch, room + 1, dtype=torch.promote_types(weight.dtype, torch.float32)),
+            known=one.clone(),
+            given=one.clone(),
+            limit=one.clone(),
+            active=one < 1,
+            counts=one.new_zeros(batch, 3, max(1, K), dtype=torch.float32),
+            reads=one.new_zeros(batch, 2, dtype=torch.float32),
+        )
 
-    def forget_counts(self):
-        self.counts.zero_()
-        self.reads.zero_()
-        self.seen_counts = [[0.0] * self.counts.shape[2]] * 2  # drafts reached, accepted: at the last look
-
-    # -- one round
+    # -- what a GPU captures: static shapes, no look from the host
 
     def round(self, g):
-        """Draft g tokens, verify, commit. Static shapes, no look from the host. -> (drafts (B, g), taken (B,))."""
-        before, (B, V) = self.known - 1, (len(self.known), len(self.embed))  # before (B,): tokens in the trunk's cache
-        pending = self.text.gather(1, before[:, None])  # (B, 1)
-        noise = torch.empty(g + 1, B, 1, V, device=pending.device, dtype=self.logp.dtype).exponential_()
-        u = torch.rand(B, g, device=pending.device, dtype=self.logp.dtype)
+        """Draft g tokens, verify, commit -> drafts (B, g), the trunk's states at the g + 1 tokens it read."""
+        state = self.state
+        V = len(self.trunk.embed.weight)
+        pending = state.text.gather(1, state.known[:, None] - 1)  # (B, 1)
+        noise = state.logp.new_empty(g + 1, self.batch, 1, V).exponential_()
+        u = torch.rand(self.batch, g, device=self.device, dtype=state.logp.dtype)
 
         # 1) draft
-        drafts, q, row = [], [], before[:, None] - 1  # row (B, 1): the one behind the newest state
-        for k in range(g):
-            if k == 0:
-                h = self.state  # (B, 1, C)
-            else:  # reads the module's cache, writes nothing
-                h, _ = self.mtp(h, F.embedding(drafts[-1], self.table), row, self.own)
-            q_k, d_k = draw(F.linear(h, self.head), 0 if self.greedy else self.temperature, noise[k])  # (B, 1, V), (B, 1)
-            q.append(q_k)
-            drafts.append(d_k)
-        drafts = torch.cat(drafts, dim=1) if g else pending[:, :0]  # (B, g)
-        place = self.known[:, None] + torch.arange(g, device=pending.device)  # (B, g)
-        drafts = torch.where(place < self.given[:, None], self.text.gather(1, place), drafts)  # a prompt is a draft that is right
-        q = torch.cat(q, dim=1) if g else noise[:0, :, 0].transpose(0, 1)  # (B, g, V)
+        drafts = pending[:, :0]  # (B, 0)
+        q = state.logp.new_empty(self.batch, 0, V)
+        if g:
+            drafts, q = self.drafter.draft(g, noise)  # (B, g), (B, g, V)
+            place = state.known[:, None] + torch.arange(g, device=self.device)  # (B, g)
+            forced = place < state.given[:, None]  # (B, g): tokens of a prompt that rides along
+            drafts = torch.where(forced, state.text.gather(1, place), drafts)
 
         # 2) verify
-        h = self.trunk.hidden(torch.cat([pending, drafts], dim=1), self.cache, self.active * (g + 1))  # (B, g + 1, C)
-        p, _ = draw(F.linear(h, self.head), self.temperature)  # (B, g + 1, V)
+        tokens = torch.cat([pending, drafts], dim=1)  # (B, g + 1)
+        h = self.trunk.hidden(tokens, self.cache, state.active * (g + 1))  # (B, g + 1, C)
+        p, _ = draw(F.linear(h, self.trunk.head.weight), self.temperature)  # (B, g + 1, V)
 
         # 3) accept, 4) commit
-        state = (self.text, self.logp, self.known, self.given, self.limit, self.active, self.counts, self.reads, self.stop)
-        take = (kernels.commit if kernels.fast(p) else commit)(p, q, drafts, u, noise[g, :, 0], *state)  # (B,)
+        take = commit(p, q, drafts, u, noise[g, :, 0], state, self.stop)  # (B,)
 
         # 5) catch up
         if g:
-            self.cache.rollback(self.known - 1)
-            self.catch_up(h, take)
-        elif self.K:
-            self.gap_states.index_copy_(1, self.gap_at, h)
-            self.gap_at += 1
-        return drafts, take
+            self.cache.rollback(state.known - 1)
+            self.drafter.catch_up(state.text, h, take)
+        return drafts, h
 
-    def catch_up(self, h, count):
-        """The module's entries of the next count[b] rows, from the trunk's states h (B, T, C)."""
-        pos = self.own_seen[:, None] + torch.arange(h.shape[1], device=h.device)  # (B, T)
-        e = F.embedding(self.text.gather(1, (pos + 1).clamp(max=self.text.shape[1] - 1)), self.table)  # (B, T, C)
-        out, _ = self.mtp(h, e, pos, self.own, count)  # (B, T, C)
-        last = out.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, h.shape[2]))  # (B, 1, C)
-        torch.where(count[:, None, None] > 0, last, self.state, out=self.state)
-        self.own_seen += count
+    def rounds(self, g, n):
+        """n rounds. Without drafts the module waits for the end, and then reads all n tokens in one pass."""
+        states = [self.round(g)[1] for _ in range(n)]
+        if self.drafter and g == 0:
+            behind = self.state.known - 1 - self.drafter.seen  # (B,): n, less where a row has ended
+            self.drafter.catch_up(self.state.text, torch.cat(states, dim=1), behind)
 
-    def close_gap(self):
-        """After rounds without drafts: all their states at once."""
-        if self.gap:
-            self.catch_up(self.gap_states[:, : self.gap], self.known - 1 - self.own_seen)
-            self.gap_at.zero_()
-            self.gap = 0
+    def read(self, start, stop):
+        """A piece of the prompts of the fresh rows, for trunk and module."""
+        text = self.state.text
+        count = (self.state.known - 1 - start).clamp(0, stop - start) * self.fresh  # (B,)
+        h = self.trunk.hidden(text[:, start:stop], self.cache, count)  # (B, <= PIECE, C)
+        if self.drafter:
+            self.drafter.catch_up(text, h, count)
+
+    def evict(self):
+        self.compress(self.cache.layers)
 
     def run(self, work, *args):
-        """work(*args); on a GPU the second time it is captured, and replayed from then on."""
+        """work(*args); on a GPU it is captured the second time, and replayed from then on."""
         key = (work.__name__, *args)
-        if self.text.device.type != "cuda" or key not in self.graphs:
+        if not self.cuda or key not in self.graphs:
             self.graphs[key] = None  # the first time is the warm-up that a capture needs
             return work(*args)
         if self.graphs[key] is None:
             torch.cuda.synchronize()
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):  # results stay in this object's own tensors: one pool for all graphs
+            # Results stay in tensors of this object, so that one pool serves all graphs.
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
                 work(*args)
             self.pool = self.graphs[key].pool()
         self.graphs[key].replay()
 
-    # -- whole texts
+    # -- what the host does
+
+    @torch.no_grad()
+    def generate(self, prompts, new):
+        """Continue each of one or more prompts, 1-D tensors of tokens, by at most `new` tokens.
+
+        -> of each prompt the new tokens and their log-probabilities, both 1-D. Raises ValueError for a prompt
+        that is empty or too long, FloatingPointError if the model's probabilities are not finite.
+        """
+        for p in prompts:
+            if not 1 <= len(p) < self.max_len:
+                raise ValueError(f"a prompt of {len(p)} tokens: 1 to {self.max_len - 1} are possible here")
+        todo = list(range(len(prompts)))[::-1]
+        answers = [None] * len(prompts)
+        owner = {}  # row -> the prompt that it answers
+        looks = []  # at segments that were started, each with the owners of its time
+        self.restart()
+        while todo or owner:
+            free = [row for row in range(self.batch) if row not in owner][: len(todo)]
+            if free:
+                # Reading at once would hold up rows at work: beside them prompts ride along as drafts.
+                at_once = not owner or self.compress is not None
+                owner.update((row, todo.pop()) for row in free)
+                chosen = [prompts[owner[row]] for row in free]
+                self.fill(free, chosen, [min(len(p) + new, self.max_len) for p in chosen], at_once)
+            looks.append((dict(owner), self.segment()))
+            # A look one segment late spares a GPU the wait for the host. Where no prompt waits for a row, it
+            # would only keep all rows at work for nothing.
+            late = self.cuda and bool(todo)
+            while len(looks) > late:
+                then, look = looks.pop(0)
+                active, known = look()
+                for row, i in then.items():
+                    if owner.get(row) == i and not active[row]:
+                        del owner[row]
+                        part = slice(len(prompts[i]), int(known[row]))
+                        answers[i] = (self.state.text[row, part].clone(), self.state.logp[row, part].clone())
+        if not torch.cat([logp for _, logp in answers]).isfinite().all():
+            raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
+        return answers
+
+    def restart(self):
+        """Before a new list of prompts. The weights may have changed."""
+        self.state.active.zero_()
+        self.held = 0
+        if self.compress and self.compress.records:
+            self.compress.restart()
+        if self.drafter:
+            self.drafter.restart()
 
     @torch.no_grad()
     def fill(self, rows, prompts, limits, at_once=True):
-        """Start texts in some rows, whose old entries are forgotten: prompts are read here, at once, or ride along as forced drafts."""
-        self.close_gap()
-        longest, cuda = max(len(p) for p in prompts), self.text.device.type == "cuda"
-        host = torch.zeros(len(self.known), 3 + longest, dtype=torch.long, pin_memory=cuda)  # of each row: is it new, its prompt's length,
-        host[rows, 0] = 1  # its limit, its prompt: one copy, which the host need not wait for
-        host[rows, 1:3] = torch.tensor([[len(p), limit] for p, limit in zip(prompts, limits)])
+        """Start texts in some rows, which forget theirs. Prompts are read here, or ride along as drafts."""
+        state = self.state
+        lengths = [len(p) for p in prompts]
+        longest = max(lengths)
+        # One copy that the host need not wait for: is a row new, its prompt's length, its limit, its prompt.
+        host = torch.zeros(self.batch, 3 + longest, dtype=torch.long, pin_memory=self.cuda)
+        host[rows, :3] = torch.tensor([[1, *pair] for pair in zip(lengths, limits)])
         host[rows, 3:] = nn.utils.rnn.pad_sequence([p.cpu() for p in prompts], batch_first=True)
-        new = host.to(self.text.device, non_blocking=True)  # (B, 3 + longest)
-        self.fresh.copy_(new[:, 0])
-        values = {self.given: new[:, 1], self.limit: new[:, 2], self.known: new[:, 1] if at_once else torch.ones_like(self.known)}
-        for state, value in values.items():
-            state.copy_(torch.where(self.fresh, value, state))
-        self.text[:, :longest] = torch.where(self.fresh[:, None], new[:, 3:], self.text[:, :longest])
-        self.active |= self.fresh
+        new = host.to(self.device, non_blocking=True)  # (B, 3 + longest)
+        fresh = new[:, :1] > 0  # (B, 1)
+        self.fresh.copy_(fresh[:, 0])
+        known = new[:, 1] if at_once else torch.ones_like(state.known)  # (B,)
+        for mine, value in ((state.known, known), (state.given, new[:, 1]), (state.limit, new[:, 2])):
+            mine.copy_(torch.where(self.fresh, value, mine))
+        text = state.text[:, :longest]  # (B, longest)
+        text.copy_(torch.where(fresh, new[:, 3:], text))
+        state.active.logical_or_(self.fresh)
         self.cache.rollback(self.cache.seen.masked_fill(self.fresh, 0))
-        if self.K:
-            self.own_seen.masked_fill_(self.fresh, 0)
-            for part in self.own.values():
-                part.rollback(torch.where(self.fresh, 0, self.max_len))
-        end = min(-(-(longest - 1) // 16) * 16, self.text.shape[1])  # few different shapes, since each is captured
+        if self.drafter:
+            self.drafter.forget(self.fresh)
+        self.held = max(self.held, longest - 1)
+        end = min(-(-(longest - 1) // 16) * 16, state.text.shape[1])  # few shapes, since each is captured
         for start in range(0, end * at_once, self.PIECE):
             if self.compress and self.compress.budget < start < longest - 1:
                 self.run(self.evict)
             self.run(self.read, start, min(start + self.PIECE, end))
 
-    def evict(self):
-        self.compress(self.cache.layers)
+    def segment(self):
+        """Start a few rounds -> a function that waits for them: which rows are active, how long each is."""
+        g = self.pace.choose()
+        n = self.SEGMENT // 2 if g else self.SEGMENT  # a round with drafts is longer, and its rows end sooner
+        if self.compress:
+            # With no more than budget entries in any row nothing would go. A recorder counts evictions.
+            if self.held > self.compress.budget or self.compress.records:
+                self.run(self.evict)
+                self.held = min(self.held, self.compress.budget)
+            self.held += n
+        timed = not self.cuda or self.graphs.get(("rounds", g, n)) is not None  # no warm-up, no capture
+        before = self.state.reads.clone()  # (B, 2)
+        began = time.perf_counter()
+        self.run(self.rounds, g, n)
+        reads = (self.state.reads - before).sum(0)  # (2,)
+        result = torch.cat([self.state.active, self.state.known, reads])  # (2 B + 2,)
+        host = torch.empty(result.shape, pin_memory=self.cuda).copy_(result, non_blocking=True)
+        if self.cuda:
+            done = torch.cuda.Event()
+            done.record()
 
-    def read(self, start, stop):
-        """A piece of the prompts of the fresh rows, for trunk and module."""
-        count = (self.known - 1 - start).clamp(0, stop - start) * self.fresh  # (B,)
-        h = self.trunk.hidden(self.text[:, start:stop], self.cache, count)  # (B, <= PIECE, C)
-        if self.K:
-            self.catch_up(h, count)
+        def look():
+            if self.cuda:
+                done.synchronize()
+            start = max(began, self.looked)  # until the look before, a GPU was at work on the segment before
+            self.looked = time.perf_counter()
+            *rows, rounds, tokens = host.tolist()
+            if timed:
+                self.pace.update(g, 1e3 * (self.looked - start) / n, rounds, tokens)
+            return rows[: self.batch], rows[self.batch :]
 
-    @torch.no_grad()
-    def generate(self, prompts, new):
-        """prompts: 1-D tensors of tokens, one or more; new: most tokens to add to each -> [(tokens, log-probabilities)] of what was added.
+        return look
 
-        The host looks at the rows one segment late, so that the GPU never waits for it.
-        """
-        for p in prompts:
-            if not 1 <= len(p) < self.max_len:
-                raise ValueError(f"a prompt of {len(p)} tokens: 1 to {self.max_len - 1} are possible here")
-        todo, answers, batch = list(range(len(prompts)))[::-1], [None] * len(prompts), len(self.active)
-        owner, since, number, looks = {}, {}, 0, []  # row -> prompt, row -> first look that knows about it
-        self.active.zero_()
-        if self.K:
-            self.table.copy_(self.mtp.half(self.embed))  # the weights may have changed
-        while todo or owner:
-            free = [row for row in range(batch) if row not in owner][: len(todo)]
-            if free:
-                owner.update((row, todo.pop()) for row in free)
-                since.update((row, number) for row in free)
-                chosen = [prompts[owner[row]] for row in free]
-                limits = [min(len(p) + new, self.max_len) for p in chosen]
-                # A piece of reading costs every row about two rounds; riding along costs the new rows a round for every g + 1 tokens.
-                longest = max(len(p) for p in chosen)
-                at_once = 2 * batch * -(-longest // self.PIECE) <= len(free) * longest / (self.pace.now + 1)
-                self.fill(free, chosen, limits, at_once or self.compress is not None)
-            looks.append(self.segment())
-            number += 1
-            if len(looks) > (self.text.device.type == "cuda"):
-                alive, known = self.look(looks.pop(0))
-                for row in [r for r in owner if not alive[r] and since[r] < number - len(looks)]:
-                    i = owner.pop(row)
-                    part = slice(len(prompts[i]), int(known[row]))
-                    answers[i] = (self.text[row, part].clone(), self.logp[row, part].clone())
-        for late in looks:
-            self.look(late)
-        if not torch.cat([logp for _, logp in answers]).isfinite().all():
-            raise FloatingPointError("log-probabilities of a generated text are not finite: the model's weights are broken")
-        return answers
+    # -- counts
+
+    def forget_counts(self):
+        self.state.counts.zero_()
+        self.state.reads.zero_()
 
     def summary(self):
         """Tokens per read and acceptance so far, counted."""
-        (reached, accepted, expected), (rounds, tokens) = self.counts.sum(0).cpu(), self.reads.sum(0).tolist()
-        rate = lambda x: " ".join(f"{r:.0%}" for r in (x / reached)[reached > 0].tolist())
-        return f"{tokens / max(rounds, 1):.2f} tokens per read; each depth accepted {rate(accepted)}, expected from sum min(p, q) {rate(expected)}"
-
-    def segment(self):
-        """Start a few rounds with as many drafts as pay -> what `look` needs to see how they went."""
-        g, cuda = self.pace.choose(), self.text.device.type == "cuda"
-        rounds = self.SEGMENT // 2 if g else self.SEGMENT  # a round with drafts takes longer, and its rows end sooner
-        if g or self.gap + rounds > self.GAP:
-            self.close_gap()
-        timed = not cuda or self.graphs.get(("round", g)) is not None  # warm-up and capture do not count
-        clock = (lambda: torch.cuda.Event(enable_timing=True)) if cuda else Clock
-        start, end = clock(), clock()
-        start.record()
-        if self.compress:
-            self.run(self.evict)
-        for _ in range(rounds):
-            self.gap += self.K > 0 and g == 0
-            self.run(self.round, g)
-        result = torch.cat([self.active, self.known, self.counts.sum(0)[:2].flatten()])
-        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=cuda).copy_(result, non_blocking=True)
-        end.record()
-        return g, rounds, timed, start, end, host
-
-    def look(self, segment):
-        """Wait for a segment and measure it -> per row: still active, tokens known."""
-        g, rounds, timed, start, end, host = segment
-        end.synchronize()
-        B, K, host = len(self.active), self.counts.shape[2], host.tolist()
-        counts = host[2 * B : 2 * B + K], host[2 * B + K :]  # drafts reached, accepted
-        if self.K and timed:
-            change = ([a - b for a, b in zip(x, y)] for x, y in zip(counts, self.seen_counts))
-            self.pace.update(g, start.elapsed_time(end) / rounds, *change)
-        self.seen_counts = counts
-        return host[:B], host[B : 2 * B]
+        reached, accepted, expected = self.state.counts.sum(0).cpu()  # (K,) each
+        rounds, tokens = self.state.reads.sum(0).tolist()
+        some = reached > 0  # (K,)
+        counted = percent((accepted / reached)[some])
+        hoped = percent((expected / reached)[some])
+        length = f"{tokens / max(rounds, 1):.2f} tokens per read"
+        return f"{length}; each depth accepted {counted}, expected from sum min(p, q) {hoped}"
 
 
-class Clock:
-    """torch.cuda.Event's part for a CPU."""
-
-    def record(self):
-        self.time = time.perf_counter()
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.time - self.time)  # ms
+def percent(rates):
+    return " ".join(f"{r:.0%}" for r in rates.tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Equipping a model that has none
 
 
 def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperature=1.0, say=print):
-    """Train the module on a frozen trunk with the trunk's own samples and own distributions: soft CE first, then end-to-end TV.
+    """Train the module on a frozen trunk with the trunk's own samples and own distributions.
 
-    samples (N, T) tokens that the trunk wrote behind `prompt` given ones, at `temperature`; the first `rows` of them are kept for testing.
-    -> expected acceptance (K,) on those, see expected_acceptance.
+    Soft CE comes first, then end-to-end TV. samples (N, T) tokens that the trunk wrote behind `prompt` given
+    ones, at `temperature`; the first `rows` are kept for testing. -> expected_acceptance (K,) on those.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    held, samples, device = samples[:rows], samples[rows:], samples.device
-    rng, start = torch.Generator().manual_seed(0), time.time()
+    device = samples.device
+    held = samples[:rows]  # (rows, T)
+    samples = samples[rows:]  # (N - rows, T)
+    rng = torch.Generator().manual_seed(0)
+    start = time.time()
     mask = torch.ones_like(held)
     mask[:, :prompt] = 0
 
     def unroll(text):
-        """text (rows, T) -> what the losses need of it: states, head, p, tokens, mask."""
+        """text (rows, T) -> states, head and p, which the losses compare."""
         with torch.no_grad():
             h = trunk.hidden(text)  # (rows, T, C)
             p = law(F.linear(h, trunk.head.weight), temperature)  # (rows, T, V)
-        return module.unroll(h, text, trunk.embed.weight, K), trunk.head.weight, p, text, mask[: len(text)]
+        return module.unroll(h, text, trunk.embed.weight, K), trunk.head.weight, p
 
     for step in range(steps):
-        kind = "soft" if step < 0.4 * steps else "e2e"
+        kind, objective = ("soft", soft_loss) if step < 0.4 * steps else ("e2e", e2e_loss)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
+        some = torch.randint(len(samples), (rows,), generator=rng).to(device)  # (rows,)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = draft_loss(kind, *unroll(samples[torch.randint(len(samples), (rows,), generator=rng).to(device)]), temperature)
+            loss = objective(*unroll(samples[some]), mask, temperature)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
-                rate = expected_acceptance(*unroll(held), temperature)
+                rate = expected_acceptance(*unroll(held), held, mask, temperature)  # (K,)
                 left = (time.time() - start) / (step + 1) * (steps - step - 1)
-                say(f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | length per read {1 + rate.sum():.2f} | depths "
-                    f"{' '.join(f'{r:.0%}' for r in rate.tolist())} | eta {left / 60:.1f} min")
+                say(
+                    f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | "
+                    f"length per read {1 + rate.sum():.2f} | depths {percent(rate)} | eta {left / 60:.1f} min"
+                )
     return rate
 
 
-def crops(tokens, rows, length, seed):
-    """Random pieces of a 1-D array of tokens -> list of `rows` tensors (length,)."""
-    starts = torch.randint(len(tokens) - length, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [torch.from_numpy(tokens[s : s + length].astype("int64")) for s in starts]
-
-
-def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
-    """Add a module to a run of train_lm.py: writes folder/mtp.pt and nothing else."""
-    import train_lm
-
-    model, cfg, folder = train_lm.load_run(folder, device, module=False)
-    data, step = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder), train_lm.load_checkpoint(folder / "ckpt.pt")["step"]
-    if cfg.context <= prompt:
-        raise train_lm.UserError(f"{folder} has a context of {cfg.context} tokens; {prompt} of each text are given")
-    new = min(new, cfg.context - prompt)
-    model.requires_grad_(False)
-    torch.manual_seed(cfg.seed)
-    model.mtp = MTP(train_lm.Block(cfg, 0), cfg.width, cfg.norm_eps).to(device)
-    trained, total = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.mtp, model))
-    print(f"equip    {folder}: {cfg.attn}, {total - trained:.2f} M parameters frozen, {trained:.2f} M in the module, K = {K}")
-    start = time.time()
-    writer = Decoder(train_lm.half(model), min(samples, 512), prompt + new)
-    given = crops(data.tokens["train"], samples, prompt, cfg.seed)
-    texts = torch.stack([torch.cat([g.to(device), x]) for g, (x, _) in zip(given, writer.generate(given, new))])  # (samples, T)
-    print(f"samples  {samples} of {prompt} given + {new} own tokens in {time.time() - start:.0f} s")
-    rate = equip(model, model.mtp, texts, prompt, K, steps)
-    train_lm.save_checkpoint(folder / "mtp.pt", {"module": model.mtp.state_dict(), "depths": K, "step": step})
-    print(f"equipped in {time.time() - start:.0f} s: {1 + rate.sum():.2f} tokens per read expected; {folder / 'mtp.pt'} holds the module")
-
-
-def bench_run(folder, device, batches, new=512, prompt=64, times=4):
-    """The same generation with and without drafts: `times` prompts per row, from the run's validation text, temperature 1."""
-    import train_lm
-
-    model, cfg, folder = train_lm.load_run(folder, device)
-    if not cfg.mtp:
-        raise train_lm.UserError(f"{folder} has no module: python mtp.py --equip {folder}")
-    data, model = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder), train_lm.half(model)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"bench    {folder}, {cfg.attn}, {next(model.parameters()).dtype}, on {name}; {times} texts per row, "
-          f"{prompt} given + {new} new tokens, temperature 1; medians of 3\n")
-    print(f"{'batch':>5} {'drafts':>8} {'seconds':>8} {'tokens/s':>9} {'saved':>6}  tokens per read, acceptance per depth")
-    for batch in batches:
-        prompts, plain = crops(data.tokens["val"], batch * times, prompt, 1), None
-        for drafts in (0, None, *sorted({(cfg.mtp + 1) // 2, cfg.mtp})):
-            decoder = Decoder(model, batch, prompt + new, model.mtp if drafts != 0 else None, cfg.mtp, drafts=drafts)
-            decoder.generate(prompts, 256 if drafts is None else 64)  # warm-up: graphs, and how many drafts pay
-            decoder.forget_counts()
-            seconds = []
-            for _ in range(3):
-                start = time.perf_counter()
-                decoder.generate(prompts, new)
-                seconds.append(time.perf_counter() - start)
-            seconds = sorted(seconds)[1]
-            plain = plain or seconds
-            label = "measured" if drafts is None else drafts or "none"
-            print(f"{batch:5} {label:>8} {seconds:8.3f} {len(prompts) * new / seconds:9.0f} {1 - seconds / plain:6.1%}  "
-                  f"{decoder.summary() if drafts != 0 else ''}", flush=True)
-
-
-def demo():
-    """A tiny model learns this file's header, with a module beside it; then one sentence of it, read by read."""
+def main():
+    """A tiny model learns this file's header, a module beside it; then one sentence of it, read by read."""
     import train_lm
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # of so small a model more threads mostly wait for each other
-    text = torch.tensor([ord(c) for c in __doc__[:1200]])  # so little that it learns it nearly by heart
+    text = torch.tensor([ord(c) for c in __doc__[:600]])  # so little that it learns it nearly by heart
     cfg = train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
     model = train_lm.LM(cfg)
-    objective, optimizer = train_lm.Objective(model), torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for step in range(250):
-        at = torch.randint(len(text) - 65, (8,))[:, None] + torch.arange(65)
+    objective = train_lm.Objective(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 250)
+    for _ in range(250):
+        at = torch.randint(len(text) - 65, (8,))[:, None] + torch.arange(65)  # (8, 65)
         rows = text[at]  # (8, 65)
         loss, _ = objective(rows[:, :-1], rows[:, 1:], torch.ones(8, 64))
         loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
-    prompt = text[:12]
+
+    def show(tokens):
+        return "".join(map(chr, tokens.tolist())).replace("\n", "~")
+
     decoder = Decoder(model, 1, 64, model.mtp, cfg.mtp, temperature=0.7, drafts=cfg.mtp)
-    decoder.fill([0], [prompt], [64])
-    show = lambda tokens: "".join(map(chr, tokens)).replace("\n", "~")
-    print(f"given    {show(prompt.tolist())}\n\nread  drafted    accepted   then")
+    written = decoder.state.text[0]  # (width,), in place
+    print(f"given    {show(text[:12])}\n\nread  drafted    accepted   then")
     reads = 0
     with torch.no_grad():
-        while decoder.active.item():
-            known, reads = decoder.known.item(), reads + 1
+        decoder.fill([0], [text[:12]], [64])
+        while decoder.state.active.item():
+            known = decoder.state.known.item()
+            reads += 1
             drafts, _ = decoder.round(cfg.mtp)
-            new = decoder.text[0, known : decoder.known.item()].tolist()
-            print(f"{reads:4}  {show(drafts[0].tolist()):10} {show(new[:-1]):10} {show(new[-1:])}")
-    print(f"\nwritten  {show(decoder.text[0, : decoder.known.item()].tolist())}\n\n{decoder.summary()}")
-
-
-def main(argv=None):
-    import train_lm
-
-    parser = train_lm.Parser(prog="mtp.py", description="Multi-token prediction: without options, a demo.", allow_abbrev=False)
-    parser.add_argument("--equip", metavar="RUN", help="train a module for the run in this folder, e.g. out/base-gqa; writes RUN/mtp.pt")
-    parser.add_argument("--bench", metavar="RUN", help="time generation with and without drafts")
-    parser.add_argument("--depths", type=int, default=8, help="K of --equip [8]")
-    parser.add_argument("--steps", type=int, default=2700, help="training steps of --equip, 32 texts each [2700]")
-    samples = "texts that the trunk writes for --equip [16384]; on a CPU try 512, with 300 steps"
-    parser.add_argument("--samples", type=int, default=16384, help=samples)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="batch sizes of --bench [1 16 64 256]")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        given = parser.parse_args(argv)
-        if min(given.depths, given.steps, *given.batch) < 1 or given.samples < 64:
-            raise train_lm.UserError("--depths, --steps and --batch must be at least 1, --samples at least 64")
-        if given.equip:
-            equip_run(given.equip, given.depths, given.steps, device, given.samples)
-        if given.bench:
-            bench_run(given.bench, device, given.batch)
-        if not given.equip and not given.bench:
-            demo()
-    except train_lm.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+            new = written[known : decoder.state.known.item()]
+            print(f"{reads:4}  {show(drafts[0]):10} {show(new[:-1]):10} {show(new[-1:])}")
+    print(f"\nwritten  {show(written[: decoder.state.known.item()])}\n\n{decoder.summary()}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:]:
+        print(__doc__)
+    else:
+        main()

@@ -354,11 +354,6 @@ def mis(log_xi, mask, low=0.5, high=2.0):
     return inside * ratio(log_xi), inside
 
 
-def icepop(log_xi, mask, low=0.5, high=5.0):
-    """IcePop: outside bounds the weight is 0, the average stays."""
-    return mis(log_xi, mask, low, high)[0], mask
-
-
 def sequence_mask(log_xi, mask, high=3.0):
     """The product of the answer's xi where it is at most `high`, else 0 (TRL)."""
     weight = ratio((log_xi * mask).sum(-1, keepdim=True))  # (B, 1)
@@ -380,14 +375,12 @@ class Correction(NamedTuple):
     weigh: Callable  # log xi, mask -> weight, counted
     anchor: str = "dense"  # PPO's ratio is taken against the "dense" old policy pi_o, or the "sampler" pi_s
     reads: tuple = ("full",)  # the learner reads the "full" history, what the sampler "kept", or each in turn
-    level: str = "token"  # PPO's ratio of each "token", or of the whole "answer"
 
 
-weights = (none, reject, reweight, both, released, tis, mis, icepop, sequence_mask, answer)
+weights = (none, reject, reweight, both, released, tis, mis, sequence_mask, answer)
 CORRECTIONS = {
     **{f.__name__: Correction(f) for f in weights},
     "bypass": Correction(none, anchor="sampler"),  # naive with two policies: rho = pi / pi_s
-    "gspo": Correction(none, level="answer"),  # GSPO (2507.18071): clipped per answer, at about 4e-4: --clip
     "replay": Correction(none, reads=("kept",)),  # mask replay: the compressed policy is trained, xi = 1
     "twin": Correction(answer, reads=("full", "kept")),  # ours: the mean of the losses of answer and replay
 }
@@ -404,18 +397,16 @@ def group_advantage(reward, size):
     return (centred / (r.std(-1, keepdim=True) + 1e-6)).flatten()
 
 
-def objective(logp, anchor, advantage, weight, counted, clip=0.2, level="token"):
+def objective(logp, anchor, advantage, weight, counted, clip=0.2):
     """The loss -1/B sum_i 1/|y_i| sum_t w_it min(rho adv_i, clip(rho, 1 - clip, 1 + clip) adv_i).
 
     logp (B, T) of the learner, with gradient; anchor (B, T) log pi_o or log pi_s; advantage (B,); weight and
-    counted (B, T) of a correction, outside the clip. Vetoed answers count in B. level "answer": rho is the
-    geometric mean over an answer. -> loss, share of clipped tokens, largest log rho.
+    counted (B, T) of a correction, outside the clip. Vetoed answers count in B. -> loss, share of clipped
+    tokens, largest log rho.
     """
     advantage = advantage[:, None]  # (B, 1)
     length = counted.sum(-1).clamp(min=1)  # (B,)
     log_rho = logp - anchor.detach()  # (B, T)
-    if level == "answer":
-        log_rho = ((log_rho * counted).sum(-1) / length)[:, None].expand_as(logp)
     rho = ratio(log_rho)
     free = rho * advantage  # (B, T)
     term = torch.minimum(free, rho.clamp(1 - clip, 1 + clip) * advantage)  # (B, T)

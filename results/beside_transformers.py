@@ -15,6 +15,7 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import mtp  # noqa: E402
 import train_lm  # noqa: E402
+from drafts import crops  # noqa: E402
 
 
 def as_llama(model):
@@ -46,7 +47,7 @@ def main():
     model, cfg, folder = train_lm.load_run(given.run, device)
     data, model = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder), train_lm.half(model)
     llama = as_llama(model)
-    prompts = torch.stack(mtp.crops(data.tokens["val"], given.batch, 64, 1)).to(device)
+    prompts = torch.stack(crops(data.tokens["val"], given.batch, 64, 1)).to(device)
     difference = (model(prompts).float() - llama(prompts).logits.float()).abs().max().item()
     decoder = mtp.Decoder(model, given.batch, 64 + given.new)
     how = dict(max_new_tokens=given.new, min_new_tokens=given.new, do_sample=True, temperature=1.0, top_k=0, use_cache=True)

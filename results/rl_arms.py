@@ -31,7 +31,7 @@ def options(arm):
     correct, *sampler = arm.split("-")
     how = ["--rollout", "dense"] if correct == "dense" else ["--correct", correct]
     named = zip(("--compressor", "--budget", "--buffer", "--recent", "--sinks", "--queries"), sampler)
-    return [*how, *(word for pair in named for word in pair), *(["--clip", 4e-4] if correct == "gspo" else [])]
+    return [*how, *(word for pair in named for word in pair)]
 
 
 def work(jobs, folder, gpu):

@@ -28,8 +28,9 @@ def measure(model, rows, prompt, new, compress):
         before = torch.cuda.memory_allocated()
     decoder = Decoder(model, rows, prompt + new, compress=compress)
     prompts = list(torch.randint(model.cfg.vocab, (rows, prompt)))
+    enough = 4 * decoder.SEGMENT + (compress.budget if compress else 0)  # tokens after which evictions have begun
     for _ in range(2):  # warm-up: of every shape the first call compiles, the second is captured as a graph
-        decoder.generate(prompts, min(new, 4 * decoder.SEGMENT))
+        decoder.generate(prompts, min(new, enough))
     start = time.perf_counter()
     decoder.generate(prompts, new)
     seconds = time.perf_counter() - start
@@ -58,8 +59,8 @@ def main():
         dense = None
         for budget in (None, *given.budget):
             compress = budget and Compressor("rkv", budget // 4 if given.small else budget, given.buffer)
-            row = model.new_cache(1, compress.slots if compress else prompt + new + 1, dtype=model.embed.weight.dtype,
-                                  compress=compress).nbytes  # fmt: skip
+            slots = compress.slots if compress else prompt + new + 1
+            row = model.new_cache(1, slots, dtype=model.embed.weight.dtype, compress=compress).nbytes
             rows = min(given.most, mib * 2**20 // row)
             if not rows:
                 continue

@@ -1,0 +1,137 @@
+"""Drafts for a run of train_lm.py: train a module on the finished model, then time generation with it.
+
+    python results/drafts.py equip RUN [--depths 8] [--steps 2700] [--samples 16384]    writes RUN/mtp.pt
+    python results/drafts.py bench RUN [--batch 1 16 64 256]
+
+RUN is the run's folder, for instance out/base-gqa. On one GPU each takes a few minutes. On a CPU try 512 samples
+and 300 steps. Read mtp.py first: it holds what is trained and timed here.
+"""
+
+import pathlib
+import sys
+import time
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import train_lm  # noqa: E402
+from mtp import MTP, Decoder, equip  # noqa: E402
+
+
+def crops(tokens, rows, length, seed):
+    """Random pieces of a 1-D array of tokens -> list of `rows` tensors (length,)."""
+    starts = torch.randint(len(tokens) - length, (rows,), generator=torch.Generator().manual_seed(seed))
+    return [torch.from_numpy(tokens[s : s + length].astype("int64")) for s in starts.tolist()]
+
+
+def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
+    """Train a module of K depths on `samples` texts that the run's model wrote: `prompt` tokens given + `new`."""
+    model, cfg, folder = train_lm.load_run(folder, device, module=False)
+    data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+    step = train_lm.load_checkpoint(folder / "ckpt.pt")["step"]
+    if cfg.context <= prompt:
+        raise train_lm.UserError(
+            f"{folder} has a context of {cfg.context} tokens; {prompt} of each text are given"
+        )
+    new = min(new, cfg.context - prompt)
+    model.requires_grad_(False)
+    torch.manual_seed(cfg.seed)
+    model.mtp = MTP(train_lm.Block(cfg, 0), cfg.width, cfg.norm_eps).to(device)
+    trained = sum(p.numel() for p in model.mtp.parameters()) / 1e6
+    frozen = sum(p.numel() for p in model.parameters()) / 1e6 - trained
+    print(
+        f"equip    {folder}: {cfg.attn}, {frozen:.2f} M parameters frozen, {trained:.2f} M in the module, "
+        f"K = {K}"
+    )
+
+    # 1) the model's own texts
+    start = time.time()
+    writer = Decoder(train_lm.half(model), min(samples, 512), prompt + new)
+    given = crops(data.tokens["train"], samples, prompt, cfg.seed)
+    answers = writer.generate(given, new)
+    texts = torch.stack([torch.cat([g.to(device), x]) for g, (x, _) in zip(given, answers)])  # (samples, T)
+    print(f"samples  {samples} of {prompt} given + {new} own tokens in {time.time() - start:.0f} s")
+
+    # 2) the module
+    rate = equip(model, model.mtp, texts, prompt, K, steps)
+    module = {"module": model.mtp.state_dict(), "depths": K, "step": step}
+    train_lm.save_checkpoint(folder / "mtp.pt", module)
+    print(
+        f"equipped in {time.time() - start:.0f} s: {1 + rate.sum():.2f} tokens per read expected; "
+        f"{folder / 'mtp.pt'} holds the module"
+    )
+
+
+def bench_run(folder, device, batches, new=512, prompt=64, times=4):
+    """The same generation with and without drafts: `times` prompts a row, from the run's validation text."""
+    model, cfg, folder = train_lm.load_run(folder, device)
+    if not cfg.mtp:
+        raise train_lm.UserError(f"{folder} has no module: python results/drafts.py equip {folder}")
+    data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+    model = train_lm.half(model)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(
+        f"bench    {folder}, {cfg.attn}, {next(model.parameters()).dtype}, on {name}; {times} texts per row, "
+        f"{prompt} given + {new} new tokens, temperature 1; medians of 3\n"
+    )
+    print(
+        f"{'batch':>5} {'drafts':>8} {'seconds':>8} {'tokens/s':>9} {'saved':>6}  "
+        f"tokens per read, acceptance per depth"
+    )
+    for batch in batches:
+        prompts = crops(data.tokens["val"], batch * times, prompt, 1)
+        plain = None
+        for drafts in (0, None, *sorted({(cfg.mtp + 1) // 2, cfg.mtp})):
+            decoder = Decoder(model, batch, prompt + new, model.mtp, cfg.mtp, drafts=drafts)
+            decoder.generate(
+                prompts, 256 if drafts is None else 64
+            )  # warm-up: graphs, and whether drafts pay
+            decoder.forget_counts()
+            seconds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                decoder.generate(prompts, new)
+                seconds.append(time.perf_counter() - start)
+            seconds = sorted(seconds)[1]
+            plain = plain or seconds
+            label = "measured" if drafts is None else drafts or "none"
+            found = decoder.summary() if drafts != 0 else ""
+            print(
+                f"{batch:5} {label:>8} {seconds:8.3f} {len(prompts) * new / seconds:9.0f} "
+                f"{1 - seconds / plain:6.1%}  {found}",
+                flush=True,
+            )
+
+
+def main(argv=None):
+    parser = train_lm.Parser(
+        prog="results/drafts.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    ways = parser.add_subparsers(dest="way", required=True)
+    way = ways.add_parser("equip", help="train a module; writes RUN/mtp.pt")
+    way.add_argument("run")
+    way.add_argument("--depths", type=int, default=8, help="K [8]")
+    way.add_argument("--steps", type=int, default=2700, help="training steps, 32 texts each [2700]")
+    way.add_argument("--samples", type=int, default=16384, help="texts that the model writes [16384]")
+    way = ways.add_parser("bench", help="time generation with and without drafts")
+    way.add_argument("run")
+    way.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="rows [1 16 64 256]")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        given = parser.parse_args(argv)
+        if given.way == "bench":
+            if min(given.batch) < 1:
+                raise train_lm.UserError("--batch must be at least 1")
+            bench_run(given.run, device, given.batch)
+        else:
+            if min(given.depths, given.steps) < 1 or given.samples < 64:
+                raise train_lm.UserError("--depths and --steps must be at least 1, --samples at least 64")
+            equip_run(given.run, given.depths, given.steps, device, given.samples)
+    except train_lm.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
