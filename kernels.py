@@ -134,9 +134,10 @@ def fast_path(definition):
 def check(q, keys, queries=1, most=64, width=256, block=16):
     """Raises Refused for what attention kernels cannot do -> heads of a group.
 
-    queries: so many read the same keys; most: heads in a group; width: of keys and values; block: tokens.
+    queries: so many read the same keys; most: heads in a group; width: the largest; block: tokens in one.
     """
-    H, G = q.shape[1], keys.k.shape[1]
+    H = q.shape[1]
+    G = keys.k.shape[1]
     given = [x for x in (keys.k, keys.k2, keys.v) if x is not None]
     if H % G or H // G > most:
         raise Refused(f"{H} heads in {G} groups: a group has 1 to {most} heads")
@@ -146,8 +147,8 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
         raise Refused(f"widths {[x.shape[3] for x in given]}: at most {width}")
     if any(x.dtype != q.dtype for x in given):
         raise Refused("queries, keys and values must be of one dtype")
-    if block not in (16, 32, 64, 128) or block % queries and width == 256:
-        raise Refused(f"blocks of {block} tokens, lists of {queries} queries: 16, 32, 64 or 128 tokens")
+    if block not in (16, 32, 64, 128):
+        raise Refused(f"blocks of {block} tokens: 16, 32, 64 or 128")
     return H // G
 
 
@@ -186,7 +187,7 @@ class Rope(torch.autograd.Function):
         ctx.rest = (base, -sign)
         B, H, T, P = x.shape
         x = x if x.stride(3) == 1 else x.contiguous()
-        out = torch.empty(B, H, T, P, dtype=x.dtype, device=x.device)
+        out = x.new_empty(B, H, T, P)
         strides = (*x.stride()[:3], *pos.expand(B, T).stride())
         log2_base = torch.tensor(float(base), dtype=torch.float64).log2().item()
         BT = min(64, power(T))
@@ -228,14 +229,15 @@ def kv_of(k, k2, v):
 
 
 def widths_of(q, k, k2, v, multiple=1):
-    """Widths of these tensors, whose rows are `multiple` numbers long or two, three, .. times that."""
+    """Widths of these tensors. Rows of k and v in memory are as long as a multiple of `multiple`."""
     h = q.shape[1] // k.shape[1]
     DK = k.shape[3]
     D2 = 0 if k2 is None else k2.shape[3]
     DV = DK if v is None else v.shape[3]
-    ends = (-DK % multiple, -DV % multiple)
-    key = (DK, DK + ends[0], power(DK, 16), D2, power(D2, 16))
-    return Widths(h, power(h), *key, DV, DV + ends[1], power(DV, 16), v is None)
+    WK = DK + -DK % multiple
+    WV = DV + -DV % multiple
+    key = (DK, WK, power(DK, 16), D2, power(D2, 16))
+    return Widths(h, power(h), *key, DV, WV, power(DV, 16), v is None)
 
 
 def align(x, D2=0):
@@ -849,6 +851,8 @@ def in_rows(q, keys):
 def attend(q, keys, scale, window=0, l=1, d=1, lists=None, block=0, share=1):
     """The door to Attention: Dense, or with lists Lists -> o, lse."""
     check(q, keys, share, block=block or 16)
+    if block % share:
+        raise Refused(f"{share} queries with one list must lie in one block of {block}")
     rule = Dense(*numbers_of(q, keys), window, l, d, 1)
     if lists is not None:
         rule = Lists(*rule[:4], lists, lists.shape[3])
@@ -1006,8 +1010,8 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
     tile, options = tile_of("scores", w, q.dtype)
     tile = tile._replace(BN=max(tile.BN, sizes.block // sizes.d))
     chunk = min(rows, triton.cdiv(2**25 // (B * G * blocks), tile.BQ) * tile.BQ)  # lists at a time
-    lists = torch.empty(B, G, rows, n, dtype=torch.int32, device=q.device)
-    own = torch.empty(B * G, chunk, blocks, device=q.device)
+    lists = q.new_empty(B, G, rows, n, dtype=torch.int32)
+    own = q.new_empty(B * G, chunk, blocks, dtype=torch.float32)
     over = torch.empty_like(own) if sizes.l > sizes.d else None
     for row0 in range(0, rows, chunk):
         count = min(chunk, rows - row0)
@@ -1208,7 +1212,7 @@ def cached_lists(q, q_pos, keys, lists, block, scale):
 
 @jit
 def importance_kernel(
-    to, scores, blocks, rule, w: constexpr, tile: constexpr, sizes: constexpr, BE: constexpr
+    to, scores, rule, blocks, w: constexpr, tile: constexpr, sizes: constexpr, BE: constexpr
 ):
     """What is left when all scores are known, for one query and group; two kinds of programs, side by side.
 
@@ -1252,10 +1256,10 @@ def cached_entries(q, q_pos, keys, tokens, sizes, scale):
     h = check(q, keys, T, most=128, width=2**16, block=sizes.block)
     blocks = triton.cdiv(tokens, sizes.block)
     n = min(sizes.n, blocks)
-    raw = torch.empty(B, H, T, triton.cdiv(S, 16) * 16, device=q.device)
-    own = torch.empty(B * G, T, blocks, device=q.device)
+    raw = q.new_empty(B, H, T, triton.cdiv(S, 16) * 16, dtype=torch.float32)
+    own = q.new_empty(B * G, T, blocks, dtype=torch.float32)
     over = torch.empty_like(own) if sizes.l > sizes.d else None
-    lists = torch.empty(B, G, T, n, dtype=torch.int32, device=q.device)
+    lists = q.new_empty(B, G, T, n, dtype=torch.int32)
     cut = shares_of(q, keys, T, S, raw=raw)
     rest = (keys.pos, keys.pos.shape[1], 2**31 - 1)
     rule = slots_rule(Slots, q, q_pos, keys, cut, *rest)
@@ -1265,7 +1269,7 @@ def cached_entries(q, q_pos, keys, tokens, sizes, scale):
     BE = max(128, many // w.HP)
     chunks = triton.cdiv(max(S, blocks * sizes.block // sizes.d), BE)
     grid = (T, B * G, chunks + (h if splits > 1 else 0))
-    importance_kernel[grid](to, (own, over), blocks, rule, w, tile, sizes, BE)
+    importance_kernel[grid](to, (own, over), rule, blocks, w, tile, sizes, BE)
     warps = max(1, min(8, power(blocks) // 512))
     rest = (Chunk(0, T, T, blocks, n, T, G), sizes, power(blocks, 16), power(n))
     choose_kernel[T, B * G](own, over, rule.q_pos, lists, *rest, num_warps=warps)
