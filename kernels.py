@@ -1370,19 +1370,20 @@ def write_row(x, b, head, take, slot, S, W, P):
 
 
 @jit
-def write_slots_kernel(parts, length, count, S, widths: constexpr, padded: constexpr):
-    """One program: one new token of one row and head. Only the last S tokens find room in a ring."""
+def write_slots_kernel(parts, length, count, S, widths: constexpr, padded: constexpr, RING: constexpr):
+    """One program: one new token of one row and head. A ring takes the last S; a row that is full, none."""
     b = tl.program_id(1).to(tl.int64)
     n = tl.load(count + b)
+    begin = tl.load(length + b)
     take = tl.program_id(0) + tl.maximum(n - S, 0)
-    if take < n:
-        slot = (tl.load(length + b) + take) % S
+    if (take < n) & ((begin + n <= S) | RING):
+        slot = (begin + take) % S
         for i in tl.static_range(len(parts)):
             write_row(parts[i], b, tl.program_id(2), take, slot, S, widths[i], padded[i])
 
 
 def write_slots(length, buffers, new, count, ring):
-    """In place: buffers (B, heads, S) or (B, heads, S, width), new likewise with T. Room is not checked."""
+    """In place: buffers (B, heads, S) or (B, heads, S, width), new likewise with T."""
     B, _, T = new[0].shape[:3]
     S = buffers[0].shape[2]
     new = [x[..., None] if x.dim() == 3 else x for x in new]  # positions have width 1
@@ -1391,7 +1392,8 @@ def write_slots(length, buffers, new, count, ring):
     widths = tuple(x.shape[3] for x in new)
     grid = (min(T, S), B, max(x.shape[1] for x in new))
     count = count.contiguous()  # it may be one number, expanded
-    write_slots_kernel[grid](tuple(parts), length, count, S, widths, tuple(map(power, widths)))
+    padded = tuple(power(width) for width in widths)
+    write_slots_kernel[grid](tuple(parts), length, count, S, widths, padded, ring)
 
 
 # ------------------------------------------------------------------------------------------------------------
