@@ -728,89 +728,71 @@ def test_nsa_branches_have_keys_and_values_of_their_own():
 
 @contextlib.contextmanager
 def kernels_in_use(yes=True):
-    """Let the attention files use the kernels wherever Triton can run them, in the interpreter too, or nowhere."""
+    """Let the decorated definitions use their kernels wherever Triton can run them, or nowhere."""
     if kernels.triton is None:
         raise unittest.SkipTest("needs Triton")
-
-    def able(x, k=None, v=None, block=16, share=1):
-        return (
-            yes
-            and x.dtype != torch.float64
-            and (k is None or not kernels.complaint(x, k, v, None, block, share))
-        )
-
-    with swapped(kernels, "fast", able):
+    with swapped(kernels, "usable", lambda x: yes and x.dtype != torch.float64):
         yield
 
 
+@contextlib.contextmanager
+def fast(name, wrong):
+    """Replace the fast function of a pair by a mutant for a while."""
+    pair = kernels.PAIRS[name]
+    kernels.PAIRS[name] = (pair[0], wrong)
+    try:
+        yield
+    finally:
+        kernels.PAIRS[name] = pair
+
+
 class Sizes:
-    """One attention problem: queries, and keys [k ; k2] and values (v is k: latents) of tokens and of compressed blocks."""
+    """One attention problem: queries, and Keys of tokens and of compressed blocks (Dv None: latents)."""
 
-    def __init__(
-        self, T, h, G, D, Dv=None, P=0, l=32, d=16, block=64, n=4, W=20, every=1, B=1, dtype=torch.float32
-    ):
-        self.T, self.l, self.d, self.block, self.n, self.W, self.every, self.G, self.scale = (
-            T,
-            l,
-            d,
-            block,
-            n,
-            W,
-            every,
-            G,
-            (D + P) ** -0.5,
-        )
-        new = lambda heads, S, width: torch.randn(
-            B, heads, S, width, dtype=dtype, device=DEVICE, requires_grad=True
-        )
-        keys = lambda S: (k := new(G, S, D), new(1, S, P) if P else None, new(G, S, Dv) if Dv else k)
-        self.q, self.tokens, self.entries = new(h * G, T, D + P), keys(T), keys(int(nsa.blocks_done(T, l, d)))
+    def __init__(self, T, h, G, D, Dv=None, P=0, W=20, B=1, dtype=torch.float32, **blocks):
+        sizes = {"l": 32, "d": 16, "block": 64, "n": 4, "share": 1, **blocks}
+        self.T, self.G, self.W, self.sizes, self.scale = T, G, W, nsa.Blocks(**sizes), (D + P) ** -0.5
+        new = lambda *shape: torch.randn(B, *shape, dtype=dtype, device=DEVICE, requires_grad=True)
+
+        def keys(pos):
+            S = pos.shape[1]
+            return la.keys_of(
+                None, pos, None, new(G, S, D), new(G, S, Dv) if Dv else None, new(1, S, P) if P else None
+            )
+
         self.pos = torch.arange(T, device=DEVICE)[None]
-        self.end = (torch.arange(self.entries[0].shape[2], device=DEVICE) * d + l - 1)[None, None]
-        lists = nsa.select_blocks(torch.rand(B, G, T, -(-T // block), device=DEVICE), self.pos, block, n)
-        lists = (
-            lists[:, :, ::every].masked_fill(lists[:, :, ::every] < 0, 2**20).sort(-1)[0]
-        )  # ascending, (B, G, ceil(T / every), n)
-        self.lists = lists.masked_fill(lists == 2**20, -1)
-        self.name = f"T {T}, {h} x {G} heads, widths {D}/{P}/{Dv}, blocks {l}/{d}/{block}"
+        N = int(nsa.blocks_done(T, self.sizes.l, self.sizes.d))
+        end = torch.arange(N, device=DEVICE)[None] * self.sizes.d + self.sizes.l - 1
+        self.q, self.tokens, self.entries = new(h * G, T, D + P), keys(self.pos), keys(end)
+        t0 = self.pos[:, :: self.sizes.share]
+        scores = torch.rand(B, G, t0.shape[1], -(-T // self.sizes.block), device=DEVICE)
+        self.lists = nsa.select_blocks(scores, t0, self.sizes)
+        self.name = f"T {T}, {h} x {G} heads, widths {D}/{P}/{Dv}, {self.sizes}"
 
-    def leaves(self, kv):
-        k, k2, v = kv
-        return [x for x in (self.q, k, k2, None if v is k else v) if x is not None]
+    def given(self, branch):
+        return self.entries if branch == "compressed" else self.tokens
 
-    def masks(self):
-        """What each branch may read (1, 1 or G, T, S), for the reference."""
-        lists = self.lists.repeat_interleave(self.every, 2)[:, :, : self.T]
-        tokens = self.pos[:, None]
-        return {
-            "window": visible(self.pos, tokens, self.W),
-            "compressed": visible(self.pos, self.end),
-            "selected": nsa.chosen_tokens(lists, tokens, self.block, visible(self.pos, tokens)),
-        }
+    def leaves(self, branch):
+        keys = self.given(branch)
+        return [x for x in (self.q, keys.k, keys.k2, keys.v) if x is not None]
 
-    def fast(self, branch):
-        k, k2, v = self.entries if branch == "compressed" else self.tokens
+    def run(self, branch, q=None, keys=None):
+        """The decorated function, which runs the kernel or the definition."""
+        q, keys = self.q if q is None else q, self.given(branch) if keys is None else keys
         if branch == "window":
-            return kernels.window_attention(self.q, k, v, self.W, self.scale, k2)
+            return la.window_attention(q, keys, self.W, self.scale)
         if branch == "compressed":
-            return kernels.compressed_attention(self.q, k, v, self.l, self.d, self.scale, k2)[0]
-        return kernels.selected_attention(self.q, k, v, self.lists, self.block, self.scale, k2, self.every)
+            return nsa.compressed_attention(q, self.pos, keys, self.T, self.sizes, self.scale)[0]
+        return nsa.selected_attention(q, self.pos, keys, self.lists, self.sizes, self.scale)
 
     def plain(self, branch, dtype):
-        """The same by attend, with copies of the leaves in another dtype -> (o, leaves)."""
-        kv = self.entries if branch == "compressed" else self.tokens
-        copies = [x.detach().to(dtype).requires_grad_() for x in self.leaves(kv)]
-        q, k = copies[:2]
-        k2, v = copies[2] if kv[1] is not None else None, k if kv[2] is kv[0] else copies[-1]
-        mask = self.masks()[branch]
-        none = ~mask.any(-1, keepdim=True)  # queries before the first block: exactly 0
-        o = attend(q, la.join(k, k2), v, mask | none, self.scale)
-        return o.masked_fill(
-            none.expand(-1, q.shape[1] if none.shape[1] == 1 else none.shape[1], -1, -1)
-            if none.shape[1] == 1
-            else none.repeat_interleave(q.shape[1] // self.G, 1),
-            0,
-        ), copies
+        """By the definition, with copies of the leaves in another dtype -> (o, leaves)."""
+        copy = lambda x: None if x is None else x.detach().to(dtype).requires_grad_()
+        q, keys = copy(self.q), self.given(branch)
+        keys = keys._replace(k=copy(keys.k), v=copy(keys.v), k2=copy(keys.k2))
+        with kernels_in_use(False):
+            o = self.run(branch, q, keys)
+        return o, [x for x in (q, keys.k, keys.k2, keys.v) if x is not None]
 
 
 def with_gradients(o, leaves, weight=None):
@@ -824,13 +806,14 @@ def off(a, b):
 
 
 def kernels_equal_attend(s, branch):
-    kv = s.entries if branch == "compressed" else s.tokens
-    ours, want = with_gradients(s.fast(branch), s.leaves(kv)), with_gradients(*s.plain(branch, torch.float64))
-    for what, a, b in zip(("output", "dq", "dk", "dk2" if kv[1] is not None else "dv", "dv"), ours, want):
+    ours = with_gradients(s.run(branch), s.leaves(branch))
+    want = with_gradients(*s.plain(branch, torch.float64))
+    for what, a, b in zip(
+        ("output", "dq", "dk", "dk2" if s.tokens.k2 is not None else "dv", "dv"), ours, want
+    ):
         assert off(a, b) < 1e-5, f"{branch} attention, {s.name}: {what} is off by {off(a, b):.1e}"
 
 
-@slow
 def test_attention_kernels_equal_attend_with_gradients():
     with kernels_in_use():
         for T, h, G, D, Dv, more in [
@@ -843,73 +826,56 @@ def test_attention_kernels_equal_attend_with_gradients():
             (31, 4, 1, 64, 64, dict(n=3, W=33)),
             (31, 12, 1, 16, 16, {}),
             (31, 1, 1, 128, 128, dict(B=2)),
-            (100, 2, 1, 16, 16, dict(l=16, d=8, block=32, n=3)),
+            (100, 2, 1, 16, 16, dict(l=16, d=8, n=3)),
             (31, 1, 2, 64, 64, dict(P=32, W=7)),  # NSA, MLA
-            (257, 4, 1, 24, None, dict(P=8, l=16, block=16, every=4)),
-            (50, 16, 2, 30, None, dict(P=16, l=16, block=16, every=4)),  # ASA
+            (257, 4, 1, 24, None, dict(P=8, l=16, block=16, share=4)),
+            (50, 16, 2, 30, None, dict(P=16, l=16, block=16, share=4)),  # ASA
         ]:
-            s = Sizes(T, h, G, D, Dv, **{**more, "block": more.get("block", 32)})
-            for branch in ("window", "selected") + ("compressed",) * (s.entries[0].shape[2] > 0):
+            s = Sizes(T, h, G, D, Dv, **{"block": 32, **more})
+            for branch in ("window", "selected") + ("compressed",) * (s.entries.k.shape[2] > 0):
                 kernels_equal_attend(s, branch)
         right, chunks = kernels.invert, []
-        with swapped(
-            kernels, "L2", 2**12
-        ):  # the last one, 16 heads x 4 queries to a list, its queries in chunks
+        with swapped(kernels, "L2", 2**12):  # the last one, 16 heads x 4 queries to a list, in chunks
             with swapped(kernels, "invert", lambda *args: [chunks.append(args[3]), right(*args)][1]):
                 kernels_equal_attend(s, "selected")
             with swapped(kernels, "invert", lambda *args: (right(*args)[0].flip(0), *right(*args)[1:])):
                 fails(kernels_equal_attend, s, "selected")
         assert min(chunks) > 4, f"chunks: {chunks}"
         s = Sizes(31, 2, 2, 16, 16)
-        none = with_gradients(s.fast("compressed"), s.leaves(s.entries))
-        assert all((x == 0).all() for x in none), (
-            "before the first block: exactly 0, and so are the gradients"
-        )
-        k, _, v = s.tokens
-        late = lambda q, k, v, W, scale, k2=None: kernels.attend(
-            "late", q, k, v, None, scale, k2, window=W + 1
-        )[0]
-        with swapped(kernels, "window_attention", late):
+        none = with_gradients(s.run("compressed"), s.leaves("compressed"))
+        assert all((x == 0).all() for x in none), "before the first block: 0, and so are the gradients"
+        with fast("window_attention", lambda q, keys, W, scale: kernels.attend(q, keys, scale, W + 1)[0]):
             fails(kernels_equal_attend, s, "window")
 
 
-@slow
 def test_selection_kernels_equal_the_reference():
     with kernels_in_use():
         for T, h, G, more in [
             (100, 2, 1, dict(n=3, block=32)),
-            (257, 4, 1, dict(n=4, every=4, l=16, block=16)),
+            (257, 4, 1, dict(n=4, share=4, l=16, block=16)),
             (31, 3, 2, dict(n=9, block=16, l=16)),
             (70, 1, 1, dict(n=3, l=32, d=8, block=32)),
         ]:
             s = Sizes(T, h, G, 16, None, P=8, **more)
-            k, k2, v = s.entries
-            _, lse = kernels.compressed_attention(s.q, k, v, s.l, s.d, s.scale, k2)
-            lists = kernels.select(s.q, k, lse, s.l, s.d, s.block, s.n, s.scale, k2, s.every).long()
-            p = nsa.compressed_attention(s.q, la.join(k, k2), v, visible(s.pos, s.end), s.scale)[1]
-            score = nsa.block_importance(p, s.G, s.l, s.d, s.block, T)
-            want = nsa.select_blocks(score, s.pos, s.block, s.n)[:, :, :: s.every]
-            value = lambda x: torch.where(x >= 0, score[:, :, :: s.every].gather(-1, x.clamp(min=0)), 0).sum(
-                -1
-            )
+            problem = (s.q, s.pos, s.entries, T, s.sizes, s.scale)
+            lists = nsa.compressed_attention(*problem)[1].long()
+            want = nsa.compressed_attention.definition(*problem)[1]
+            assert lists.shape == want.shape and lists.dtype == want.dtype
+            p = nsa.attend_with_weights(s.q, *s.entries.joined(), visible(s.pos, s.entries.pos), s.scale)[1]
+            score = nsa.block_importance(p[:, :, :: s.sizes.share], s.G, s.sizes, T)
+            value = lambda x: torch.where(x >= 0, score.gather(-1, x.clamp(min=0)), 0).sum(-1)
             close(
                 value(lists), value(want), 1e-5, f"{s.name}: score of the chosen blocks"
-            )  # near ties may be decided otherwise
-            assert torch.equal((lists >= 0).sum(-1), (want >= 0).sum(-1)) and torch.equal(
-                lists[..., 0], want[..., 0] * 0
-            )
+            )  # near ties differ
+            assert torch.equal(lists >= 0, want >= 0) and torch.equal(lists[..., 0], want[..., 0] * 0)
             valid = lists.masked_fill(lists < 0, 2**20)
-            assert ((valid.diff(dim=-1) > 0) | (valid[..., 1:] == 2**20)).all(), (
-                "ascending, each block once, then -1"
-            )
-            own = s.pos[:, None, :: s.every, None] // s.block
+            assert ((valid.diff(dim=-1) > 0) | (valid[..., 1:] == 2**20)).all(), "ascending, then -1"
+            own = s.pos[:, None, :: s.sizes.share, None] // s.sizes.block
             for forced in (0, own - 1, own):
-                assert (lists == torch.as_tensor(forced).clamp(min=0)).any(-1).all(), (
-                    f"{s.name}: a forced block is missing"
-                )
+                found = (lists == torch.as_tensor(forced).clamp(min=0)).any(-1)
+                assert found.all(), f"{s.name}: a forced block is missing"
 
 
-@slow
 def test_layers_on_kernels_equal_the_reference():
     pos = torch.arange(50, device=DEVICE)[None]
     for attn, depth in (("nsa", 0), ("asa", 0), ("asa", 1)):
@@ -924,30 +890,47 @@ def test_layers_on_kernels_equal_the_reference():
 
 
 def test_kernels_refuse_what_they_cannot_do():
-    with kernels_in_use():
-        q = lambda heads, width=16, **kind: torch.randn(1, heads, 8, width, device=DEVICE, **kind)
-        for what, args in {
-            "1 to 64 heads": (q(130), q(1), q(1)),
-            "at most 256": (q(2, 320), q(2, 320), q(2, 64)),
-            "one dtype": (q(2), q(2, dtype=torch.float16), q(2)),
-        }.items():
-            try:
-                kernels.window_attention(*args, 4, 1.0)
-            except ValueError as e:
-                assert what in str(e) and "\n" not in str(e)
-            else:
-                raise AssertionError(f"not refused: {what}")
-            assert not kernels.fast(*args), "what is refused is left to the reference"
-        assert "at most 128 rows" in kernels.complaint(q(64), q(1), q(1), share=4) and not kernels.complaint(
-            q(32), q(1), q(1), share=4
-        )
+    """One clear line, before anything is launched; a decorated function then gives what the definition gives."""
+    if kernels.triton is None:
+        raise unittest.SkipTest("needs Triton")
+    new = lambda heads, width=16, **kind: torch.randn(1, heads, 8, width, device=DEVICE, **kind)
+    pos = torch.arange(8, device=DEVICE)[None]
+    keys = lambda k, v: la.keys_of(None, pos, None, k, v)
+    lists = torch.zeros(1, 1, 2, 1, dtype=torch.int32, device=DEVICE)
+    sizes = lambda **more: nsa.Blocks(**{"l": 16, "d": 16, "block": 16, "n": 3, **more})
+    for what, f, args in (
+        ("1 to 64 heads", la.window_attention, (new(130), keys(new(1), new(1)), 4, 1.0)),
+        ("at most 256", la.window_attention, (new(2, 320), keys(new(2, 320), new(2, 64)), 4, 1.0)),
+        ("one dtype", la.window_attention, (new(2), keys(new(2, dtype=torch.float16), new(2)), 4, 1.0)),
+        (
+            "128 rows",
+            nsa.selected_attention,
+            (new(64), pos, keys(new(1), new(1)), lists, sizes(share=4), 1.0),
+        ),
+        (
+            "blocks of 24",
+            nsa.compressed_attention,
+            (new(2), pos, keys(new(2), new(2)), 8, sizes(block=24), 1.0),
+        ),
+        ("side by side", la.cached_attention, (new(2), pos, keys(new(2), new(2)), 1.0)),
+    ):
+        try:
+            kernels.PAIRS[f.__name__][1](*args)
+        except kernels.Refused as e:
+            assert what in str(e) and "\n" not in str(e), str(e)
+        else:
+            raise AssertionError(f"not refused: {what}")
+        with kernels_in_use():
+            if what != "one dtype":
+                a, b = f(*args), f.definition(*args)
+                assert torch.equal(a[0], b[0]), f"{what}: what is refused is left to the definition"
 
 
 def test_kernels_compiled_in_bf16():
     """Against fp64, beside SDPA in bf16 on the same data; two runs have the same bits."""
     if not CUDA:
         raise unittest.SkipTest("needs CUDA")
-    asa = dict(l=16, block=16, n=12, every=4, dtype=torch.bfloat16)
+    asa = dict(l=16, block=16, n=12, share=4, dtype=torch.bfloat16)
     for sizes in [
         (1000, 16, 4, 128, 128, {}),
         (1000, 4, 4, 64, 64, {}),
@@ -960,13 +943,12 @@ def test_kernels_compiled_in_bf16():
     ]:
         s = Sizes(*sizes[:5], **{"W": 200, "dtype": torch.bfloat16, **sizes[5]})
         for branch in ("window", "compressed", "selected"):
-            leaves = s.leaves(s.entries if branch == "compressed" else s.tokens)
-            grad = torch.randn(*s.q.shape[:3], leaves[1 if sizes[4] is None else -1].shape[3], device="cuda")
-            one, two = (with_gradients(s.fast(branch), leaves, grad) for _ in range(2))
+            leaves = s.leaves(branch)
+            grad = torch.randn(*s.q.shape[:3], sizes[4] or sizes[3], device="cuda")
+            one, two = (with_gradients(s.run(branch), leaves, grad) for _ in range(2))
             assert all(torch.equal(a, b) for a, b in zip(one, two)), f"{branch}, {s.name}: two runs differ"
-            exact, sdpa = (
-                with_gradients(*s.plain(branch, dtype), grad) for dtype in (torch.float64, torch.bfloat16)
-            )
+            exact = with_gradients(*s.plain(branch, torch.float64), grad)
+            sdpa = with_gradients(*s.plain(branch, torch.bfloat16), grad)
             for i, (a, b, c) in enumerate(zip(one, sdpa, exact)):
                 ours, theirs = off(a, c), off(b, c)
                 assert ours < 1.5 * theirs + 1e-4, (
@@ -982,30 +964,25 @@ def test_kernels_address_more_than_2_to_31_elements():
     new = lambda heads, S: torch.randn(
         1, heads, S, D, device="cuda", dtype=torch.bfloat16, requires_grad=True
     )
+    sizes, pos = nsa.Blocks(32, 16, 64, 16), torch.arange(T, device="cuda")[None]
     q, k, v, N = new(h * G, T), new(G, T), new(G, T), (T - 32) // 16 + 1
     assert q.numel() > 2**31
-    k_c, v_c, weight, results = (
-        new(G, N),
-        new(G, N),
-        torch.randn(1, 1, T, 1, device="cuda", dtype=torch.bfloat16),
-        [],
-    )
+    k_c, v_c, results = new(G, N), new(G, N), []
+    weight = torch.randn(1, 1, T, 1, device="cuda", dtype=torch.bfloat16)
+    end = torch.arange(N, device="cuda")[None] * 16 + 31
     for only in (False, True):
         pick = lambda x, heads: x.detach()[:, -heads:].contiguous().requires_grad_() if only else x
         leaves = q_, k_, v_, kc_, vc_ = pick(q, h), pick(k, 1), pick(v, 1), pick(k_c, 1), pick(v_c, 1)
-        o, lse = kernels.compressed_attention(q_, kc_, vc_, 32, 16, D**-0.5)
-        lists = kernels.select(q_, kc_, lse, 32, 16, 64, 16, D**-0.5)
-        o = (
-            o
-            + kernels.selected_attention(q_, k_, v_, lists, 64, D**-0.5)
-            + kernels.window_attention(q_, k_, v_, 512, D**-0.5)
-        )
+        entries, tokens = la.keys_of(None, end, None, kc_, vc_), la.keys_of(None, pos, None, k_, v_)
+        o, lists = kernels.compressed_attention(q_, pos, entries, T, sizes, D**-0.5)
+        o = o + kernels.selected_attention(q_, pos, tokens, lists, sizes, D**-0.5)
+        o = o + kernels.window_attention(q_, tokens, 512, D**-0.5)
         grads = torch.autograd.grad(o, leaves, weight.expand_as(o).contiguous())
         results.append([x[:, -heads:].clone() for x, heads in zip((o, lists, *grads), (h, 1, h, 1, 1, 1, 1))])
-        del o, lse, lists, grads
+        del o, lists, grads
     for what, a, b in zip(("output", "lists", "dq", "dk", "dv", "dk of blocks", "dv of blocks"), *results):
-        # Few blocks are split over more programs when alone. Where they are not, a sum runs over 2 million rows on the tensor cores: 0.55 %
-        # were seen, and we think that they truncate.
+        # Few blocks are split over more programs when alone. Where they are not, a sum runs over 2 million
+        # rows on the tensor cores: 0.55 % were seen, and we think that they truncate.
         same = off(a, b) < 1e-2 if "blocks" in what else torch.equal(a, b)
         assert same, f"{what}: the last group alone differs by {off(a, b):.1e}"
 
@@ -1054,14 +1031,16 @@ def test_rope_and_append_reach_far():
             return lambda *args, **more: None
 
     T, grid = 70_000, Grid()
-    with swapped(kernels, "append_kernel", grid):
-        new, pos = torch.empty(3, 2, T, 1), torch.empty(3, T)
-        kernels.append([new], torch.empty(3, 1, T), torch.zeros(3), [new], pos, torch.zeros(3))
+    with swapped(kernels, "write_slots_kernel", grid):
+        new, buffer = torch.empty(3, 2, T, 1), torch.empty(3, 2, T, 1)
+        kernels.write_slots(
+            torch.zeros(3), [buffer, buffer[..., 0]], [new, new[..., 0]], torch.zeros(3), False
+        )
     assert grid.grid == (T, 3, 2), f"(tokens, rows, heads), not {grid.grid}"
 
 
 @torch.no_grad()
-def decode_equals_attend(decode):
+def decode_equals_attend():
     """Ragged rows, positions per head or not, windows, latents as values, few and many queries, one share of the slots and several."""
     for G, h, T, D, D2, window, S, heads in (
         (2, 3, 1, 16, 0, None, 600, 2),
@@ -1073,47 +1052,40 @@ def decode_equals_attend(decode):
     ):
         B, length = 3, torch.tensor([S, S // 3, 5], device=DEVICE)
         slot = torch.arange(S, device=DEVICE)
-        k_pos = (
-            torch.where(slot < length[:, None, None], slot * 2, -1).expand(B, heads, S).int()
-        )  # others were evicted
+        k_pos = torch.where(slot < length[:, None, None], slot * 2, -1)  # others were evicted
+        k_pos = k_pos.expand(B, heads, S).int()
         q, k = torch.randn(B, G * h, T, D + D2, device=DEVICE), torch.randn(B, G, S, D, device=DEVICE)
-        v = k if D2 else torch.randn(B, G, S, 20, device=DEVICE)
+        v = None if D2 else torch.randn(B, G, S, 20, device=DEVICE)
         k2 = torch.randn(B, 1, S, D2, device=DEVICE) if D2 else None
-        k, v = (
-            x.masked_fill(slot[:, None] >= length[:, None, None, None], math.nan) for x in (k, v)
-        )  # what is not filled is not read
-        v = k if D2 else v
+        hide = lambda x: (
+            x if x is None else x.masked_fill(slot[:, None] >= length[:, None, None, None], math.nan)
+        )
         pos = (2 * length - 2)[:, None] + torch.arange(T, device=DEVICE)
-        got = decode(q, k, v, pos, k_pos, length, 0.3, window, k2)
-        whole = k.nan_to_num() if k2 is None else torch.cat([k.nan_to_num(), k2.expand(-1, G, -1, -1)], -1)
-        mask = visible(pos, k_pos, window)
-        want = attend(q, whole, v.nan_to_num(), mask, 0.3)
-        seen = mask.any(-1).repeat_interleave(G * h // heads, 1)[..., None]
+        got = la.cached_attention(q, pos, la.Keys(hide(k), hide(v), hide(k2), k_pos, length), 0.3, window)
+        want = la.cached_attention.definition(q, pos, la.Keys(k, v, k2, k_pos, length), 0.3, window)
+        seen = visible(pos, k_pos, window).any(-1).repeat_interleave(G * h // heads, 1)[..., None]
         close(
             got,
             torch.where(seen, want, 0),
             1e-5,
-            f"G {G}, {h} heads each, {T} queries, widths {D} + {D2}, window {window}, {S} slots",
+            f"{G} x {h} heads, T {T}, {D} + {D2}, window {window}, S {S}",
         )
 
 
 def test_decode_attention_kernel_equals_attend():
-    with kernels_in_use(True):
-        right = kernels.decode_attention
-        decode_equals_attend(right)
-        fails(
-            decode_equals_attend, lambda q, k, v, q_pos, *rest: right(q, k, v, q_pos + 2, *rest)
-        )  # one entry too many is read
-        fails(
-            decode_equals_attend,
-            lambda q, k, v, q_pos, k_pos, length, *rest: right(q, k, v, q_pos, k_pos, length - 1, *rest),
-        )
+    with kernels_in_use():
+        right = kernels.cached_attention
+        decode_equals_attend()
+        late = lambda q, q_pos, *rest: right(q, q_pos + 2, *rest)  # one entry too many is read
+        short = lambda q, q_pos, keys, *rest: right(q, q_pos, keys._replace(length=keys.length - 1), *rest)
+        for wrong in (late, short):
+            with fast("cached_attention", wrong):
+                fails(decode_equals_attend)
 
 
-@slow
 @torch.no_grad()
 def test_decoding_on_kernels_equals_the_reference():
-    """Whole models, token by token and ragged, through rope, append and decode_attention; rings, rejected drafts, one-number counts."""
+    """Whole models, token by token and ragged, through all kernels; rings, rejected drafts, one-number counts."""
     T, plan = 80, (66, [1, 3], [3, 0], 1)
     for attn in KINDS:
         model = lm(attn, layers=2).float().to(DEVICE)
@@ -1127,66 +1099,39 @@ def test_decoding_on_kernels_equals_the_reference():
                     logits = model(text.gather(1, pos), cache, count)
                     out.append(logits[torch.arange(pos.shape[1], device=DEVICE) < count[:, None]])
                     cache.rollback(cache.seen - (count > 2).long())  # a rejected draft
-                parts = [
-                    part.data[0] for layer in cache.layers for name, part in layer.items() if name != "lists"
-                ]
-                results.append([torch.cat(out), *parts])
+                parts = [part for layer in cache.layers for name, part in layer.items() if name != "lists"]
+                results.append([torch.cat(out), *(part.data["k"] for part in parts)])
         for a, b in zip(*results):
             close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
 
 
-@slow
+@torch.no_grad()
 def test_decode_attention_splits_and_lists():
     with kernels_in_use():
         B, H, G, T, S, D = 2, 6, 2, 3, 600, 16
-        q, k, v = (
-            torch.randn(B, h, n, w, device=DEVICE) for h, n, w in ((H, T, D + 8), (G, S, D), (G, S, 24))
-        )
-        k2, length = torch.randn(B, 1, S, 8, device=DEVICE), torch.tensor([600, 333], device=DEVICE)
-        k_pos = (
-            torch.arange(S, device=DEVICE)
-            .expand(B, G, S)
-            .masked_fill(torch.arange(S, device=DEVICE) >= length[:, None, None], -1)
-        )
+        new = lambda *shape: torch.randn(B, *shape, device=DEVICE)
+        q, k, v, k2 = new(H, T, D + 8), new(G, S, D), new(G, S, 24), new(1, S, 8)
+        length = torch.tensor([600, 333], device=DEVICE)
+        slot = torch.arange(S, device=DEVICE)
+        k_pos = torch.where(slot < length[:, None, None], slot, -1).expand(B, G, S).int()
         pos = length[:, None] - T + torch.arange(T, device=DEVICE)
-        for window in (None, 70):
-            for shared in (False, True):
-                want = attend(q, la.join(k, k2), k if shared else v, visible(pos, k_pos, window), 0.3)
-                got = kernels.decode_attention(q, k, k if shared else v, pos, k_pos, length, 0.3, window, k2)
-                close(got, want, 1e-5, f"decode_attention, window {window}, values = keys: {shared}")
-        many, fans, read_shares = torch.randn(B, 32 * G, T, D + 8, device=DEVICE), [], kernels.read_shares
-        for block, n, size in ((16, 20, kernels.TILE), (64, 4, 0)):  # the second: tiles of half a block
-            lists = nsa.select_blocks(torch.rand(B, G, T, -(-S // block), device=DEVICE), pos, block, n)
-            for queries, area in (
-                (q, kernels.AREA),
-                (many, 200),
-            ):  # the second: several programs for the heads of a group
-                with kernels_in_use(False):
-                    want = nsa.selected_attention(queries, k, v, lists, pos, k_pos, block, 0.3, k2)
-                with swapped(kernels, "TILE", size), swapped(kernels, "AREA", area):
-                    got = kernels.decode_attention(
-                        queries, k, v, pos, k_pos, length, 0.3, k2=k2, lists=lists, block=block
-                    )
-                close(got, want, 1e-5, f"slots of a list, blocks of {block}")
-        k_pos = torch.where(
-            k_pos < 0, -1, k_pos * 2 + torch.arange(G, device=DEVICE)[:, None]
-        )  # each group at positions of its own
-        with (
-            swapped(kernels, "AREA", 400),
-            swapped(kernels, "read_shares", lambda *a, **o: [fans.append(o["fan"]), read_shares(*a, **o)][1]),
-        ):
-            got = kernels.decode_attention(many, k, v, pos * 2, k_pos, length, 0.3, 70, k2)
-        close(
-            got,
-            attend(many, la.join(k, k2), v, visible(pos * 2, k_pos, 70), 0.3),
-            1e-5,
-            "decode_attention, parts of groups",
-        )
-        assert fans == [4], f"parts of a group: {fans}"
+        for value in (v, None):
+            keys = la.Keys(k, value, k2, k_pos, length)
+            for window in (None, 70):
+                want = la.cached_attention.definition(q, pos, keys, 0.3, window)
+                close(la.cached_attention(q, pos, keys, 0.3, window), want, 1e-5, f"slots, window {window}")
+        keys = la.Keys(k, v, k2, k_pos, length)
+        for block, n, size in ((16, 20, kernels.BYTES), (64, 4, 0)):  # the second: tiles of half a block
+            sizes = nsa.Blocks(block, block, block, n)
+            lists = nsa.select_blocks(torch.rand(B, G, T, -(-S // block), device=DEVICE), pos, sizes)
+            want = nsa.selected_attention.definition(q, pos, keys, lists, sizes, 0.3)
+            with swapped(kernels, "BYTES", size):
+                got = nsa.selected_attention(q, pos, keys, lists, sizes, 0.3)
+            close(got, want, 1e-5, f"slots of a list, blocks of {block}")
 
 
 @torch.no_grad()
-def decode_blocks_equals_read_blocks(decode):
+def decode_blocks_equals_read_blocks():
     """Outputs and lists: NSA's and ASA's blocks, rows of all lengths, one query and several, heads that fill a tile, one share and more."""
     for l, d, block, n, h, T, S in (
         (16, 16, 16, 6, 4, 1, 400),
@@ -1194,52 +1139,49 @@ def decode_blocks_equals_read_blocks(decode):
         (16, 16, 16, 20, 16, 8, 140),
         (8, 4, 16, 5, 1, 1, 90),
     ):
-        B, G, D = 3, 2, 16
+        B, G, D, sizes = 3, 2, 16, nsa.Blocks(l, d, block, n)
         count = torch.tensor([S, S // 2, 0], device=DEVICE)  # entries of each row
-        cache = la.SlotCache(B, S, ((G, D), (1, 8)), device=DEVICE)
         at = torch.arange(S, device=DEVICE)
-        cache.pos[:] = torch.where(at < count[:, None], at * d + l - 1, -1)[:, None]
-        cache.length[:] = count
-        q, k, k2 = (
-            torch.randn(B, *shape, device=DEVICE) for shape in ((G * h, T, D + 8), (G, S, D), (1, S, 8))
-        )
+        k_pos = torch.where(at < count[:, None], at * d + l - 1, -1)[:, None].int()
+        new = lambda *shape: torch.randn(B, *shape, device=DEVICE)
+        q, keys = new(G * h, T, D + 8), la.Keys(new(G, S, D), None, new(1, S, 8), k_pos, count)
         end = (count - 1) * d + l - 1  # where the last entry ends: the first queries do not see it
         pos, tokens = (end[:, None] - T // 2 + torch.arange(T, device=DEVICE)).clamp(min=0), S * d + l + T
-        with kernels_in_use(False):
-            want, lists = nsa.read_blocks(q, k, k, cache.pos, pos, tokens, l, d, block, n, 0.3, k2)
+        want, lists = nsa.compressed_attention.definition(q, pos, keys, tokens, sizes, 0.3)
         for sms in (132, 1):  # several shares, or one
             with swapped(kernels, "SMS", sms):
-                o, got = decode(q, k, k, pos, cache, tokens, l, d, block, n, 0.3, k2)
-            seen = cache.pos[:, 0].ge(0).any(-1)[:, None, None, None]
-            close(
-                o,
-                torch.where(seen, want, 0),
-                1e-5,
-                f"decode_blocks, {h} heads, {T} queries, {sms} SMs: outputs",
-            )
-            assert torch.equal(got.sort(-1).values.long(), lists.sort(-1).values), (
-                f"decode_blocks, blocks of {block} by {l} / {d}: lists"
+                o, got = nsa.compressed_attention(q, pos, keys, tokens, sizes, 0.3)
+            close(o, want, 1e-5, f"compressed entries, {h} heads, {T} queries, {sms} SMs: outputs")
+            assert torch.equal(got.long(), lists), (
+                f"compressed entries, blocks of {block} by {l} / {d}: lists"
             )
 
 
-@slow
 def test_decode_blocks_kernel_equals_read_blocks():
     with kernels_in_use():
-        right = kernels.decode_blocks
-        decode_blocks_equals_read_blocks(right)
-        fails(decode_blocks_equals_read_blocks, lambda q, k, *rest: right(q, k.flip(2), *rest))
-        fails(
-            decode_blocks_equals_read_blocks, lambda *args: right(*args[:6], args[7], *args[7:])
-        )  # entries as long as their stride
+        right = kernels.compressed_attention
+        decode_blocks_equals_read_blocks()
+        turned = lambda q, pos, keys, *rest: right(q, pos, keys._replace(k=keys.k.flip(2)), *rest)
+        # entries as long as their stride
+        short = lambda q, pos, keys, tokens, sizes, scale: right(
+            q, pos, keys, tokens, sizes._replace(l=sizes.d), scale
+        )
+        for wrong in (turned, short):
+            with fast("compressed_attention", wrong):
+                fails(decode_blocks_equals_read_blocks)
 
 
-def test_draws_and_commits_on_kernels_equal_mtp():
+def test_draws_and_commits_compiled_equal_mtp():
+    """On a GPU torch.compile makes kernels of them; on a CPU there is nothing to compare."""
+    if not CUDA:
+        raise unittest.SkipTest("needs CUDA")
+    draw, commit = (kernels.PAIRS[name][1] for name in ("draw", "commit"))
     B, V, K, width = 9, 37, 4, 20
     to = lambda x: x.to(DEVICE)
-    with kernels_in_use(False):
+    if True:
         for temperature in (0, 0.7, 1.0):
             logits, noise = to(torch.randn(B, 2, V) * 3), to(torch.empty(B, 2, V).exponential_())
-            p, token = kernels.draw(logits, temperature, noise)
+            p, token = draw(logits, temperature, noise)
             close(p, mtp.law(logits, temperature), 1e-6, f"law at temperature {temperature}")
             assert torch.equal(token, (mtp.law(logits, temperature) / noise).argmax(-1)), (
                 f"tokens at temperature {temperature}"
@@ -1271,11 +1213,19 @@ def test_draws_and_commits_on_kernels_equal_mtp():
                 place < given[:, None], text.gather(1, place), drafts
             )  # a prompt is a draft that is right
             both = []
-            for f in (kernels.commit, mtp.commit):
+            for f in (commit, mtp.commit.definition):
                 mine = mtp.State(*(x.clone() for x in state))
                 both.append([f(p, q, drafts, u, noise, mine, case), *mine])
             for what, a, b in zip("taken text logp known given limit active counts reads".split(), *both):
                 close(a, b, 1e-5, f"commit, case {case}: {what}")
+
+
+def test_pairs_have_one_signature():
+    """A definition and its fast function take the same arguments; a definition without one is compiled."""
+    for name, (definition, f) in kernels.PAIRS.items():
+        if not isinstance(f, kernels.Compiled):
+            assert inspect.signature(definition) == inspect.signature(f), name
+            assert definition.__name__ == f.__name__ == name and "jit" not in type(f).__name__.lower()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
