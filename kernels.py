@@ -95,18 +95,24 @@ def first_real(args):
 
 
 class Compiled:
-    """torch.compile of a definition that has no kernel, made at its first call; on a CPU the definition."""
+    """torch.compile of a definition that has no kernel; on a CPU it is the definition.
+
+    It is made for each shape anew (dynamic=False: with shapes as variables torch 2.11 fails at some), and there
+    are as many of them as decoders differ, so the limit after which torch runs the definition is set high.
+    """
 
     def __init__(self, definition):
         self.definition = definition
 
     @functools.cached_property
     def made(self):
-        return torch.compile(self.definition, dynamic=True)
+        return torch.compile(self.definition, dynamic=False)
 
     def __call__(self, *args, **more):
-        f = self.made if torch.cuda.is_available() else self.definition
-        return f(*args, **more)
+        if not torch.cuda.is_available():
+            return self.definition(*args, **more)
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return self.made(*args, **more)
 
 
 def fast_path(definition):
