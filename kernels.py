@@ -68,6 +68,7 @@ except ImportError:  # no Triton, no fast path: the kernels are defined and neve
 SMS = 132  # multiprocessors of an H100 or H200
 L2 = 2**25  # bytes of queries that find room in its L2 cache of 50 MB, beside all else
 BYTES = 40 * 2**10  # of keys and values that a decoding program multiplies at once
+AREA = 2**13  # numbers of its output that fit well into registers
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -81,17 +82,17 @@ class Refused(ValueError):
 
 
 def usable(x):
-    """Whether kernels can take a tensor: on a GPU, with Triton, in bf16, fp16 or fp32."""
-    return triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    """Whether kernels can take a tensor: on a GPU, with Triton, not in fp64."""
+    return triton is not None and x.is_cuda and x.dtype != torch.float64
 
 
-def first_real(args):
-    """The first tensor of real numbers among arguments, which may be lists; None if there is none."""
+def tensors_of(args):
+    """The tensors among arguments, which may be tuples or lists."""
     for x in args:
-        x = first_real(x) if isinstance(x, (list, tuple)) else x
-        if torch.is_tensor(x) and x.is_floating_point():
-            return x
-    return None
+        if torch.is_tensor(x):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from tensors_of(x)
 
 
 class Compiled:
@@ -125,8 +126,7 @@ def fast_path(definition):
 
     @functools.wraps(definition)
     def either(*args, **more):
-        x = first_real(args)
-        if x is not None and usable(x):
+        if all(usable(x) for x in tensors_of(args)):
             try:
                 return PAIRS[name][1](*args, **more)
             except Refused:
@@ -217,7 +217,8 @@ def rope(x, pos, base=10000.0):
 # keys [k ; k2] and values, or their gradients. What does not exist is k once more.
 KV = namedtuple("KV", "k k2 v")
 # heads of a group; widths of k, k2 (0: there is none) and v; SHARED: the value is k
-Widths = namedtuple("Widths", "h HP DK WK PK D2 P2 DV WV PV SHARED")
+# FAN: so many programs share a group's heads, and count as groups of h heads each
+Widths = namedtuple("Widths", "h HP DK WK PK D2 P2 DV WV PV SHARED FAN", defaults=(1,))
 # what a program works on at once: BQ queries, BM rows, BN keys. BLOCK tokens in a block, NP >= n,
 # SPLITS: programs that share the keys of a decoding step
 Tile = namedtuple("Tile", "BQ BM BN BLOCK NP SPLITS", defaults=(1,))
@@ -355,7 +356,8 @@ def rows_of_group(x, bg, rule, w, DK, DV):
 @jit
 def of_group(keys, bg, rule, w):
     """Where the keys and values of a group begin."""
-    k2 = keys.k2 + (bg // rule.G * rule.G2 + bg % rule.G2) * rule.S * w.D2
+    k2 = keys.k2 + (bg // rule.G * rule.G2 + bg % rule.G2) * rule.S * w.D2  # with a FAN G2 is 1
+    bg = bg // w.FAN
     return KV(keys.k + bg * rule.S * w.WK, k2, keys.v + bg * rule.S * w.WV)
 
 
@@ -395,14 +397,15 @@ def store_output(out, lse, row, ok, o, w):
 
 
 @jit
-def slopes(a, b, x, y, norm, inner, see, scale, unit, w, ALL):
+def slopes(a, b, x, y, norm, inner, key, low, high, scale, unit, w, ALL):
     """p = exp2(s - lse) and ds = unit p (do . v - delta), of rows a, x and columns b, y.
 
-    a, x are queries and do, b, y keys and values, norm and inner lse and delta; or the other way round.
+    a, x are queries and do, b, y keys and values, norm and inner lse and delta; or the other way round. A
+    query reads the keys from low to high - 1; this mask is made late, because registers are short before.
     """
     p = tl.exp2(dot(a, b, w) * scale - norm)
     if not ALL:
-        p = tl.where(see, p, 0.0)
+        p = tl.where((key >= low) & (key < high), p, 0.0)
     return p, p * unit * (tl.dot(x, tl.trans(y), input_precision="ieee") - inner)
 
 
@@ -418,12 +421,13 @@ def query_slopes(x, row, ok, w):
 
 
 @jit
-def query_step(a, r, keys, s, ok, see, scale, grads, w, ALL):
+def query_step(a, r, keys, s, ok, low, high, scale, grads, w, ALL):
     """Adds what the keys in rows s give to dq (BM, PK) and dq2 (BM, P2); r is of query_slopes."""
     gq, gq2 = grads
     b = load_keys(keys, s, ok, w, ALL)
     values = load_values(keys, b, s, ok, w, ALL)  # (BN, PV)
-    _, ds = slopes(a, b, r[0], values, r[1], r[2], see, scale, 1.0, w, ALL)  # (BM, BN)
+    key = s[None, :]
+    _, ds = slopes(a, b, r[0], values, r[1], r[2], key, low, high, scale, 1.0, w, ALL)  # (BM, BN)
     ds = ds.to(values.dtype)
     gq = tl.dot(ds, b[0], gq, input_precision="ieee")
     if w.D2 > 0:
@@ -445,7 +449,7 @@ def no_gradients(BN, w):
 
 
 @jit
-def key_step(b, values, x, row, ok, see, scale, grads, w, ALL):
+def key_step(b, values, x, row, ok, key, low, high, scale, grads, w, ALL):
     """Adds what the queries in these rows give to dk (BN, PK), dk2 (BN, P2) and dv (BN, PV)."""
     gk, gk2, gv = grads
     a = load_queries(x.q, row, ok, w.WK, w)
@@ -453,7 +457,7 @@ def key_step(b, values, x, row, ok, see, scale, grads, w, ALL):
     norm = tl.load(x.lse + row, mask=ok, other=float("inf"))[None, :]
     inner = tl.load(x.delta + row, mask=ok, other=0)[None, :]
     unit = scale * 0.6931471805599453  # without log2(e)
-    p, ds = slopes(b, a, values, douts, norm, inner, see, scale, unit, w, ALL)  # (BN, BM)
+    p, ds = slopes(b, a, values, douts, norm, inner, key, low, high, scale, unit, w, ALL)  # (BN, BM)
     ds = ds.to(douts.dtype)
     if w.SHARED:
         gk = tl.dot(p.to(douts.dtype), douts, gk, input_precision="ieee")
@@ -538,8 +542,7 @@ def dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     for phase in tl.static_range(3):  # masked, all read all, masked
         for start in range(walk[phase], walk[phase + 1], tile.BN):
             s = start + tl.arange(0, tile.BN)
-            see = (s[None, :] >= low) & (s[None, :] < high)  # (BM, BN)
-            grads = query_step(a, r, keys, s, s < rule.S, see, scale, grads, w, phase == 1)
+            grads = query_step(a, r, keys, s, s < rule.S, low, high, scale, grads, w, phase == 1)
     store_queries(x.dq, row, ok, grads, scale, w)
 
 
@@ -582,8 +585,8 @@ def dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CUT: con
             t = i * tile.BQ + m // w.HP  # (BM,)
             ok = (head < w.h) & (t < rule.T)
             low, high = span(t[None, :], rule)  # (1, BM)
-            see = (s[:, None] >= low) & (s[:, None] < high)  # (BN, BM)
-            grads = key_step(b, values, x, head * rule.T + t, ok, see, scale, grads, w, phase == 1)
+            row = head * rule.T + t
+            grads = key_step(b, values, x, row, ok, s[:, None], low, high, scale, grads, w, phase == 1)
     store_keys(to, piece, bg, rule, s, grads, w, tile.BN, CUT)
 
 
@@ -659,8 +662,7 @@ def lists_dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     for phase in tl.static_range(2):  # all read all, masked
         for start in range(walk[phase], walk[phase + 1], tile.BN):
             s = rows_of_blocks(lists, start, walk[2], rule.S, tile.BN, tile.BLOCK)  # (BN,)
-            see = s[None, :] <= t[:, None]  # (BM, BN)
-            grads = query_step(a, r, keys, s, s < rule.S, see, scale, grads, w, phase == 0)
+            grads = query_step(a, r, keys, s, s < rule.S, 0, t[:, None] + 1, scale, grads, w, phase == 0)
     store_queries(x.dq, row, ok, grads, scale, w)
 
 
@@ -695,8 +697,8 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
             reader = tl.load(rule.tiles + i, mask=i < end, other=0)
             t = tl.where(m // ROWS == u, reader * tile.BQ + inside, t)
         ok = (head < w.h) & (t < rule.T) & (start + m // ROWS < end * STEPS)
-        see = s[:, None] <= t[None, :]  # (BN, BM)
-        grads = key_step(b, values, x, head * rule.T + t, ok, see, scale, grads, w, False)
+        row = head * rule.T + t
+        grads = key_step(b, values, x, row, ok, s[:, None], 0, t[None, :] + 1, scale, grads, w, False)
     store_keys(to, piece, bg, rule, s, grads, w, tile.BN, CUT)
 
 
@@ -1111,7 +1113,7 @@ def cached_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr):
     a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     stands = tl.load(rule.q_pos + b * rule.T + t, mask=ok, other=0)[:, None]  # (BM, 1)
     keys = of_group(keys, bg, rule, w)
-    k_pos = rule.k_pos + (b * rule.heads + bg % rule.G % rule.heads) * rule.S
+    k_pos = rule.k_pos + (b * rule.heads + bg % rule.G // w.FAN % rule.heads) * rule.S
     filled = tl.minimum(tl.load(rule.length + b), rule.S).to(tl.int32)
     begin, end = split_of(filled, rule.splits, tile.BN)
     o = nothing(tile.BM, w.PV)
@@ -1138,7 +1140,7 @@ def cached_lists_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr)
     n = bg * w.h * rule.T  # rows of the groups before
     a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     keys = of_group(keys, bg, rule, w)
-    lists = rule.lists + (bg * rule.T + i) * rule.n
+    lists = rule.lists + (bg // w.FAN * rule.T + i) * rule.n
     filled = tl.minimum(tl.load(rule.length + b), rule.S).to(tl.int32)
     filled = tl.minimum(filled, tl.load(rule.q_pos + b * rule.T + i).to(tl.int32) + 1)
     count = blocks_in(lists, rule.n, tile.NP) * tile.BLOCK
@@ -1187,6 +1189,11 @@ def shares_of(q, keys, BQ, slots, block=0, n=1, raw=None):
     B, H, T, _ = q.shape
     G = keys.k.shape[1]
     w = widths_of(q, keys.k, keys.k2, keys.v)
+    fan = 1  # many heads in a program make it short of registers; where few run, several share a group's
+    while raw is None and BQ * w.h * w.DV > AREA * fan and w.h % (2 * fan) == 0 and 4 * fan * B * G <= SMS:
+        fan *= 2
+    G *= fan
+    w = w._replace(h=w.h // fan, HP=power(w.h // fan), FAN=fan)
     BM = power(BQ * w.HP, 16)
     area = BM * w.PV  # numbers of the output
     width = w.PK + (w.P2 if w.D2 else 0) + (0 if w.SHARED else w.PV)
@@ -1218,8 +1225,10 @@ def read_slots(kernel, q, keys, scale, rule, cut):
 
 
 def slots_rule(kind, q, q_pos, keys, cut, *rest):
-    q_pos = q_pos.expand(len(q), q.shape[2]).contiguous()
-    return kind(*numbers_of(q, keys), cut[0][2], keys.length, q_pos, *rest)
+    T, S, _, G2 = numbers_of(q, keys)
+    _, groups, splits = cut[0]  # with a FAN there are more groups than the keys have
+    q_pos = q_pos.expand(len(q), T).contiguous()
+    return kind(T, S, groups // len(q), G2, splits, keys.length, q_pos, *rest)
 
 
 def cached_attention(q, q_pos, keys, scale, window=None):
