@@ -95,18 +95,24 @@ def first_real(args):
 
 
 class Compiled:
-    """torch.compile of a definition that has no kernel, made at its first call; on a CPU the definition."""
+    """torch.compile of a definition that has no kernel; on a CPU it is the definition.
+
+    It is made for each shape anew (dynamic=False: with shapes as variables torch 2.11 fails at some), and there
+    are as many of them as decoders differ, so the limit after which torch runs the definition is set high.
+    """
 
     def __init__(self, definition):
         self.definition = definition
 
     @functools.cached_property
     def made(self):
-        return torch.compile(self.definition, dynamic=True)
+        return torch.compile(self.definition, dynamic=False)
 
     def __call__(self, *args, **more):
-        f = self.made if torch.cuda.is_available() else self.definition
-        return f(*args, **more)
+        if not torch.cuda.is_available():
+            return self.definition(*args, **more)
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return self.made(*args, **more)
 
 
 def fast_path(definition):
@@ -134,9 +140,10 @@ def fast_path(definition):
 def check(q, keys, queries=1, most=64, width=256, block=16):
     """Raises Refused for what attention kernels cannot do -> heads of a group.
 
-    queries: so many read the same keys; most: heads in a group; width: of keys and values; block: tokens.
+    queries: so many read the same keys; most: heads in a group; width: the largest; block: tokens in one.
     """
-    H, G = q.shape[1], keys.k.shape[1]
+    H = q.shape[1]
+    G = keys.k.shape[1]
     given = [x for x in (keys.k, keys.k2, keys.v) if x is not None]
     if H % G or H // G > most:
         raise Refused(f"{H} heads in {G} groups: a group has 1 to {most} heads")
@@ -146,8 +153,8 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
         raise Refused(f"widths {[x.shape[3] for x in given]}: at most {width}")
     if any(x.dtype != q.dtype for x in given):
         raise Refused("queries, keys and values must be of one dtype")
-    if block not in (16, 32, 64, 128) or block % queries and width == 256:
-        raise Refused(f"blocks of {block} tokens, lists of {queries} queries: 16, 32, 64 or 128 tokens")
+    if block not in (16, 32, 64, 128):
+        raise Refused(f"blocks of {block} tokens: 16, 32, 64 or 128")
     return H // G
 
 
@@ -186,7 +193,7 @@ class Rope(torch.autograd.Function):
         ctx.rest = (base, -sign)
         B, H, T, P = x.shape
         x = x if x.stride(3) == 1 else x.contiguous()
-        out = torch.empty(B, H, T, P, dtype=x.dtype, device=x.device)
+        out = x.new_empty(B, H, T, P)
         strides = (*x.stride()[:3], *pos.expand(B, T).stride())
         log2_base = torch.tensor(float(base), dtype=torch.float64).log2().item()
         BT = min(64, power(T))
@@ -228,14 +235,15 @@ def kv_of(k, k2, v):
 
 
 def widths_of(q, k, k2, v, multiple=1):
-    """Widths of these tensors, whose rows are `multiple` numbers long or two, three, .. times that."""
+    """Widths of these tensors. Rows of k and v in memory are as long as a multiple of `multiple`."""
     h = q.shape[1] // k.shape[1]
     DK = k.shape[3]
     D2 = 0 if k2 is None else k2.shape[3]
     DV = DK if v is None else v.shape[3]
-    ends = (-DK % multiple, -DV % multiple)
-    key = (DK, DK + ends[0], power(DK, 16), D2, power(D2, 16))
-    return Widths(h, power(h), *key, DV, DV + ends[1], power(DV, 16), v is None)
+    WK = DK + -DK % multiple
+    WV = DV + -DV % multiple
+    key = (DK, WK, power(DK, 16), D2, power(D2, 16))
+    return Widths(h, power(h), *key, DV, WV, power(DV, 16), v is None)
 
 
 def align(x, D2=0):
@@ -849,6 +857,8 @@ def in_rows(q, keys):
 def attend(q, keys, scale, window=0, l=1, d=1, lists=None, block=0, share=1):
     """The door to Attention: Dense, or with lists Lists -> o, lse."""
     check(q, keys, share, block=block or 16)
+    if block % share:
+        raise Refused(f"{share} queries with one list must lie in one block of {block}")
     rule = Dense(*numbers_of(q, keys), window, l, d, 1)
     if lists is not None:
         rule = Lists(*rule[:4], lists, lists.shape[3])
@@ -1006,8 +1016,8 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
     tile, options = tile_of("scores", w, q.dtype)
     tile = tile._replace(BN=max(tile.BN, sizes.block // sizes.d))
     chunk = min(rows, triton.cdiv(2**25 // (B * G * blocks), tile.BQ) * tile.BQ)  # lists at a time
-    lists = torch.empty(B, G, rows, n, dtype=torch.int32, device=q.device)
-    own = torch.empty(B * G, chunk, blocks, device=q.device)
+    lists = q.new_empty(B, G, rows, n, dtype=torch.int32)
+    own = q.new_empty(B * G, chunk, blocks, dtype=torch.float32)
     over = torch.empty_like(own) if sizes.l > sizes.d else None
     for row0 in range(0, rows, chunk):
         count = min(chunk, rows - row0)
@@ -1208,7 +1218,7 @@ def cached_lists(q, q_pos, keys, lists, block, scale):
 
 @jit
 def importance_kernel(
-    to, scores, blocks, rule, w: constexpr, tile: constexpr, sizes: constexpr, BE: constexpr
+    to, scores, rule, blocks, w: constexpr, tile: constexpr, sizes: constexpr, BE: constexpr
 ):
     """What is left when all scores are known, for one query and group; two kinds of programs, side by side.
 
@@ -1252,10 +1262,10 @@ def cached_entries(q, q_pos, keys, tokens, sizes, scale):
     h = check(q, keys, T, most=128, width=2**16, block=sizes.block)
     blocks = triton.cdiv(tokens, sizes.block)
     n = min(sizes.n, blocks)
-    raw = torch.empty(B, H, T, triton.cdiv(S, 16) * 16, device=q.device)
-    own = torch.empty(B * G, T, blocks, device=q.device)
+    raw = q.new_empty(B, H, T, triton.cdiv(S, 16) * 16, dtype=torch.float32)
+    own = q.new_empty(B * G, T, blocks, dtype=torch.float32)
     over = torch.empty_like(own) if sizes.l > sizes.d else None
-    lists = torch.empty(B, G, T, n, dtype=torch.int32, device=q.device)
+    lists = q.new_empty(B, G, T, n, dtype=torch.int32)
     cut = shares_of(q, keys, T, S, raw=raw)
     rest = (keys.pos, keys.pos.shape[1], 2**31 - 1)
     rule = slots_rule(Slots, q, q_pos, keys, cut, *rest)
@@ -1265,7 +1275,7 @@ def cached_entries(q, q_pos, keys, tokens, sizes, scale):
     BE = max(128, many // w.HP)
     chunks = triton.cdiv(max(S, blocks * sizes.block // sizes.d), BE)
     grid = (T, B * G, chunks + (h if splits > 1 else 0))
-    importance_kernel[grid](to, (own, over), blocks, rule, w, tile, sizes, BE)
+    importance_kernel[grid](to, (own, over), rule, blocks, w, tile, sizes, BE)
     warps = max(1, min(8, power(blocks) // 512))
     rest = (Chunk(0, T, T, blocks, n, T, G), sizes, power(blocks, 16), power(n))
     choose_kernel[T, B * G](own, over, rule.q_pos, lists, *rest, num_warps=warps)
@@ -1366,19 +1376,20 @@ def write_row(x, b, head, take, slot, S, W, P):
 
 
 @jit
-def write_slots_kernel(parts, length, count, S, widths: constexpr, padded: constexpr):
-    """One program: one new token of one row and head. Only the last S tokens find room in a ring."""
+def write_slots_kernel(parts, length, count, S, widths: constexpr, padded: constexpr, RING: constexpr):
+    """One program: one new token of one row and head. A ring takes the last S; a row that is full, none."""
     b = tl.program_id(1).to(tl.int64)
     n = tl.load(count + b)
+    begin = tl.load(length + b)
     take = tl.program_id(0) + tl.maximum(n - S, 0)
-    if take < n:
-        slot = (tl.load(length + b) + take) % S
+    if (take < n) & ((begin + n <= S) | RING):
+        slot = (begin + take) % S
         for i in tl.static_range(len(parts)):
             write_row(parts[i], b, tl.program_id(2), take, slot, S, widths[i], padded[i])
 
 
 def write_slots(length, buffers, new, count, ring):
-    """In place: buffers (B, heads, S) or (B, heads, S, width), new likewise with T. Room is not checked."""
+    """In place: buffers (B, heads, S) or (B, heads, S, width), new likewise with T."""
     B, _, T = new[0].shape[:3]
     S = buffers[0].shape[2]
     new = [x[..., None] if x.dim() == 3 else x for x in new]  # positions have width 1
@@ -1387,7 +1398,8 @@ def write_slots(length, buffers, new, count, ring):
     widths = tuple(x.shape[3] for x in new)
     grid = (min(T, S), B, max(x.shape[1] for x in new))
     count = count.contiguous()  # it may be one number, expanded
-    write_slots_kernel[grid](tuple(parts), length, count, S, widths, tuple(map(power, widths)))
+    padded = tuple(power(width) for width in widths)
+    write_slots_kernel[grid](tuple(parts), length, count, S, widths, padded, ring)
 
 
 # ------------------------------------------------------------------------------------------------------------
