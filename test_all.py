@@ -6,9 +6,9 @@
     python test_all.py -k WORD       those whose name contains WORD
     python -m pytest -q test_all.py  the same tests
 
-Identities are checked in fp64 at small sizes, and messages carry the largest and the mean difference. A subtle test
-is also run on a deliberately wrong implementation (a mutant), which it has to catch. On a CPU as many tests run at a
-time as there are cores (at most 4), each in one thread. The kernels then run in Triton's interpreter.
+Identities are checked in fp64 at small sizes, and messages carry the largest and the mean difference. A subtle
+test is also run on a deliberately wrong implementation (a mutant), which it has to catch. On a CPU as many tests
+run at a time as there are cores (at most 4), each in one thread. The kernels then run in Triton's interpreter.
 """
 
 import argparse
@@ -104,6 +104,11 @@ def leaves_of(*shapes):
     return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
+def with_gradients(o, leaves, weight=None):
+    weight = torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o) if weight is None else weight
+    return [o, *torch.autograd.grad((o * weight.to(o.dtype)).sum(), leaves)]
+
+
 def close_with_gradients(ours, want, leaves, tol, what):
     """Two outputs of the same leaves (q, k, v), and their gradients."""
     names = ("output", "dq", "dk", "dv")
@@ -162,7 +167,7 @@ def mutant(function, right, wrong):
 
 
 def catches(test, owner, name, changes, *args):
-    """The test fails with each mutant of owner.name; a change is (what its source says, what it should not say)."""
+    """The test fails with each mutant of owner.name; a change is (what its source says, what is wrong)."""
     right = getattr(owner, name)
     for change in changes:
         with swapped(owner, name, mutant(right, *change)):
@@ -694,17 +699,26 @@ def test_nsa_branches_have_keys_and_values_of_their_own():
     assert found == want, f"{found} parameters; with three independent k, v: {want}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # kernels.py: on a CPU in Triton's interpreter, fp32; on a GPU compiled
 
 
 @contextlib.contextmanager
 def kernels_in_use(yes=True):
     """Let the decorated definitions use their kernels wherever Triton can run them, or nowhere."""
-    if kernels.triton is None:
-        raise unittest.SkipTest("needs Triton")
+    needs_triton()
     with swapped(kernels, "usable", lambda x: yes and x.dtype != torch.float64):
         yield
+
+
+def needs_triton():
+    if kernels.triton is None:
+        raise unittest.SkipTest("needs Triton")
+
+
+def needs_cuda():
+    if not CUDA:
+        raise unittest.SkipTest("needs CUDA")
 
 
 @contextlib.contextmanager
@@ -718,27 +732,52 @@ def fast(name, wrong):
         kernels.PAIRS[name] = pair
 
 
+def off(a, b):
+    """|a - b| / |b|."""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+def near(ours, want, names, what):
+    for name, a, b in zip(names, ours, want, strict=True):
+        assert off(a, b) < 1e-5, f"{what}: {name} is off by {off(a, b):.1e}"
+
+
+def keys_of(pos, k, v, k2=None):
+    """Of a whole text."""
+    return la.keys_of(None, pos, None, k, v, k2)
+
+
+def some(*parts):
+    return [x for x in parts if x is not None]
+
+
 class Sizes:
     """One attention problem: queries, and Keys of tokens and of compressed blocks (Dv None: latents)."""
 
     def __init__(self, T, h, G, D, Dv=None, P=0, W=20, B=1, dtype=torch.float32, **blocks):
-        sizes = {"l": 32, "d": 16, "block": 64, "n": 4, "share": 1, **blocks}
-        self.T, self.G, self.W, self.sizes, self.scale = T, G, W, nsa.Blocks(**sizes), (D + P) ** -0.5
         new = lambda *shape: torch.randn(B, *shape, dtype=dtype, device=DEVICE, requires_grad=True)
 
         def keys(pos):
             S = pos.shape[1]
-            return la.keys_of(
-                None, pos, None, new(G, S, D), new(G, S, Dv) if Dv else None, new(1, S, P) if P else None
-            )
+            k = new(G, S, D)
+            v = new(G, S, Dv) if Dv else None
+            return keys_of(pos, k, v, new(1, S, P) if P else None)
 
+        self.sizes = nsa.Blocks(**{"l": 32, "d": 16, "block": 64, "n": 4, "share": 1, **blocks})
+        l, d, block, _, share = self.sizes
+        self.T = T
+        self.G = G
+        self.W = W
+        self.scale = (D + P) ** -0.5
         self.pos = torch.arange(T, device=DEVICE)[None]
-        N = int(nsa.blocks_done(T, self.sizes.l, self.sizes.d))
-        end = torch.arange(N, device=DEVICE)[None] * self.sizes.d + self.sizes.l - 1
-        self.q, self.tokens, self.entries = new(h * G, T, D + P), keys(self.pos), keys(end)
-        t0 = self.pos[:, :: self.sizes.share]
-        scores = torch.rand(B, G, t0.shape[1], -(-T // self.sizes.block), device=DEVICE)
-        self.lists = nsa.select_blocks(scores, t0, self.sizes)
+        N = int(nsa.blocks_done(T, l, d))
+        self.q = new(h * G, T, D + P)
+        self.tokens = keys(self.pos)
+        self.entries = keys(torch.arange(N, device=DEVICE)[None] * d + l - 1)
+        first = self.pos[:, ::share]  # of the queries that share a list
+        scores = torch.rand(B, G, first.shape[1], -(-T // block), device=DEVICE)
+        self.lists = nsa.select_blocks(scores, first, self.sizes)
+        self.names = ["output", "dq", "dk", *(["dk2"] if P else []), *(["dv"] if Dv else [])]
         self.name = f"T {T}, {h} x {G} heads, widths {D}/{P}/{Dv}, {self.sizes}"
 
     def given(self, branch):
@@ -746,11 +785,12 @@ class Sizes:
 
     def leaves(self, branch):
         keys = self.given(branch)
-        return [x for x in (self.q, keys.k, keys.k2, keys.v) if x is not None]
+        return some(self.q, keys.k, keys.k2, keys.v)
 
     def run(self, branch, q=None, keys=None):
         """The decorated function, which runs the kernel or the definition."""
-        q, keys = self.q if q is None else q, self.given(branch) if keys is None else keys
+        q = self.q if q is None else q
+        keys = keys or self.given(branch)
         if branch == "window":
             return la.window_attention(q, keys, self.W, self.scale)
         if branch == "compressed":
@@ -760,57 +800,58 @@ class Sizes:
     def plain(self, branch, dtype):
         """By the definition, with copies of the leaves in another dtype -> (o, leaves)."""
         copy = lambda x: None if x is None else x.detach().to(dtype).requires_grad_()
-        q, keys = copy(self.q), self.given(branch)
+        q = copy(self.q)
+        keys = self.given(branch)
         keys = keys._replace(k=copy(keys.k), v=copy(keys.v), k2=copy(keys.k2))
         with kernels_in_use(False):
-            o = self.run(branch, q, keys)
-        return o, [x for x in (q, keys.k, keys.k2, keys.v) if x is not None]
-
-
-def with_gradients(o, leaves, weight=None):
-    weight = torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o) if weight is None else weight
-    return [o, *torch.autograd.grad((o * weight.to(o.dtype)).sum(), leaves)]
-
-
-def off(a, b):
-    """|a - b| / |b|."""
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+            return self.run(branch, q, keys), some(q, keys.k, keys.k2, keys.v)
 
 
 def kernels_equal_attend(s, branch):
     ours = with_gradients(s.run(branch), s.leaves(branch))
     want = with_gradients(*s.plain(branch, torch.float64))
-    for what, a, b in zip(
-        ("output", "dq", "dk", "dk2" if s.tokens.k2 is not None else "dv", "dv"), ours, want
-    ):
-        assert off(a, b) < 1e-5, f"{branch} attention, {s.name}: {what} is off by {off(a, b):.1e}"
+    near(ours, want, s.names, f"{branch} attention, {s.name}")
 
 
+@slow
 def test_attention_kernels_equal_attend_with_gradients():
+    asa = {"l": 16, "block": 16, "share": 4}
+    cases = [
+        (31, 1, 2, 16, 16, {}),
+        (31, 2, 1, 24, 16, {}),
+        (31, 3, 1, 16, 48, {"P": 8}),
+        (50, 16, 1, 16, 16, {}),
+        (31, 5, 1, 96, 64, {}),
+        (31, 8, 1, 192, 128, {}),
+        (31, 4, 1, 64, 64, {"n": 3, "W": 33}),
+        (31, 12, 1, 16, 16, {}),
+        (31, 1, 1, 128, 128, {"B": 2}),
+        (100, 2, 1, 16, 16, {"l": 16, "d": 8, "n": 3}),
+        (31, 1, 2, 64, 64, {"P": 32, "W": 7}),  # NSA, MLA
+        (257, 4, 1, 24, None, {"P": 8, **asa}),
+        (50, 16, 2, 30, None, {"P": 16, **asa}),
+    ]
     with kernels_in_use():
-        for T, h, G, D, Dv, more in [
-            (31, 1, 2, 16, 16, {}),
-            (31, 2, 1, 24, 16, {}),
-            (31, 3, 1, 16, 48, dict(P=8)),
-            (50, 16, 1, 16, 16, {}),
-            (31, 5, 1, 96, 64, {}),
-            (31, 8, 1, 192, 128, {}),
-            (31, 4, 1, 64, 64, dict(n=3, W=33)),
-            (31, 12, 1, 16, 16, {}),
-            (31, 1, 1, 128, 128, dict(B=2)),
-            (100, 2, 1, 16, 16, dict(l=16, d=8, n=3)),
-            (31, 1, 2, 64, 64, dict(P=32, W=7)),  # NSA, MLA
-            (257, 4, 1, 24, None, dict(P=8, l=16, block=16, share=4)),
-            (50, 16, 2, 30, None, dict(P=16, l=16, block=16, share=4)),  # ASA
-        ]:
-            s = Sizes(T, h, G, D, Dv, **{"block": 32, **more})
-            for branch in ("window", "selected") + ("compressed",) * (s.entries.k.shape[2] > 0):
-                kernels_equal_attend(s, branch)
-        right, chunks = kernels.invert, []
+        for *widths, more in cases:
+            s = Sizes(*widths, **{"block": 32, **more})
+            for branch in ("window", "selected", "compressed"):
+                if s.given(branch).k.shape[2]:
+                    kernels_equal_attend(s, branch)
+        right = kernels.invert
+        chunks = []
+
+        def counted(*args):
+            chunks.append(args[3])
+            return right(*args)
+
+        def turned_around(*args):
+            first, *rest = right(*args)
+            return first.flip(0), *rest
+
         with swapped(kernels, "L2", 2**12):  # the last one, 16 heads x 4 queries to a list, in chunks
-            with swapped(kernels, "invert", lambda *args: [chunks.append(args[3]), right(*args)][1]):
+            with swapped(kernels, "invert", counted):
                 kernels_equal_attend(s, "selected")
-            with swapped(kernels, "invert", lambda *args: (right(*args)[0].flip(0), *right(*args)[1:])):
+            with swapped(kernels, "invert", turned_around):
                 fails(kernels_equal_attend, s, "selected")
         assert min(chunks) > 4, f"chunks: {chunks}"
         s = Sizes(31, 2, 2, 16, 16)
@@ -820,228 +861,209 @@ def test_attention_kernels_equal_attend_with_gradients():
             fails(kernels_equal_attend, s, "window")
 
 
+@slow
 def test_selection_kernels_equal_the_reference():
+    cases = [
+        (100, 2, 1, {"n": 3, "block": 32}),
+        (257, 4, 1, {"n": 4, "share": 4, "l": 16, "block": 16}),
+        (31, 3, 2, {"n": 9, "block": 16, "l": 16}),
+        (70, 1, 1, {"n": 3, "l": 32, "d": 8, "block": 32}),
+    ]
     with kernels_in_use():
-        for T, h, G, more in [
-            (100, 2, 1, dict(n=3, block=32)),
-            (257, 4, 1, dict(n=4, share=4, l=16, block=16)),
-            (31, 3, 2, dict(n=9, block=16, l=16)),
-            (70, 1, 1, dict(n=3, l=32, d=8, block=32)),
-        ]:
+        for T, h, G, more in cases:
             s = Sizes(T, h, G, 16, None, P=8, **more)
+            share = s.sizes.share
             problem = (s.q, s.pos, s.entries, T, s.sizes, s.scale)
             lists = nsa.compressed_attention(*problem)[1].long()
             want = nsa.compressed_attention.definition(*problem)[1]
             assert lists.shape == want.shape and lists.dtype == want.dtype
-            p = nsa.attend_with_weights(s.q, *s.entries.joined(), visible(s.pos, s.entries.pos), s.scale)[1]
-            score = nsa.block_importance(p[:, :, :: s.sizes.share], s.G, s.sizes, T)
+            see = visible(s.pos, s.entries.pos)
+            p = nsa.attend_with_weights(s.q, *s.entries.joined(), see, s.scale)[1]
+            score = nsa.block_importance(p[:, :, ::share], s.G, s.sizes, T)
             value = lambda x: torch.where(x >= 0, score.gather(-1, x.clamp(min=0)), 0).sum(-1)
             close(
                 value(lists), value(want), 1e-5, f"{s.name}: score of the chosen blocks"
             )  # near ties differ
-            assert torch.equal(lists >= 0, want >= 0) and torch.equal(lists[..., 0], want[..., 0] * 0)
+            assert torch.equal(lists >= 0, want >= 0) and (lists[..., 0] == 0).all()
             valid = lists.masked_fill(lists < 0, 2**20)
             assert ((valid.diff(dim=-1) > 0) | (valid[..., 1:] == 2**20)).all(), "ascending, then -1"
-            own = s.pos[:, None, :: s.sizes.share, None] // s.sizes.block
-            for forced in (0, own - 1, own):
-                found = (lists == torch.as_tensor(forced).clamp(min=0)).any(-1)
-                assert found.all(), f"{s.name}: a forced block is missing"
+            own = s.pos[:, None, ::share, None] // s.sizes.block
+            for forced in (own * 0, (own - 1).clamp(min=0), own):
+                assert (lists == forced).any(-1).all(), f"{s.name}: a forced block is missing"
 
 
+@slow
 def test_layers_on_kernels_equal_the_reference():
     pos = torch.arange(50, device=DEVICE)[None]
     for attn, depth in (("nsa", 0), ("asa", 0), ("asa", 1)):
-        layer, x = lm(attn).to(DEVICE).float().blocks[depth].attn, torch.randn(1, 50, 32, device=DEVICE)
+        layer = lm(attn).to(DEVICE).float().blocks[depth].attn
+        x = torch.randn(1, 50, 32, device=DEVICE)
         names, leaves = zip(*layer.named_parameters())
         results = []
         for use in (True, False):
             with kernels_in_use(use):
                 results.append(with_gradients(layer(x, pos), leaves))
-        for name, a, b in zip(("output", *names), *results):
-            assert off(a, b) < 1e-5, f"{attn}, layer {depth}: {name} is off by {off(a, b):.1e}"
+        near(*results, ("output", *names), f"{attn}, layer {depth}")
 
 
 def test_kernels_refuse_what_they_cannot_do():
-    """One clear line, before anything is launched; a decorated function then gives what the definition gives."""
-    if kernels.triton is None:
-        raise unittest.SkipTest("needs Triton")
+    """One clear line, before any launch; a decorated function then gives what the definition gives."""
+    needs_triton()
     new = lambda heads, width=16, **kind: torch.randn(1, heads, 8, width, device=DEVICE, **kind)
     pos = torch.arange(8, device=DEVICE)[None]
-    keys = lambda k, v: la.keys_of(None, pos, None, k, v)
+    keys = lambda heads, width=16: keys_of(pos, new(heads, width), new(heads))
     lists = torch.zeros(1, 1, 2, 1, dtype=torch.int32, device=DEVICE)
     sizes = lambda **more: nsa.Blocks(**{"l": 16, "d": 16, "block": 16, "n": 3, **more})
-    for what, f, args in (
-        ("1 to 64 heads", la.window_attention, (new(130), keys(new(1), new(1)), 4, 1.0)),
-        ("at most 256", la.window_attention, (new(2, 320), keys(new(2, 320), new(2, 64)), 4, 1.0)),
-        ("one dtype", la.window_attention, (new(2), keys(new(2, dtype=torch.float16), new(2)), 4, 1.0)),
-        (
-            "128 rows",
-            nsa.selected_attention,
-            (new(64), pos, keys(new(1), new(1)), lists, sizes(share=4), 1.0),
-        ),
-        (
-            "blocks of 24",
-            nsa.compressed_attention,
-            (new(2), pos, keys(new(2), new(2)), 8, sizes(block=24), 1.0),
-        ),
-        ("side by side", la.cached_attention, (new(2), pos, keys(new(2), new(2)), 1.0)),
-    ):
-        try:
-            kernels.PAIRS[f.__name__][1](*args)
-        except kernels.Refused as e:
-            assert what in str(e) and "\n" not in str(e), str(e)
-        else:
-            raise AssertionError(f"not refused: {what}")
-        with kernels_in_use():
-            if what != "one dtype":
-                a, b = f(*args), f.definition(*args)
-                assert torch.equal(a[0], b[0]), f"{what}: what is refused is left to the definition"
+    half = keys_of(pos, new(2, dtype=torch.float16), new(2))
+    cases = (
+        ("1 to 64 heads", la.window_attention, new(130), keys(1), 4, 1.0),
+        ("at most 256", la.window_attention, new(2, 320), keys(2, 320), 4, 1.0),
+        ("one dtype", la.window_attention, new(2), half, 4, 1.0),
+        ("128 rows", nsa.selected_attention, new(64), pos, keys(1), lists, sizes(share=4), 1.0),
+        ("blocks of 24", nsa.compressed_attention, new(2), pos, keys(2), 8, sizes(block=24), 1.0),
+        ("side by side", la.cached_attention, new(2), pos, keys(2), 1.0),
+    )
+    for what, f, *args in cases:
+        raises(kernels.Refused, what, kernels.PAIRS[f.__name__][1], *args)
+        if what != "one dtype":
+            with kernels_in_use():
+                got = f(*args)
+            want = f.definition(*args)
+            assert torch.equal(got[0], want[0]), f"{what}: what is refused is left to the definition"
 
 
 def test_kernels_compiled_in_bf16():
     """Against fp64, beside SDPA in bf16 on the same data; two runs have the same bits."""
-    if not CUDA:
-        raise unittest.SkipTest("needs CUDA")
-    asa = dict(l=16, block=16, n=12, share=4, dtype=torch.bfloat16)
-    for sizes in [
+    needs_cuda()
+    asa = {"l": 16, "block": 16, "n": 12, "share": 4}
+    cases = [
         (1000, 16, 4, 128, 128, {}),
         (1000, 4, 4, 64, 64, {}),
         (257, 1, 2, 64, 64, {}),
         (257, 3, 1, 96, 96, {}),
         (257, 16, 1, 192, 128, {}),
-        (257, 1, 8, 64, 64, dict(P=32)),
-        (1000, 4, 4, 120, None, dict(P=32, **asa)),
-        (1000, 16, 2, 240, None, dict(P=64, **asa)),
-    ]:
-        s = Sizes(*sizes[:5], **{"W": 200, "dtype": torch.bfloat16, **sizes[5]})
+        (257, 1, 8, 64, 64, {"P": 32}),
+        (1000, 4, 4, 120, None, {"P": 32, **asa}),
+        (1000, 16, 2, 240, None, {"P": 64, **asa}),
+    ]
+    for T, h, G, D, Dv, more in cases:
+        s = Sizes(T, h, G, D, Dv, W=200, dtype=torch.bfloat16, **more)
         for branch in ("window", "compressed", "selected"):
-            leaves = s.leaves(branch)
-            grad = torch.randn(*s.q.shape[:3], sizes[4] or sizes[3], device="cuda")
-            one, two = (with_gradients(s.run(branch), leaves, grad) for _ in range(2))
-            assert all(torch.equal(a, b) for a, b in zip(one, two)), f"{branch}, {s.name}: two runs differ"
+            what = f"{branch}, {s.name}"
+            grad = torch.randn(*s.q.shape[:3], Dv or D, device="cuda")
+            one, two = (with_gradients(s.run(branch), s.leaves(branch), grad) for _ in range(2))
+            assert all_equal(one, two), f"{what}: two runs differ"
             exact = with_gradients(*s.plain(branch, torch.float64), grad)
             sdpa = with_gradients(*s.plain(branch, torch.bfloat16), grad)
-            for i, (a, b, c) in enumerate(zip(one, sdpa, exact)):
-                ours, theirs = off(a, c), off(b, c)
-                assert ours < 1.5 * theirs + 1e-4, (
-                    f"{branch}, {s.name}: result {i} is off by {ours:.1e}, SDPA by {theirs:.1e}"
-                )
+            for name, a, b, c in zip(s.names, one, sdpa, exact, strict=True):
+                found = f"{name} is off by {off(a, c):.1e}, SDPA by {off(b, c):.1e}"
+                assert off(a, c) < 1.5 * off(b, c) + 1e-4, f"{what}: {found}"
 
 
 def test_kernels_address_more_than_2_to_31_elements():
     """A group of heads gives the same bits alone as behind 2^31 elements of other heads."""
-    if not CUDA:
-        raise unittest.SkipTest("needs CUDA")
+    needs_cuda()
     T, h, G, D = 131072 + 64, 16, 5, 256
-    new = lambda heads, S: torch.randn(
-        1, heads, S, D, device="cuda", dtype=torch.bfloat16, requires_grad=True
-    )
-    sizes, pos = nsa.Blocks(32, 16, 64, 16), torch.arange(T, device="cuda")[None]
-    q, k, v, N = new(h * G, T), new(G, T), new(G, T), (T - 32) // 16 + 1
-    assert q.numel() > 2**31
-    k_c, v_c, results = new(G, N), new(G, N), []
-    weight = torch.randn(1, 1, T, 1, device="cuda", dtype=torch.bfloat16)
+    N = (T - 32) // 16 + 1
+    kind = {"device": "cuda", "dtype": torch.bfloat16}
+    new = lambda heads, S: torch.randn(1, heads, S, D, requires_grad=True, **kind)
+    given = [new(h * G, T), new(G, T), new(G, T), new(G, N), new(G, N)]  # q; k, v of tokens; of blocks
+    assert given[0].numel() > 2**31
+    sizes = nsa.Blocks(32, 16, 64, 16)
+    pos = torch.arange(T, device="cuda")[None]
     end = torch.arange(N, device="cuda")[None] * 16 + 31
-    for only in (False, True):
-        pick = lambda x, heads: x.detach()[:, -heads:].contiguous().requires_grad_() if only else x
-        leaves = q_, k_, v_, kc_, vc_ = pick(q, h), pick(k, 1), pick(v, 1), pick(k_c, 1), pick(v_c, 1)
-        entries, tokens = la.keys_of(None, end, None, kc_, vc_), la.keys_of(None, pos, None, k_, v_)
-        o, lists = kernels.compressed_attention(q_, pos, entries, T, sizes, D**-0.5)
-        o = o + kernels.selected_attention(q_, pos, tokens, lists, sizes, D**-0.5)
-        o = o + kernels.window_attention(q_, tokens, 512, D**-0.5)
+    weight = torch.randn(1, 1, T, 1, **kind)
+    last = lambda tensors, heads: [x.detach()[:, -n:].clone() for x, n in zip(tensors, heads, strict=True)]
+
+    def attention(leaves):
+        """-> output, lists, gradients"""
+        q, k, v, k_c, v_c = leaves
+        entries = keys_of(end, k_c, v_c)
+        tokens = keys_of(pos, k, v)
+        o, lists = kernels.compressed_attention(q, pos, entries, T, sizes, D**-0.5)
+        o = o + kernels.selected_attention(q, pos, tokens, lists, sizes, D**-0.5)
+        o = o + kernels.window_attention(q, tokens, 512, D**-0.5)
         grads = torch.autograd.grad(o, leaves, weight.expand_as(o).contiguous())
-        results.append([x[:, -heads:].clone() for x, heads in zip((o, lists, *grads), (h, 1, h, 1, 1, 1, 1))])
-        del o, lists, grads
-    for what, a, b in zip(("output", "lists", "dq", "dk", "dv", "dk of blocks", "dv of blocks"), *results):
+        return last((o, lists, *grads), (h, 1, h, 1, 1, 1, 1))
+
+    behind = attention(given)
+    alone = attention([x.requires_grad_() for x in last(given, (h, 1, 1, 1, 1))])
+    names = ("output", "lists", "dq", "dk", "dv", "dk of blocks", "dv of blocks")
+    for name, a, b in zip(names, behind, alone, strict=True):
         # Few blocks are split over more programs when alone. Where they are not, a sum runs over 2 million
         # rows on the tensor cores: 0.55 % were seen, and we think that they truncate.
-        same = off(a, b) < 1e-2 if "blocks" in what else torch.equal(a, b)
-        assert same, f"{what}: the last group alone differs by {off(a, b):.1e}"
+        same = off(a, b) < 1e-2 if "blocks" in name else torch.equal(a, b)
+        assert same, f"{name}: the last group alone differs by {off(a, b):.1e}"
 
 
 def test_rope_kernel_equals_rope_with_gradient():
-    x, pos = (
-        torch.randn(2, 3, 31, 12, device=DEVICE, requires_grad=True),
-        torch.randint(4096, (2, 31), device=DEVICE),
-    )
-    for at, part in (
-        (pos, x),
-        (pos[:1] + 0.5, x[..., 1:11]),
-        (pos[:, ::2], x[:, :, ::2]),
-    ):  # fractions, one row of positions, strides
+    x = torch.randn(2, 3, 31, 12, device=DEVICE, requires_grad=True)
+    pos = torch.randint(4096, (2, 31), device=DEVICE)
+    cases = ((pos, x), (pos[:1] + 0.5, x[..., 1:11]), (pos[:, ::2], x[:, :, ::2]))
+    for at, part in cases:  # of the second: fractions, one row of positions; of the third: strides
         results = []
         for wanted in (True, False):
             with kernels_in_use(wanted):
                 y = rope(part, at)
             weight = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)
             results.append([y, *torch.autograd.grad((y * weight).sum(), x, retain_graph=True)])
-        for what, a, b in zip(("output", "gradient"), *results):
+        for what, a, b in zip(("output", "gradient"), *results, strict=True):
             close(a, b, 2e-3, f"rope, {what}, x of {tuple(part.shape)}")
 
 
 def test_rope_and_append_reach_far():
-    """Elements 2^31 apart are addressed, and more than 2^16 tokens fit into the grid of one launch, whose second and third axis end there."""
-    if kernels.triton is None:
-        raise unittest.SkipTest("needs Triton")
-    try:
-        memory = torch.empty(
-            2**31 + 32, dtype=torch.float16, device=DEVICE
-        )  # 4 GB of addresses; three rows of it are touched
+    """Elements 2^31 apart are addressed; more than 2^16 tokens fit into a grid, whose other axes end there."""
+    needs_triton()
+    try:  # 4 GB of addresses; three rows of it are touched
+        memory = torch.empty(2**31 + 32, dtype=torch.float16, device=DEVICE)
     except RuntimeError:
         raise unittest.SkipTest("needs 4 GB")
-    x = memory.as_strided((1, 1, 3, 8), (8, 8, 2**30 + 8, 1)).copy_(torch.arange(24).view(1, 1, 3, 8))
-    close(
-        kernels.rope(x, torch.zeros(1, 3, device=DEVICE)),
-        torch.arange(24.0, device=DEVICE).view(1, 1, 3, 8).half(),
-        0,
-        "turned by nothing",
-    )
+    want = torch.arange(24.0, device=DEVICE).view(1, 1, 3, 8).half()
+    x = memory.as_strided((1, 1, 3, 8), (8, 8, 2**30 + 8, 1)).copy_(want)
+    close(kernels.rope(x, torch.zeros(1, 3, device=DEVICE)), want, 0, "turned by nothing")
 
     class Grid:
         def __getitem__(self, grid):
             self.grid = grid
             return lambda *args, **more: None
 
-    T, grid = 70_000, Grid()
+    T = 70_000
+    grid = Grid()
+    buffers = [torch.empty(3, 2, T, 1), torch.empty(3, 2, T)]
     with swapped(kernels, "write_slots_kernel", grid):
-        new, buffer = torch.empty(3, 2, T, 1), torch.empty(3, 2, T, 1)
-        kernels.write_slots(
-            torch.zeros(3), [buffer, buffer[..., 0]], [new, new[..., 0]], torch.zeros(3), False
-        )
+        kernels.write_slots(torch.zeros(3), buffers, buffers, torch.zeros(3), False)
     assert grid.grid == (T, 3, 2), f"(tokens, rows, heads), not {grid.grid}"
 
 
 @torch.no_grad()
 def decode_equals_attend():
-    """Ragged rows, positions per head or not, windows, latents as values, few and many queries, one share of the slots and several."""
-    for G, h, T, D, D2, window, S, heads in (
+    """Ragged rows, windows, latents as values, few and many queries, one share of the slots and several."""
+    cases = (
         (2, 3, 1, 16, 0, None, 600, 2),
         (2, 4, 7, 16, 0, None, 70, 1),
         (1, 8, 7, 40, 8, 30, 70, 1),
         (2, 4, 3, 24, 8, None, 300, 2),
         (1, 1, 100, 12, 4, 9, 40, 1),
         (1, 16, 9, 24, 8, 30, 70, 1),
-    ):
-        B, length = 3, torch.tensor([S, S // 3, 5], device=DEVICE)
+    )
+    new = lambda *shape: torch.randn(3, *shape, device=DEVICE)
+    for G, h, T, D, D2, window, S, heads in cases:  # heads: of positions
+        length = torch.tensor([S, S // 3, 5], device=DEVICE)
         slot = torch.arange(S, device=DEVICE)
         k_pos = torch.where(slot < length[:, None, None], slot * 2, -1)  # others were evicted
-        k_pos = k_pos.expand(B, heads, S).int()
-        q, k = torch.randn(B, G * h, T, D + D2, device=DEVICE), torch.randn(B, G, S, D, device=DEVICE)
-        v = None if D2 else torch.randn(B, G, S, 20, device=DEVICE)
-        k2 = torch.randn(B, 1, S, D2, device=DEVICE) if D2 else None
-        hide = lambda x: (
-            x if x is None else x.masked_fill(slot[:, None] >= length[:, None, None, None], math.nan)
-        )
+        k_pos = k_pos.expand(3, heads, S).int()
+        q = new(G * h, T, D + D2)
+        v = None if D2 else new(G, S, 20)
+        keys = la.Keys(new(G, S, D), v, new(1, S, D2) if D2 else None, k_pos, length)
+        beyond = slot[:, None] >= length[:, None, None, None]
+        hide = lambda x: x if x is None else x.masked_fill(beyond, math.nan)
+        hidden = keys._replace(k=hide(keys.k), v=hide(keys.v), k2=hide(keys.k2))
         pos = (2 * length - 2)[:, None] + torch.arange(T, device=DEVICE)
-        got = la.cached_attention(q, pos, la.Keys(hide(k), hide(v), hide(k2), k_pos, length), 0.3, window)
-        want = la.cached_attention.definition(q, pos, la.Keys(k, v, k2, k_pos, length), 0.3, window)
+        got = la.cached_attention(q, pos, hidden, 0.3, window)
+        want = la.cached_attention.definition(q, pos, keys, 0.3, window)
         seen = visible(pos, k_pos, window).any(-1).repeat_interleave(G * h // heads, 1)[..., None]
-        close(
-            got,
-            torch.where(seen, want, 0),
-            1e-5,
-            f"{G} x {h} heads, T {T}, {D} + {D2}, window {window}, S {S}",
-        )
+        what = f"{G} x {h} heads, T {T}, {D} + {D2}, window {window}, S {S}"
+        close(got, torch.where(seen, want, 0), 1e-5, what)
 
 
 def test_decode_attention_kernel_equals_attend():
@@ -1055,44 +1077,52 @@ def test_decode_attention_kernel_equals_attend():
                 fails(decode_equals_attend)
 
 
+@slow
 @torch.no_grad()
 def test_decoding_on_kernels_equals_the_reference():
-    """Whole models, token by token and ragged, through all kernels; rings, rejected drafts, one-number counts."""
-    T, plan = 80, (66, [1, 3], [3, 0], 1)
+    """Whole models, token by token and ragged, through all kernels; rings, rejected drafts, number counts."""
+    T = 80
+
+    def decoded(model, text):
+        cache = model.new_cache(2, T)
+        out = []
+        for count in (66, [1, 3], [3, 0], 1):
+            count = torch.as_tensor(count, device=DEVICE).expand(2)
+            new = torch.arange(int(count.max()), device=DEVICE)
+            logits = model(text.gather(1, cache.seen[:, None] + new), cache, count)
+            out.append(logits[new < count[:, None]])
+            cache.rollback(cache.seen - (count > 2).long())  # a rejected draft
+        parts = [part for layer in cache.layers for name, part in layer.items() if name != "lists"]
+        return [torch.cat(out), *(part.data["k"] for part in parts)]
+
     for attn in KINDS:
         model = lm(attn, layers=2).float().to(DEVICE)
-        text, results = text_of(model, 2, T).to(DEVICE), []
+        text = text_of(model, 2, T).to(DEVICE)
+        results = []
         for wanted in (True, False):
             with kernels_in_use(wanted):
-                cache, out = model.new_cache(2, T), []
-                for count in plan:
-                    count = torch.as_tensor(count, device=DEVICE).expand(2)
-                    pos = cache.seen[:, None] + torch.arange(int(count.max()), device=DEVICE)
-                    logits = model(text.gather(1, pos), cache, count)
-                    out.append(logits[torch.arange(pos.shape[1], device=DEVICE) < count[:, None]])
-                    cache.rollback(cache.seen - (count > 2).long())  # a rejected draft
-                parts = [part for layer in cache.layers for name, part in layer.items() if name != "lists"]
-                results.append([torch.cat(out), *(part.data["k"] for part in parts)])
-        for a, b in zip(*results):
+                results.append(decoded(model, text))
+        for a, b in zip(*results, strict=True):
             close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
 
 
+@slow
 @torch.no_grad()
 def test_decode_attention_splits_and_lists():
+    B, H, G, T, S, D = 2, 6, 2, 3, 600, 16
+    new = lambda *shape: torch.randn(B, *shape, device=DEVICE)
+    q = new(H, T, D + 8)
+    length = torch.tensor([600, 333], device=DEVICE)
+    slot = torch.arange(S, device=DEVICE)
+    k_pos = torch.where(slot < length[:, None, None], slot, -1).expand(B, G, S).int()
+    pos = length[:, None] - T + torch.arange(T, device=DEVICE)
+    keys = la.Keys(new(G, S, D), new(G, S, 24), new(1, S, 8), k_pos, length)
     with kernels_in_use():
-        B, H, G, T, S, D = 2, 6, 2, 3, 600, 16
-        new = lambda *shape: torch.randn(B, *shape, device=DEVICE)
-        q, k, v, k2 = new(H, T, D + 8), new(G, S, D), new(G, S, 24), new(1, S, 8)
-        length = torch.tensor([600, 333], device=DEVICE)
-        slot = torch.arange(S, device=DEVICE)
-        k_pos = torch.where(slot < length[:, None, None], slot, -1).expand(B, G, S).int()
-        pos = length[:, None] - T + torch.arange(T, device=DEVICE)
-        for value in (v, None):
-            keys = la.Keys(k, value, k2, k_pos, length)
+        for some_keys in (keys, keys._replace(v=None)):
             for window in (None, 70):
-                want = la.cached_attention.definition(q, pos, keys, 0.3, window)
-                close(la.cached_attention(q, pos, keys, 0.3, window), want, 1e-5, f"slots, window {window}")
-        keys = la.Keys(k, v, k2, k_pos, length)
+                want = la.cached_attention.definition(q, pos, some_keys, 0.3, window)
+                got = la.cached_attention(q, pos, some_keys, 0.3, window)
+                close(got, want, 1e-5, f"slots, window {window}")
         for block, n, size in ((16, 20, kernels.BYTES), (64, 4, 0)):  # the second: tiles of half a block
             sizes = nsa.Blocks(block, block, block, n)
             lists = nsa.select_blocks(torch.rand(B, G, T, -(-S // block), device=DEVICE), pos, sizes)
@@ -1104,92 +1134,93 @@ def test_decode_attention_splits_and_lists():
 
 @torch.no_grad()
 def decode_blocks_equals_read_blocks():
-    """Outputs and lists: NSA's and ASA's blocks, rows of all lengths, one query and several, heads that fill a tile, one share and more."""
-    for l, d, block, n, h, T, S in (
+    """Outputs and lists: NSA's and ASA's blocks, rows of all lengths, one query and several, some shares."""
+    cases = (
         (16, 16, 16, 6, 4, 1, 400),
         (32, 16, 64, 12, 3, 2, 150),
-        (16, 16, 16, 20, 16, 8, 140),
+        (16, 16, 16, 20, 16, 8, 140),  # heads fill a tile
         (8, 4, 16, 5, 1, 1, 90),
-    ):
-        B, G, D, sizes = 3, 2, 16, nsa.Blocks(l, d, block, n)
+    )
+    B, G, D = 3, 2, 16
+    new = lambda *shape: torch.randn(B, *shape, device=DEVICE)
+    for l, d, block, n, h, T, S in cases:
+        sizes = nsa.Blocks(l, d, block, n)
         count = torch.tensor([S, S // 2, 0], device=DEVICE)  # entries of each row
         at = torch.arange(S, device=DEVICE)
         k_pos = torch.where(at < count[:, None], at * d + l - 1, -1)[:, None].int()
-        new = lambda *shape: torch.randn(B, *shape, device=DEVICE)
-        q, keys = new(G * h, T, D + 8), la.Keys(new(G, S, D), None, new(1, S, 8), k_pos, count)
+        q = new(G * h, T, D + 8)
+        keys = la.Keys(new(G, S, D), None, new(1, S, 8), k_pos, count)
         end = (count - 1) * d + l - 1  # where the last entry ends: the first queries do not see it
-        pos, tokens = (end[:, None] - T // 2 + torch.arange(T, device=DEVICE)).clamp(min=0), S * d + l + T
-        want, lists = nsa.compressed_attention.definition(q, pos, keys, tokens, sizes, 0.3)
+        pos = (end[:, None] - T // 2 + torch.arange(T, device=DEVICE)).clamp(min=0)
+        problem = (q, pos, keys, S * d + l + T, sizes, 0.3)
+        want, lists = nsa.compressed_attention.definition(*problem)
         for sms in (132, 1):  # several shares, or one
             with swapped(kernels, "SMS", sms):
-                o, got = nsa.compressed_attention(q, pos, keys, tokens, sizes, 0.3)
-            close(o, want, 1e-5, f"compressed entries, {h} heads, {T} queries, {sms} SMs: outputs")
-            assert torch.equal(got.long(), lists), (
-                f"compressed entries, blocks of {block} by {l} / {d}: lists"
-            )
+                o, got = nsa.compressed_attention(*problem)
+            what = f"compressed entries, {h} heads, {T} queries, {sms} SMs, blocks of {block} by {l} / {d}"
+            close(o, want, 1e-5, what)
+            assert torch.equal(got.long(), lists), f"{what}: lists"
 
 
+@slow
 def test_decode_blocks_kernel_equals_read_blocks():
     with kernels_in_use():
         right = kernels.compressed_attention
         decode_blocks_equals_read_blocks()
-        turned = lambda q, pos, keys, *rest: right(q, pos, keys._replace(k=keys.k.flip(2)), *rest)
-        # entries as long as their stride
-        short = lambda q, pos, keys, tokens, sizes, scale: right(
-            q, pos, keys, tokens, sizes._replace(l=sizes.d), scale
-        )
-        for wrong in (turned, short):
+
+        def turned_around(q, pos, keys, *rest):
+            return right(q, pos, keys._replace(k=keys.k.flip(2)), *rest)
+
+        def short(q, pos, keys, tokens, sizes, scale):
+            """Entries as long as their stride."""
+            return right(q, pos, keys, tokens, sizes._replace(l=sizes.d), scale)
+
+        for wrong in (turned_around, short):
             with fast("compressed_attention", wrong):
                 fails(decode_blocks_equals_read_blocks)
 
 
 def test_draws_and_commits_compiled_equal_mtp():
     """On a GPU torch.compile makes kernels of them; on a CPU there is nothing to compare."""
-    if not CUDA:
-        raise unittest.SkipTest("needs CUDA")
+    needs_cuda()
     draw, commit = (kernels.PAIRS[name][1] for name in ("draw", "commit"))
     B, V, K, width = 9, 37, 4, 20
-    to = lambda x: x.to(DEVICE)
-    if True:
-        for temperature in (0, 0.7, 1.0):
-            logits, noise = to(torch.randn(B, 2, V) * 3), to(torch.empty(B, 2, V).exponential_())
-            p, token = draw(logits, temperature, noise)
-            close(p, mtp.law(logits, temperature), 1e-6, f"law at temperature {temperature}")
-            assert torch.equal(token, (mtp.law(logits, temperature) / noise).argmax(-1)), (
-                f"tokens at temperature {temperature}"
-            )
-        for case in range(20):
-            g = case % 5
-            p, q = (to((torch.randn(B, n, V) * 2).softmax(-1)) for n in (g + 1, g))
-            q = p[:, :g] if case % 7 == 6 else q  # q = p: nothing is refused
-            known, active = to(torch.randint(2, 9, (B,))), to(torch.rand(B) < 0.8)
-            given, limit = known + to(torch.randint(-2, 3, (B,))), known + to(torch.randint(1, 8, (B,)))
-            drafts, u, noise = (
-                to(torch.randint(V, (B, g))),
-                to(torch.rand(B, g)),
-                to(torch.empty(B, V).exponential_()),
-            )
-            text = to(torch.randint(V, (B, width)))
-            state = mtp.State(
-                text,
-                to(torch.zeros(B, width)),
-                known,
-                given,
-                limit,
-                active,
-                to(torch.zeros(B, 3, K)),
-                to(torch.zeros(B, 2)),
-            )
-            place = known[:, None] + torch.arange(g, device=DEVICE)
-            drafts = torch.where(
-                place < given[:, None], text.gather(1, place), drafts
-            )  # a prompt is a draft that is right
-            both = []
-            for f in (commit, mtp.commit.definition):
-                mine = mtp.State(*(x.clone() for x in state))
-                both.append([f(p, q, drafts, u, noise, mine, case), *mine])
-            for what, a, b in zip("taken text logp known given limit active counts reads".split(), *both):
-                close(a, b, 1e-5, f"commit, case {case}: {what}")
+    integers = lambda low, high, *shape: torch.randint(low, high, (B, *shape), device=DEVICE)
+    uniform = lambda *shape: torch.rand(B, *shape, device=DEVICE)
+    noise = lambda *shape: torch.empty(B, *shape, device=DEVICE).exponential_()
+    for temperature in (0, 0.7, 1.0):
+        logits = torch.randn(B, 2, V, device=DEVICE) * 3
+        e = noise(2, V)
+        p, token = draw(logits, temperature, e)
+        want = mtp.law(logits, temperature)
+        close(p, want, 1e-6, f"law at temperature {temperature}")
+        assert torch.equal(token, (want / e).argmax(-1)), f"tokens at temperature {temperature}"
+    for case in range(20):
+        g = case % 5
+        law = lambda n: (torch.randn(B, n, V, device=DEVICE) * 2).softmax(-1)
+        p = law(g + 1)
+        q = p[:, :g] if case % 7 == 6 else law(g)  # q = p: nothing is refused
+        known = integers(2, 9)
+        state = mtp.State(
+            text=integers(0, V, width),
+            logp=torch.zeros(B, width, device=DEVICE),
+            known=known,
+            given=known + integers(-2, 3),
+            limit=known + integers(1, 8),
+            active=uniform() < 0.8,
+            counts=torch.zeros(B, 3, K, device=DEVICE),
+            reads=torch.zeros(B, 2, device=DEVICE),
+        )
+        place = known[:, None] + torch.arange(g, device=DEVICE)
+        told = place < state.given[:, None]  # a prompt is a draft that is right
+        drafts = torch.where(told, state.text.gather(1, place), integers(0, V, g))
+        drawn = (p, q, drafts, uniform(g), noise(V))
+        both = []
+        for f in (commit, mtp.commit.definition):
+            mine = mtp.State(*(x.clone() for x in state))
+            both.append([f(*drawn, mine, case), *mine])
+        for what, a, b in zip(("taken", *mtp.State._fields), *both, strict=True):
+            close(a, b, 1e-5, f"commit, case {case}: {what}")
 
 
 def test_pairs_have_one_signature():
