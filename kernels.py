@@ -246,21 +246,6 @@ def widths_of(q, k, k2, v, multiple=1):
     return Widths(h, power(h), *key, DV, WV, power(DV, 16), v is None)
 
 
-def align(x, D2=0):
-    """x (.., D + D2) with zeros behind its first D columns, which make them a multiple of 16; x if they are.
-
-    Memory comes in sectors of 32 bytes: of rows of 120 numbers, 40 % more are fetched than needed.
-    """
-    D = 0 if x is None else x.shape[-1] - D2
-    if D % 16 == 0:
-        return x
-    out = x.new_zeros(*x.shape[:-1], D + -D % 16 + D2)
-    out[..., :D] = x[..., :D]
-    if D2:
-        out[..., -D2:] = x[..., D:]
-    return out
-
-
 @jit
 def zeros(M, N):
     return tl.zeros((M, N), tl.float32)
@@ -288,6 +273,31 @@ def store_rows(x, row, ok, value, D, P, STRIDE):
     at = x + row.to(tl.int64)[:, None] * STRIDE + d[None, :]
     ok = ok[:, None] & (d < D)[None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=ok)
+
+
+@jit
+def align_kernel(x, out, rows, D: constexpr, W: constexpr, P: constexpr, D2: constexpr, P2: constexpr):
+    """One program: 32 rows [a ; b] of x, D + D2 wide -> [a ; 0 ; b], W + D2 wide."""
+    row = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
+    ok = row < rows
+    store_rows(out, row, ok, load_rows(x, row, ok, D, P, D + D2), W, P, W + D2)
+    if D2 > 0:
+        store_rows(out + W, row, ok, load_rows(x + D, row, ok, D2, P2, D + D2), D2, P2, W + D2)
+
+
+def align(x, D2=0):
+    """x (.., D + D2) with zeros behind its first D columns, which make them a multiple of 16; x if they are.
+
+    Memory comes in sectors of 32 bytes: of rows of 120 numbers, 40 % more are fetched than needed.
+    """
+    D = 0 if x is None else x.shape[-1] - D2
+    if D % 16 == 0:
+        return x
+    W = D + -D % 16
+    rows = x.shape[:-1].numel()
+    out = x.new_empty(*x.shape[:-1], W + D2)
+    align_kernel[(triton.cdiv(rows, 32),)](x, out, rows, D, W, power(W), D2, power(D2))
+    return out
 
 
 @jit
@@ -321,14 +331,25 @@ def dot(a, b, w):
 
 @jit
 def rows_of_tile(rule, w, tile):
-    """This program's group and tile; of its rows (BM,) position t, row in q, and which of them exist."""
+    """This program's group and tile; of its rows (BM,) position t, row in the group, which of them exist."""
     bg = tl.program_id(1).to(tl.int64)
     i = tl.num_programs(0) - 1 - tl.program_id(0)  # long walks first
     m = tl.arange(0, tile.BM)
     t = i * tile.BQ + m // w.HP
     head = m % w.HP
     ok = (head < w.h) & (m // w.HP < tile.BQ) & (t < rule.T)
-    return bg, i, t, (bg * w.h + head) * rule.T + t, ok
+    return bg, i, t, head * rule.T + t, ok
+
+
+@jit
+def rows_of_group(x, bg, rule, w, DK, DV):
+    """Where what belongs to a group's queries begins. Rows of q are DK + D2 wide, and those of do DV."""
+    n = bg * w.h * rule.T
+    lse = x.lse + n
+    delta = x.delta + n
+    return Rows(
+        x.q + n * (DK + w.D2), x.out + n * w.DV, lse, x.dout + n * DV, delta, x.dq + n * (w.DK + w.D2)
+    )
 
 
 @jit
@@ -489,7 +510,8 @@ def key_bounds(first, rule, tile):
 def forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: constexpr):
     """One program: BQ queries x the h heads of a group, against the keys that they read."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
-    a = load_queries(q, row, ok, w.DK, w)
+    n = bg * w.h * rule.T  # rows of the groups before
+    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     low, high = span(t[:, None], rule)  # (BM, 1)
     keys = of_group(keys, bg, rule, w)
     o = nothing(tile.BM, w.PV)
@@ -499,13 +521,14 @@ def forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: constexpr
             s = start + tl.arange(0, tile.BN)
             see = (s[None, :] >= low) & (s[None, :] < high)  # (BM, BN)
             o, _ = softmax_step(a, keys, s, s < rule.S, see, scale, o, w, phase == 1)
-    store_output(out, lse, row, ok, o, w)
+    store_output(out + n * w.DV, lse + n, row, ok, o, w)
 
 
 @jit
 def dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
+    x = rows_of_group(x, bg, rule, w, w.DK, w.DV)
     a = load_queries(x.q, row, ok, w.DK, w)
     low, high = span(t[:, None], rule)  # (BM, 1)
     r = query_slopes(x, row, ok, w)
@@ -549,6 +572,7 @@ def dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CUT: con
     keys = of_group(keys, bg, rule, w)
     b = load_keys(keys, s, s < rule.S, w)
     values = load_values(keys, b, s, s < rule.S, w)  # (BN, PV)
+    x = rows_of_group(x, bg, rule, w, w.WK, w.WV)
     grads = no_gradients(tile.BN, w)
     m = tl.arange(0, tile.BM)
     head = m % w.HP
@@ -559,8 +583,7 @@ def dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CUT: con
             ok = (head < w.h) & (t < rule.T)
             low, high = span(t[None, :], rule)  # (1, BM)
             see = (s[:, None] >= low) & (s[:, None] < high)  # (BN, BM)
-            row = (bg * w.h + head) * rule.T + t
-            grads = key_step(b, values, x, row, ok, see, scale, grads, w, phase == 1)
+            grads = key_step(b, values, x, head * rule.T + t, ok, see, scale, grads, w, phase == 1)
     store_keys(to, piece, bg, rule, s, grads, w, tile.BN, CUT)
 
 
@@ -608,7 +631,8 @@ def rows_of_blocks(lists, start, end, S, BN, BLOCK):
 def lists_forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: constexpr):
     """One program: the queries of a list x the h heads of a group, against the keys of its blocks."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
-    a = load_queries(q, row, ok, w.DK, w)
+    n = bg * w.h * rule.T  # rows of the groups before
+    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     keys = of_group(keys, bg, rule, w)
     lists = rule.lists + (bg * tl.num_programs(0) + i) * rule.n
     o = nothing(tile.BM, w.PV)
@@ -618,13 +642,14 @@ def lists_forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: con
             s = rows_of_blocks(lists, start, walk[2], rule.S, tile.BN, tile.BLOCK)  # (BN,)
             see = s[None, :] <= t[:, None]  # (BM, BN)
             o, _ = softmax_step(a, keys, s, s < rule.S, see, scale, o, w, phase == 0)
-    store_output(out, lse, row, ok, o, w)
+    store_output(out + n * w.DV, lse + n, row, ok, o, w)
 
 
 @jit
 def lists_dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     """The same walk again, for dq."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
+    x = rows_of_group(x, bg, rule, w, w.DK, w.DV)
     a = load_queries(x.q, row, ok, w.DK, w)
     r = query_slopes(x, row, ok, w)
     keys = of_group(keys, bg, rule, w)
@@ -658,6 +683,7 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
     keys = of_group(keys, bg, rule, w)
     b = load_keys(keys, s, s < rule.S, w)
     values = load_values(keys, b, s, s < rule.S, w)  # (BN, PV)
+    x = rows_of_group(x, bg, rule, w, w.WK, w.WV)
     grads = no_gradients(tile.BN, w)
     m = tl.arange(0, tile.BM)
     head = m % w.HP
@@ -669,9 +695,8 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
             reader = tl.load(rule.tiles + i, mask=i < end, other=0)
             t = tl.where(m // ROWS == u, reader * tile.BQ + inside, t)
         ok = (head < w.h) & (t < rule.T) & (start + m // ROWS < end * STEPS)
-        row = (bg * w.h + head) * rule.T + t
         see = s[:, None] <= t[None, :]  # (BN, BM)
-        grads = key_step(b, values, x, row, ok, see, scale, grads, w, False)
+        grads = key_step(b, values, x, head * rule.T + t, ok, see, scale, grads, w, False)
     store_keys(to, piece, bg, rule, s, grads, w, tile.BN, CUT)
 
 
@@ -931,10 +956,11 @@ def score_kernel(q, keys, lse, own, over, scale, rule, x, w: constexpr, tile: co
     j = tl.arange(0, BN // FOLD)
     first = x.row0 + i
     t = (first + m // w.HP) * sizes.share  # (BM,)
-    row = (bg * w.h + m % w.HP) * rule.T + t
+    n = bg * w.h * rule.T  # rows of the groups before
+    row = m % w.HP * rule.T + t
     ok = (m % w.HP < w.h) & (t < rule.T)
-    a = load_queries(q, row, ok, w.DK, w)
-    norm = tl.load(lse + row, mask=ok, other=float("inf")) - 12  # (BM,)
+    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
+    norm = tl.load(lse + n + row, mask=ok, other=float("inf")) - 12  # (BM,)
     half = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     heads_of = (m[:, None] // w.HP == r[None, :]).to(half)  # (BM, LISTS)
     keys = of_group(keys, bg, rule, w)
@@ -1081,7 +1107,8 @@ def cached_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr):
     """One program: BQ queries x the h heads of a group against one share of its filled slots."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     b = bg // rule.G
-    a = load_queries(q, row, ok, w.DK, w)
+    n = bg * w.h * rule.T  # rows of the groups before
+    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     stands = tl.load(rule.q_pos + b * rule.T + t, mask=ok, other=0)[:, None]  # (BM, 1)
     keys = of_group(keys, bg, rule, w)
     k_pos = rule.k_pos + (b * rule.heads + bg % rule.G % rule.heads) * rule.S
@@ -1094,7 +1121,7 @@ def cached_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr):
         see = (lies >= 0) & (lies <= stands) & (lies > stands - rule.window)  # (BM, BN)
         o, score = softmax_step(a, keys, s, s < filled, see, scale, o, w, False)
         if to.raw is not None:
-            at = row[:, None] * (tl.cdiv(rule.S, 16) * 16) + s[None, :]
+            at = (n + row[:, None]) * (tl.cdiv(rule.S, 16) * 16) + s[None, :]
             near = ok[:, None] & (s < tl.cdiv(filled, 16) * 16)[None, :]
             tl.store(to.raw + at, tl.where(see, score * scale, -1e30), mask=near)
     store_share(to, bg, i, t, ok, o, rule, w, tile)
@@ -1108,7 +1135,8 @@ def cached_lists_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr)
     """
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     b = bg // rule.G
-    a = load_queries(q, row, ok, w.DK, w)
+    n = bg * w.h * rule.T  # rows of the groups before
+    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     keys = of_group(keys, bg, rule, w)
     lists = rule.lists + (bg * rule.T + i) * rule.n
     filled = tl.minimum(tl.load(rule.length + b), rule.S).to(tl.int32)
@@ -1232,7 +1260,8 @@ def importance_kernel(
     FOLD: constexpr = sizes.block // sizes.d
     chunks = tl.cdiv(tl.maximum(rule.S, blocks * FOLD), BE)
     if chunk >= chunks:
-        combine(to, bg, 0, 1, t * w.HP + chunk - chunks, rule, w, tile)
+        if to.part is not None:
+            combine(to, bg, 0, 1, t * w.HP + chunk - chunks, rule, w, tile)
     else:
         e = chunk * BE + tl.arange(0, BE)
         j = chunk * (BE // FOLD) + tl.arange(0, BE // FOLD)
