@@ -7,8 +7,8 @@
     python -m pytest -q test_all.py  the same tests
 
 Identities are checked in fp64 at small sizes; messages carry the largest and the mean difference. A subtle
-test also runs on a deliberately wrong implementation (a mutant), which it has to catch. On a CPU as many tests
-run at a time as there are cores, at most 4, each in one thread, and kernels run in Triton's interpreter.
+test also runs on a wrong implementation (a mutant), which it has to catch. On a CPU as many tests run at a time
+as there are cores, at most 4, each in one thread, and kernels run in Triton's interpreter.
 """
 
 import argparse
@@ -105,9 +105,10 @@ def leaves_of(*shapes):
     return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def with_gradients(o, leaves, weight=None):
-    weight = torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o) if weight is None else weight
-    return [o, *torch.autograd.grad((o * weight.to(o.dtype)).sum(), leaves)]
+def with_gradients(o, leaves, weight=None, **how):
+    if weight is None:
+        weight = torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o)
+    return [o, *torch.autograd.grad((o * weight.to(o.dtype)).sum(), leaves, **how)]
 
 
 def close_with_gradients(ours, want, leaves, tol, what):
@@ -736,6 +737,15 @@ def kernels_in_use(yes=True):
         yield
 
 
+def with_and_without(f):
+    """f() with the kernels, and by the definitions."""
+    results = []
+    for use in (True, False):
+        with kernels_in_use(use):
+            results.append(f())
+    return results
+
+
 def needs_triton():
     if kernels.triton is None:
         raise unittest.SkipTest("needs Triton")
@@ -926,10 +936,7 @@ def test_layers_on_kernels_equal_the_reference():
         layer = lm(attn).to(DEVICE).float().blocks[depth].attn
         x = torch.randn(1, 50, 32, device=DEVICE)
         names, leaves = zip(*layer.named_parameters())
-        results = []
-        for use in (True, False):
-            with kernels_in_use(use):
-                results.append(with_gradients(layer(x, pos), leaves))
+        results = with_and_without(lambda: with_gradients(layer(x, pos), leaves))
         near(*results, ("output", *names), f"{attn}, layer {depth}")
 
 
@@ -1029,14 +1036,11 @@ def test_rope_kernel_equals_rope_with_gradient():
     fractions = (pos[:1] + 0.5, x[..., 1:11])  # one row of positions
     strides = (pos[:, ::2], x[:, :, ::2])
     for at, part in ((pos, x), fractions, strides):
-        results = []
-        for wanted in (True, False):
-            with kernels_in_use(wanted):
-                y = rope(part, at)
-            weight = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)
-            results.append([y, *torch.autograd.grad((y * weight).sum(), x, retain_graph=True)])
-        for what, a, b in zip(("output", "gradient"), *results, strict=True):
-            close(a, b, 2e-3, f"rope, {what}, x of {tuple(part.shape)}")
+        ours, want = with_and_without(lambda: rope(part, at))
+        what = f"rope, x of {tuple(part.shape)}"
+        close(ours, want, 2e-3, what)
+        ours, want = (with_gradients(y, x, retain_graph=True)[1] for y in (ours, want))
+        close(ours, want, 2e-3, f"{what}: gradient")
 
 
 def test_rope_and_append_reach_far():
@@ -1126,11 +1130,7 @@ def test_decoding_on_kernels_equals_the_reference():
     for attn in KINDS:
         model = lm(attn, layers=2).float().to(DEVICE)
         text = text_of(model, 2, T).to(DEVICE)
-        results = []
-        for wanted in (True, False):
-            with kernels_in_use(wanted):
-                results.append(decoded(model, text))
-        for a, b in zip(*results, strict=True):
+        for a, b in zip(*with_and_without(lambda: decoded(model, text)), strict=True):
             close(a, b, 2e-4, f"{attn}: kernels against the reference, logits and caches")
 
 
