@@ -1,13 +1,13 @@
 """Every claim of the code as a test.
 
-    python test_all.py               all tests but the longest, in about 3 minutes on two cores
-    python test_all.py --quick       those that take a moment
+    python test_all.py               all tests but the longest, in about 2 minutes on two cores
+    python test_all.py --quick       those that take a moment, in half a minute
     python test_all.py --all         the longest as well: every mode with 200,000 draws, a storm of kills
     python test_all.py -k WORD       those whose name contains WORD
     python -m pytest -q test_all.py  the same tests
 
 Identities are checked in fp64 at small sizes; messages carry the largest and the mean difference. A subtle
-test also runs on a wrong implementation (a mutant), which it has to catch. On a CPU as many tests run at a time
+test also runs on a wrong implementation (a mutant), which it has to catch. On a CPU as many tests run at once
 as there are cores, at most 4, each in one thread, and kernels run in Triton's interpreter.
 """
 
