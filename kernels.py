@@ -6,9 +6,9 @@ test_all.py compares every pair, on a CPU in Triton's interpreter (TRITON_INTERP
 
 What moves: the h heads of a group read the same keys. A program keeps a tile of queries x h heads on the
 chip and walks through the keys that they may read: load keys and values, multiply, add up. A key is loaded
-once for all rows of the tile, and the T x S weights are never written. To memory go the output and one
-number a row, lse, from which the backward pass makes the weights again. A block's tokens are fetched anew
-for every list that names it: at 64k tokens and n l' = 1024 these are 137 GB a layer at 4 groups of width
+once for all rows of the tile, and in training the T x S weights are never written. To memory go the output
+and one number a row, lse, from which the backward pass makes the weights again. A block's tokens are fetched
+anew for every list that names it: at 64k tokens and n l' = 1024 these are 137 GB a layer at 4 groups of width
 128, or 13 ms at the pace of an H200's L2 cache. This is why it pays that 4 queries share a list.
 
     1) pairs      which function runs: the definition or its fast path
@@ -22,13 +22,14 @@ for every list that names it: at 64k tokens and n l' = 1024 these are 137 GB a l
     9) mix        the gates, and the heads merged
     10) slots     keys, values and positions of new tokens to their slots, each row at its own length
 
-    forward   s = scale q k, lse = log sum exp s, o = sum exp(s - lse) v (FlashAttention, arXiv 2205.14135)
+    forward   s = scale q k, lse = log sum exp s, o = sum exp(s - lse) v (FlashAttention, arXiv 2205.14135);
+              exp and log are to base 2 in the code, so `scale` there includes log2(e)
     backward  p = exp(s - lse), delta = do . o, ds = p (do . v - delta). dq = scale ds k walks like the
               forward pass. For dk = scale ds q and dv = p do a tile of keys walks through the queries that
               read it: positions say which these are, or the entries of the lists, sorted by block.
 
 Sums are taken in a fixed order, never by atomics, so two runs give the same bits. A key may be [k ; k2],
-where all groups share k2 (the rotary key). The value may be k itself (a latent): one load serves both.
+where all groups may share k2 (the rotary key). The value may be k itself (a latent): one load serves both.
 What lies behind the end of a shorter row is never read by what lies before it.
 
 Limits: widths up to 256, 64 heads in a group (32 where 4 queries share a list), blocks of 16 to 128 tokens;
@@ -98,8 +99,8 @@ def tensors_of(args):
 class Compiled:
     """torch.compile of a definition that has no kernel; on a CPU it is the definition.
 
-    It is made for each shape anew (dynamic=False: with shapes as variables torch 2.11 fails at some), and there
-    are as many of them as decoders differ, so the limit after which torch runs the definition is set high.
+    Each shape is compiled anew, because torch 2.11 fails at some variable shapes. Decoders of many sizes
+    make many shapes, so the limit after which torch runs the definition itself is set high.
     """
 
     def __init__(self, definition):
@@ -878,7 +879,8 @@ def numbers_of(q, keys):
 
 def in_rows(q, keys):
     """q, k, k2, v as kernels want them: dense in memory."""
-    return [x if x is None else x.contiguous() for x in (q, keys.k, keys.k2, keys.v)]
+    given = (q, keys.k, keys.k2, keys.v)
+    return [x if x is None else x.contiguous() for x in given]
 
 
 def attend(q, keys, scale, window=0, l=1, d=1, lists=None, block=0, share=1):
@@ -898,7 +900,7 @@ def window_attention(q, keys, window, scale):
 
 
 def selected_attention(q, q_pos, keys, lists, sizes, scale):
-    """Attention to the tokens of lists (B, G, ceil(T / share), n), ascending (the own block last), then -1."""
+    """Attention to the tokens of lists (B, G, ceil(T / share), n), ascending, the own block last, then -1."""
     lists = lists.to(torch.int32).contiguous()
     if keys.length is not None:
         return cached_lists(q, q_pos, keys, lists, sizes.block, scale)
@@ -1043,7 +1045,8 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
     n = min(sizes.n, blocks)
     tile, options = tile_of("scores", w, q.dtype)
     tile = tile._replace(BN=max(tile.BN, sizes.block // sizes.d))
-    chunk = min(rows, triton.cdiv(2**25 // (B * G * blocks), tile.BQ) * tile.BQ)  # lists at a time
+    room = 2**25 // (B * G * blocks)  # lists whose scores are kept at a time
+    chunk = min(rows, triton.cdiv(room, tile.BQ) * tile.BQ)
     lists = q.new_empty(B, G, rows, n, dtype=torch.int32)
     own = q.new_empty(B * G, chunk, blocks, dtype=torch.float32)
     over = torch.empty_like(own) if sizes.l > sizes.d else None
@@ -1111,7 +1114,8 @@ def cached_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr):
     b = bg // rule.G
     n = bg * w.h * rule.T  # rows of the groups before
     a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
-    stands = tl.load(rule.q_pos + b * rule.T + t, mask=ok, other=0)[:, None]  # (BM, 1)
+    q_pos = rule.q_pos + b * rule.T + t
+    stands = tl.load(q_pos, mask=ok, other=0)[:, None]  # (BM, 1)
     keys = of_group(keys, bg, rule, w)
     k_pos = rule.k_pos + (b * rule.heads + bg % rule.G // w.FAN % rule.heads) * rule.S
     filled = tl.minimum(tl.load(rule.length + b), rule.S).to(tl.int32)
@@ -1274,7 +1278,8 @@ def importance_kernel(
     else:
         e = chunk * BE + tl.arange(0, BE)
         j = chunk * (BE // FOLD) + tl.arange(0, BE // FOLD)
-        count = tl.minimum(tl.load(rule.length + bg // rule.G), rule.S).to(tl.int32)
+        length = tl.load(rule.length + bg // rule.G)
+        count = tl.minimum(length, rule.S).to(tl.int32)
         ok = (head < w.h)[:, None] & (e < tl.cdiv(count, 16) * 16)[None, :]
         row = (bg * w.h + head) * rule.T + t  # (HP,)
         at = row[:, None] * (tl.cdiv(rule.S, 16) * 16) + e[None, :]
@@ -1407,7 +1412,8 @@ def write_row(x, b, head, take, slot, S, W, P):
     """new[b, head, take] -> buffer[b, head, slot]."""
     if head < x.heads:
         i = tl.arange(0, P)
-        at = x.new + b * x.strides[0] + head * x.strides[1] + take * x.strides[2]
+        at = x.new + b * x.strides[0] + head * x.strides[1]
+    at += take * x.strides[2]
         row = tl.load(at + i, mask=i < W).to(x.buffer.dtype.element_ty)
         to = x.buffer + ((b * x.heads + head) * S + slot) * W
         tl.store(to + i, row, mask=i < W)

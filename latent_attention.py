@@ -7,8 +7,8 @@ for each group of heads (GLA), and one small rotary key.
     1) project   a layer computes what it stores for a new token      GQA: k, v     MLA, GLA: latent c, k_r
     2) append    the slot cache takes it: preallocated, ragged, with positions; a window is a ring
     3) attend    a query reads every filled slot whose position is not after its own
-    4) absorb    latents are read as they lie: W_UK moves to the query and W_UV behind the sum, so that no
-                 key and no value is ever made
+    4) absorb    with a cache, latents are read as they lie: W_UK moves to the query and W_UV behind the sum,
+                 so that no key and no value is made
 
 Does NOT include: speed (kernels.py replaces the decorated functions on a GPU), quantised caches, paging,
 several texts packed in one row.
@@ -16,9 +16,10 @@ Run `python latent_attention.py` for the cache table, counted from allocated ten
 Read on: MLA is DeepSeek-V2, arXiv 2405.04434, eqs 9-19; GLA is arXiv 2505.21487; GQA is arXiv 2305.13245;
 rotary embedding is arXiv 2104.09864. Then nsa.py.
 
-Letters, here and in every file: B batch, T queries, S slots, C model width, H query heads, G groups of
-heads (= number of latents), h = H / G heads of a group, D head width, R latent width (papers: d_c), P rotary
-width (papers: d_h^R, d_r), W window. The layout is (B, H, T, D). RoPE is half-split.
+Letters, here and in every file: B batch, T queries, S slots, C model width, H query heads, G key heads (the
+groups of GQA, the latents of MLA and GLA), h = H / G heads that share one, D head width, R latent width
+(papers: d_c), P rotary width (papers: d_h^R, d_r), W window. Where widths differ, Dk is a key's and Dv a
+value's. The layout is (B, H, T, D). RoPE is half-split.
 """
 
 import sys
@@ -32,7 +33,7 @@ from kernels import fast_path
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; the mean is of fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; the mean in fp32 or better."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -62,11 +63,11 @@ def rope(x, pos, base=10000.0):
 class Keys(NamedTuple):
     """What queries may read: keys [k ; k2], values v, and where they stand in the text."""
 
-    k: torch.Tensor  # (B, G, S, D); in a whole text token t lies at row t
+    k: torch.Tensor  # (B, G, S, D), or latents (B, G, S, R); in a whole text token t lies at row t
     v: torch.Tensor  # (B, G, S, Dv); None: the value is the latent k itself
     k2: torch.Tensor  # (B, 1, S, P) second part of the key, the same for all groups; None: there is none
     pos: torch.Tensor  # (B or 1, heads or 1, S) positions, -1 = empty
-    length: torch.Tensor = None  # (B,) filled slots of a cache; None: a whole text, or slots side by side
+    length: torch.Tensor = None  # (B,) see SlotCache, for kernels.py; None: a whole text, or see `append`
 
     def joined(self):
         """The whole key [k ; k2] of every group (B, G, S, D + P), and the value (B, G, S, Dv)."""
@@ -313,7 +314,7 @@ class GQA(nn.Module):
 class LatentAttention(nn.Module):
     """MLA (latents = 1) and GLA (latents = G): group j of the heads makes its keys and values from latent j.
 
-    It caches latents * R + P numbers a token, and with a window only the last W tokens. It trains on keys and
+    It caches G R + P numbers a token, with a window those of a ring. It trains on keys and
     values made for each head (320 FLOP per query, key and head instead of 576 at D 64, R 128, P 32) and
     decodes absorbed, from the latents as they lie. Equation numbers are DeepSeek-V2's. The query rank C / 2
     is ours.

@@ -24,13 +24,16 @@ FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV)
 2026, 1871), which this file follows, only the abstract is available to us: K, the losses, what is detached
 and the drafting are ours.
 
-Letters as in latent_attention.py; K depths, g <= K drafts in a round, V vocabulary; p is the target's, q the
-draft's distribution. Counted from 0: row s holds the trunk's state h_s at token x_s, which predicts x_{s+1};
-depth k of row s predicts x_{s+k+1}.
+Letters: B rows of a batch, T tokens, C model width; K depths, g <= K drafts in a round, V vocabulary; p is
+the target's, q the draft's distribution. Tokens are counted from 0 and depths from 1: place s of a text holds
+the trunk's state h_s at token x_s, which predicts x_{s+1}; depth k at place s predicts x_{s+k+1}.
 
 This file knows no model class. A trunk has hidden(tokens, cache, count) -> (B, T, C) after the final norm,
-embed.weight and head.weight (V, C), and new_cache(batch, max_len, margin, dtype), with `compress` too if the
-cache is to be compressed. A block is anything like train_lm.Block.
+for a whole text without a cache; embed.weight and head.weight (V, C), no bias; and new_cache(batch, max_len,
+margin, dtype), with `compress` too if the cache is to be compressed: max_len tokens a row, of which `margin`
+can be taken back. A cache has seen (B,) tokens, rollback(seen) and, for a compressor, layers. A block is
+anything like train_lm.Block: block(x, pos, cache, count, source), and block.attn.new_cache for a cache of its
+own.
 """
 
 import sys
@@ -50,8 +53,8 @@ import kernels
 class MTP(nn.Module):
     """One block for all depths: DeepSeek-V3's module at depth 1, fed with its own output from depth 2 on.
 
-    No weight depends on K. Row s sees the same keys and values in training and in drafting: at every depth
-    those that depth 1 made of rows <= s. So a later draft only reads the module's cache (GLM-5.2's choice).
+    No weight depends on K. Place s sees the same keys and values in training and in drafting: at every depth
+    those that depth 1 made of places <= s. So a later draft only reads the module's cache.
     """
 
     def __init__(self, block, width, eps=1e-6):
@@ -75,7 +78,9 @@ class MTP(nn.Module):
         """One depth -> its state (B, T, C), and the block's input (B, T, C).
 
         h (B, T, C) state of the depth before, at depth 1 the trunk's; e (B, T, C) `embed_half` of x_{s+k},
-        which that state predicted; pos (B or 1, T) of the rows; source: depth 1's input, without a cache.
+        the token that this state predicts (in training the true one); pos (B or 1, T) of the places; cache,
+        count: of the block, count None only reads; source (B, T, C): without a cache, depth 1's input from
+        depth 2 on.
         """
         h = self.norm(h, self.norm_h)  # (B, T, C)
         u = torch.addmm(e.flatten(0, 1), h.flatten(0, 1), self.join_h.weight.t())  # join_h(h) + e, (B T, C)
@@ -130,7 +135,7 @@ def tv(z, p):
 
 
 def depth_masks(mask, K):
-    """Which rows count at depth k: those whose tokens x_{s+1} .. x_{s+k+1} all do.
+    """Which places count at depth k: those whose tokens x_{s+1} .. x_{s+k+1} all do.
 
     mask (B, T) of 0 and 1 -> [(B, T - k - 1) for k = 1..K].
     """
@@ -183,8 +188,8 @@ def e2e_loss(states, head, p, mask, temperature=1.0):
 def expected_acceptance(states, head, p, tokens, mask, temperature=1.0):
     """How likely drafts 1..k are all accepted, (K,), estimated without drafting from text that p wrote.
 
-    sum_v min(p_k, q_k), each prefix weighted by how likely accepted drafts write it:
-    prod_{i<k} min(1, q_i(x_i) / p_i(x_i)).
+    sum_v min(p_k, q_k), each prefix weighted by how likely accepted drafts write it: the product over i < k
+    of min(1, q_i(x) / p_i(x)) at the token x = x_{s+i+1} that depth i predicts.
     """
     found = []
     weight = torch.ones_like(p[:, :, 0])  # (B, T)
@@ -216,6 +221,9 @@ def draw(logits, temperature, noise=None):
 def accept(p, q, drafts, forced, u, noise):
     """Rejection sampling: accepted drafts and the token after them are distributed as p (Leviathan et al.).
 
+    A token x is accepted with probability q min(1, p / q) = min(p, q), and drawn after a refusal with (p -
+    q)+: together p.
+
     p       (B, g + 1, V) the target's laws at the pending token and at each draft
     q       (B, g, V) the laws that the drafts (B, g) were drawn from; one-hot where the best token was taken
     forced  (B, g) bool: not a draft but a given token, always accepted
@@ -240,10 +248,8 @@ def accept(p, q, drafts, forced, u, noise):
 class State(NamedTuple):
     """What a Decoder knows of its B rows, all on the device. Every row has a length of its own."""
 
-    text: (
-        torch.Tensor
-    )  # (B, width) the prompt, the answer, room for what a last round drafts beyond the limit
-    logp: torch.Tensor  # (B, width) log-probabilities of the answer's tokens under the target
+    text: torch.Tensor  # (B, width) the prompt, the answer, room for drafts beyond the limit
+    logp: torch.Tensor  # (B, width) log-probabilities of the tokens after the first, under the target
     known: torch.Tensor  # (B,) tokens of the row; the last is pending: the model has not read it yet
     given: torch.Tensor  # (B,) tokens of its prompt
     limit: torch.Tensor  # (B,) where it ends at the latest
@@ -270,9 +276,8 @@ def commit(p, q, drafts, u, noise, state, stop):
     real = active & (known >= given)  # (B,)
     reached = real[:, None] & (n[:, None] >= j[:g])  # (B, g)
     passed = real[:, None] & (n[:, None] >= j[1:])  # (B, g)
-    chance = (
-        torch.minimum(p[:, :g], q).sum(-1).nan_to_num() * reached
-    )  # (B, g); nan: the module has read nothing
+    # A module that has read nothing yet gives nan, which no comparison accepts.
+    chance = torch.minimum(p[:, :g], q).sum(-1).nan_to_num() * reached  # (B, g)
     counts[..., :g] += torch.stack([reached.to(p.dtype), passed.to(p.dtype), chance], dim=1)  # (B, 3, g)
 
     # Write.
@@ -547,11 +552,13 @@ class Decoder:
             while len(looks) > late:
                 then, look = looks.pop(0)
                 active, known = look()
-                for row, i in then.items():
-                    if owner.get(row) == i and not active[row]:
-                        del owner[row]
-                        part = slice(len(prompts[i]), int(known[row]))
-                        answers[i] = (self.state.text[row, part].clone(), self.state.logp[row, part].clone())
+                ended = [row for row, i in then.items() if owner.get(row) == i and not active[row]]
+                text = self.state.text[ended]  # (ended, width), a copy: the row will hold another text
+                logp = self.state.logp[ended]  # (ended, width)
+                for n, row in enumerate(ended):
+                    i = owner.pop(row)
+                    part = slice(len(prompts[i]), int(known[row]))
+                    answers[i] = (text[n, part], logp[n, part])
         if not torch.cat([logp for _, logp in answers]).isfinite().all():
             raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
         return answers

@@ -9,22 +9,22 @@ group of heads). Its cache is half of NSA's.
     1) compress  a learned phi makes one entry of a block of l tokens, every d tokens; a query attends to all
                  finished blocks
     2) select    the weights of this attention score blocks of l' tokens. Block 0, the query's own block and
-    the
-                 one before it are forced, the best others fill the list up to n; the query attends to the
-                 tokens of its list
+                 the one before it are forced, the best others fill the list up to n. The query attends to
+                 the tokens of its list
     3) slide     the last W tokens (NSA only; in ASA this is the other kind of layer)
     4) gate      a sigmoid for each head and branch mixes the outputs
 
 One rule serves training, prefill, decoding and verification: a query reads an entry if its position is not
 after the query's, and a compressed entry stands at the position of its block's last token.
 
+Top-n passes no gradient: phi and the block scores learn through the output of the compressed branch. These
+definitions score every key and mask; on a GPU kernels.py replaces the decorated ones.
 Ours, where the papers' bodies are not available or silent: every width; ASA's block 16 and lists shared by 4
-queries follow secondary sources; content is pooled un-rotated and the key is rotated once, to its block's
-middle; NSA's phi is the mean plus an MLP; ASA's phi is a learned weighted mean; the 0-based form of NSA's eq.
-9; NSA's gate is one linear layer. Does NOT include: texts packed in one row. These definitions score every
-key and mask; on a GPU kernels.py replaces the decorated functions. Top-n passes no gradient: phi and the
-block scores learn through the output of the compressed branch. Run `python nsa.py` for a map of what one
-query reads. Read first: latent_attention.py.
+queries follow secondary sources; content is pooled un-rotated, and the rotary key is turned to its block's
+middle; NSA's phi is the mean plus an MLP; ASA's phi is a learned weighted mean; the 0-based form of NSA's
+eq. 9; NSA's gate is one linear layer.
+Does NOT include: several texts packed in one row.
+Run `python nsa.py` for a map of what one query reads. Read first: latent_attention.py.
 
 Letters as in latent_attention.py, and N compressed blocks, l block length, d stride between block starts, l'
 (in code: block) selection block, n blocks in a list. Equation numbers are NSA's.
@@ -67,12 +67,13 @@ def blocks_done(tokens, l, d):
 def compressed_keys(compress, tokens, pos, sizes, cache=None, count=None):
     """The compressed entries that these queries may read, one for each finished block: eq. 7 -> Keys.
 
-    compress  makes {field of Keys: (B, G, N, width)} of the blocks' tokens, (B, G, N, l, width) for each field
+    compress  makes {field of Keys: (B, G, N, width)} of the blocks' tokens, (B, G, N, l, width) for each
+    field
               of `tokens`, and of the positions (B or 1, N) of the blocks' last tokens
     tokens    Keys of what blocks are made of; pos (B or 1, T) of these queries
     cache     of finished blocks, to which those are appended that count[b] of the T tokens finish. A block is
               made of its tokens' cache entries alone: nothing is carried along, nothing has to be taken back.
-              None: `tokens` is a whole text. count None: nothing is finished.
+              None: `tokens` is a whole text, token t at row t. count None: nothing is finished.
     """
     if cache is not None and count is None:
         return cache.append(pos, None)
@@ -151,8 +152,8 @@ def block_importance(p, groups, sizes, tokens):
 def select_blocks(importance, pos, sizes):
     """The list of every query: block 0, its own, the one before it, and the most important others: eq. 11.
 
-    importance (B, G, T, blocks), pos (B or 1, T) -> (B, G, T, min(n, blocks)) block numbers, ascending, then
-    -1.
+    importance (B, G, T, blocks), pos (B or 1, T) -> (B, G, T, min(n, blocks)) block numbers, which ascend and
+    end with -1 where there are fewer.
     """
     blocks = importance.shape[-1]
     j = torch.arange(blocks, device=pos.device)
@@ -204,9 +205,9 @@ def selected_attention(q, q_pos, keys, lists, sizes, scale):
 
 @fast_path
 def mix(gates, *branches):
-    """The sum of gate x branch: eq. 5. gates (B, T, N H), N branches (B, H, T, D) -> (B, H, T, D)."""
-    heads = len(branches) * branches[0].shape[1]
-    gates = split_heads(gates, heads).to(branches[0].dtype).chunk(len(branches), dim=1)  # (B, H, T, 1) each
+    """The sum of gate x branch: eq. 5. Two or three branches (B, H, T, D), gates (B, T, branches H)."""
+    columns = len(branches) * branches[0].shape[1]
+    gates = split_heads(gates, columns).to(branches[0].dtype).chunk(len(branches), dim=1)  # (B, H, T, 1) each
     return sum(gate * branch for gate, branch in zip(gates, branches))
 
 
@@ -215,7 +216,10 @@ def mix(gates, *branches):
 
 
 class Phi(nn.Module):
-    """NSA's compressor of l tokens: an MLP on block and places. Ours: added to the mean, 0 at first."""
+    """NSA's compressor of l tokens: the block's mean plus an MLP on the block and its places.
+
+    The mean is ours; the MLP's output is 0 at first.
+    """
 
     def __init__(self, l, head_width):
         super().__init__()
@@ -272,11 +276,11 @@ class NSA(nn.Module):
     def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
         q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
         kv = split_heads(self.kv(x if source is None else source), 6 * self.groups)  # (B, 6 G, T, D)
-        k0, v0, k1, v1, k2, v2 = kv.chunk(6, dim=1)  # (B, G, T, D) each
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv.chunk(6, dim=1)  # (B, G, T, D) each
         slots = cache or dict.fromkeys(("open", "blocks", "tokens", "window"))
-        open_tokens = keys_of(slots["open"], pos, count, k0, v0)
-        tokens = keys_of(slots["tokens"], pos, count, rope(k1, pos, self.base), v1)
-        nearby = keys_of(slots["window"], pos, count, rope(k2, pos, self.base), v2)
+        open_tokens = keys_of(slots["open"], pos, count, k_cmp, v_cmp)
+        tokens = keys_of(slots["tokens"], pos, count, rope(k_slc, pos, self.base), v_slc)
+        nearby = keys_of(slots["window"], pos, count, rope(k_win, pos, self.base), v_win)
         q = q.to(tokens.k.dtype)
 
         # 1) compress
@@ -318,9 +322,7 @@ class ASAGlobal(LatentAttention):
             raise ValueError(f"a list needs n >= 3 blocks, of which 3 are forced; got {n}")
         self.sizes = Blocks(ASA_BLOCK, ASA_BLOCK, ASA_BLOCK, n, SHARE)
         self.groups = latents
-        self.pool = nn.Parameter(
-            torch.zeros(latents, ASA_BLOCK)
-        )  # phi: a logit for each place; zero is the mean
+        self.pool = nn.Parameter(torch.zeros(latents, ASA_BLOCK))  # phi: logits of the places; 0 is the mean
         self.gate = nn.Linear(width, 2 * heads)
 
     def new_cache(self, batch, max_len, margin=8, dtype=torch.float32, device="cpu"):
@@ -352,6 +354,7 @@ class ASAGlobal(LatentAttention):
         slots = cache or dict.fromkeys(("tokens", "blocks"))
         tokens = keys_of(slots["tokens"], pos, count, c.to(q.dtype), k2=k_r.to(q.dtype))
         q = q.to(tokens.k.dtype)
+        # With a cache every query makes a list, and shared_lists then picks those that count.
         sizes = self.sizes if cache is None else self.sizes._replace(share=1)
 
         # 1) compress
@@ -364,7 +367,7 @@ class ASAGlobal(LatentAttention):
             lists = self.shared_lists(lists, pos, count, cache["lists"])  # (B, G, T, n)
         o_slc = selected_attention(q, pos, tokens, lists, sizes, self.scale)  # (B, H, T, R)
 
-        # 4) gate, still on latents: W_UV is linear and comes last
+        # 4) gate, still on latents: W_UV is linear and comes last (3, slide, is the local layer)
         if trace is not None:
             trace.update(lists=lists, blocks=visible(pos, blocks.pos))
         return self.finish(mix(self.gate(x).sigmoid(), o_cmp, o_slc)).to(x.dtype)
@@ -376,9 +379,8 @@ class ASAGlobal(LatentAttention):
         """
         T = pos.shape[1]
         first = pos[:, :1]  # (B, 1)
-        row = -first % SHARE + torch.arange(
-            0, T + SHARE - 1, SHARE, device=pos.device
-        )  # (B, fours) rows at a t0
+        fours = torch.arange(0, T + SHARE - 1, SHARE, device=pos.device)  # (fours,)
+        row = -first % SHARE + fours  # (B, fours): the rows whose positions are a t0, some of them beyond T
         fresh = pick(lists, row.clamp(max=T - 1))  # (B, G, fours, n)
         real = (row < count[:, None]).sum(-1)  # (B,)
         held = cache.append(first + row, real, k=fresh)
@@ -411,7 +413,7 @@ def tokens_read(layer, x):
 @torch.no_grad()
 def main():
     torch.manual_seed(0)
-    C, H, G, D, W = 64, 4, 2, 16, 64
+    C, H, G, D, W = 64, 4, 2, 16, 128
     T = 1024
     layers = {
         "NSA": NSA(C, H, G, D, W, n=4, block=32),

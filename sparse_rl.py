@@ -319,7 +319,7 @@ def none(log_xi, mask):
 
 
 def reject(log_xi, mask, least=1e-4):
-    """The veto: one token that the dense policy would hardly say is enough. The answer still counts."""
+    """The veto: one token that compression made 10^4 times likelier is enough. The answer still counts."""
     alive = ((log_xi >= math.log(least)) | (mask == 0)).all(-1, keepdim=True)  # (B, 1)
     return mask * alive, mask
 
@@ -374,7 +374,9 @@ class Correction(NamedTuple):
 
     weigh: Callable  # log xi, mask -> weight, counted
     anchor: str = "dense"  # PPO's ratio is taken against the "dense" old policy pi_o, or the "sampler" pi_s
-    reads: tuple = ("full",)  # the learner reads the "full" history, what the sampler "kept", or each in turn
+    reads: tuple = (
+        "full",
+    )  # the "full" history, what the sampler "kept"; or both, with the mean of the losses
 
 
 weights = (none, reject, reweight, both, released, tis, mis, sequence_mask, answer)
@@ -398,7 +400,7 @@ def group_advantage(reward, size):
 
 
 def objective(logp, anchor, advantage, weight, counted, clip=0.2):
-    """The loss -1/B sum_i 1/|y_i| sum_t w_it min(rho adv_i, clip(rho, 1 - clip, 1 + clip) adv_i).
+    """The loss -1/B sum_i 1/n_i sum_t w_it min(rho adv_i, clip(rho, 1 - clip, 1 + clip) adv_i), n_i = counted.
 
     logp (B, T) of the learner, with gradient; anchor (B, T) log pi_o or log pi_s; advantage (B,); weight and
     counted (B, T) of a correction, outside the clip. Vetoed answers count in B. -> loss, share of clipped

@@ -13,9 +13,9 @@
     5) run        folder, log, checkpoint, signals: train_rl.py uses them too
     6) training   AdamW, warm-up and cosine, bf16 on a GPU, accumulation, clipping
 
-The batch of a step depends on (seed, step, row) alone: a run can be resumed, on any number of processes.
-Does NOT include: dropout, packing with masks between documents, tensor parallelism.
-Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
+The batch of a step depends on (seed, step, row) and the options of the data alone: runs can be resumed, on
+any number of processes that divides the batch. Does NOT include: dropout, packing with masks between
+documents, tensor parallelism. Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
 """
 
 import argparse
@@ -108,7 +108,11 @@ def option(default, text, group=None, least=-math.inf, most=math.inf, choices=No
 class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
     attn: str = option(
-        "asa", "dense, three branches, local and global layers", group="model", choices=ATTENTION, fixed=True
+        "asa",
+        "gqa: dense, nsa: three branches, asa: local, global",
+        group="model",
+        choices=ATTENTION,
+        fixed=True,
     )
     layers: int = option(10, "Transformer blocks", least=1, fixed=True)
     width: int = option(512, "model width C", least=1, fixed=True)
@@ -117,7 +121,9 @@ class Config:
     ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32", least=0, fixed=True)
     window: int = option(64, "tokens in the window of nsa and of asa's local layers", least=1, fixed=True)
     blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers", least=3, fixed=True)
-    nsa_blocks: int = option(8, "blocks in a list of nsa: as many tokens as asa", least=3, fixed=True)
+    nsa_blocks: int = option(
+        8, "blocks in a list of nsa; asa's lists are in half its layers", least=3, fixed=True
+    )
     nsa_block: int = option(64, "tokens in a block of nsa, a multiple of 16", least=32, fixed=True)
     vocab: int = option(0, "vocabulary; 0 = the tokenizer's", least=0, fixed=True)
     tied: bool = option(False, "the output matrix is the embedding", fixed=True)
@@ -129,9 +135,9 @@ class Config:
     recall: float = option(0.5, "share of documents with key=value pairs to recall", least=0, most=1)
     keys: int = option(1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1)
     context: int = option(4096, "tokens per sequence T", group="training", least=1)
-    batch: int = option(8, "sequences per step, over all processes", least=1)
-    micro: int = option(8, "sequences per forward pass and process: lower it when memory runs out", least=1)
-    grow: float = option(0.6, "share of the steps in which sequences grow to the context", least=0, most=1)
+    batch: int = option(8, "sequences of the full context per step, over all processes", least=1)
+    micro: int = option(8, "of them per forward pass and process: lower it when memory runs out", least=1)
+    grow: float = option(0.6, "share of the steps in which T grows from 256 to the context", least=0, most=1)
     steps: int = option(1000, "optimizer steps", least=0)
     lr: float = option(1e-3, "highest learning rate; warm-up, then cosine to a tenth", least=0)
     seed: int = option(0, "seeds weights, batches and samples", least=0)

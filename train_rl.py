@@ -11,10 +11,10 @@
     4) learner    dense old pass, corrections (sparse_rl.py), a few minibatches of clipped policy gradient
     5) evaluation greedy answers to held-out problems, from the full and from the compressed cache
 
-A step depends on (weights, seed, step): a run can be resumed, and arms of a seed get the same problems.
-Does NOT include: a KL term, several GPUs, drafts, rollouts that go on while the learner learns.
-Read first: sparse_rl.py; mtp.py for the decoding engine; train_lm.py for options and runs. Letters as there;
-N answers in a step, T tokens of the longest.
+A step depends on weights, optimizer, seed and step alone: runs can be resumed, and arms of a seed get the
+same problems. Does NOT include: a KL term, several GPUs, drafts, rollouts that go on while the learner
+learns. Read first: sparse_rl.py; mtp.py for the decoding engine; train_lm.py for options and runs. Letters as
+there; N answers in a step, T tokens of the longest prompt with its answer.
 """
 
 import dataclasses
@@ -49,7 +49,8 @@ class Task:
 
     problem(rng) -> a prompt. work(prompt, rng) -> the right answer; with rng a demonstration, each step of
     which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer).
-    Held-out problems differ by the seed alone: of 99^7 sums hardly one comes twice; of --small's 256, 19 do.
+    Held-out problems come from a seed of their own. Of 99^7 sums hardly one is met in training too; of
+    --small's 256 held-out ones 19 are.
     """
 
     def __init__(self, size, largest=99):
@@ -376,7 +377,7 @@ def read_warm(cfg, given):
 
 @dataclass
 class Rollout:
-    """N finished answers, T tokens of the longest. Column t of the (N, T - 1) tensors is of token t + 1."""
+    """N answers. T counts the longest text, prompt and answer; column t of (N, T - 1) is about token t + 1."""
 
     text: torch.Tensor  # (N, T), padded with 0
     sampler: torch.Tensor  # (N, T - 1) log pi_s
@@ -577,7 +578,7 @@ def train(cfg, given):
         log.update(rollout_s=r.seconds, seconds=run.timed[-1])
         run.record(**log)
         if run.due(5):
-            # The loss says nothing: before the first update rho is 1, and the advantages of a group sum to 0.
+            # Watch `solved`. The loss says nothing: the advantages of a group sum to 0, and rho begins at 1.
             line = (
                 "solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} "
                 "| done {finished:.2f} | ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} "
