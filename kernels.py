@@ -1413,7 +1413,7 @@ def write_row(x, b, head, take, slot, S, W, P):
     if head < x.heads:
         i = tl.arange(0, P)
         at = x.new + b * x.strides[0] + head * x.strides[1]
-    at += take * x.strides[2]
+        at += take * x.strides[2]
         row = tl.load(at + i, mask=i < W).to(x.buffer.dtype.element_ty)
         to = x.buffer + ((b * x.heads + head) * S + slot) * W
         tl.store(to + i, row, mask=i < W)

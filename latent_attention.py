@@ -33,7 +33,7 @@ from kernels import fast_path
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; the mean in fp32 or better."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; the mean is fp32 or better."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -164,7 +164,7 @@ class SlotCache:
         return cached_attention(q.to(keys.k.dtype), pos, keys, scale, self.window)
 
     def rollback(self, seen):
-        """Forget entries at positions >= seen[b], (B,): rejected drafts, in a ring at most `margin` tokens."""
+        """Forget entries at positions >= seen[b], (B,): rejected drafts, in a ring up to `margin` tokens."""
         drop = self.pos >= seen[:, None, None]  # (B, heads, S)
         self.length -= drop[:, 0].sum(-1)
         self.pos.masked_fill_(drop, -1)

@@ -400,7 +400,7 @@ def group_advantage(reward, size):
 
 
 def objective(logp, anchor, advantage, weight, counted, clip=0.2):
-    """The loss -1/B sum_i 1/n_i sum_t w_it min(rho adv_i, clip(rho, 1 - clip, 1 + clip) adv_i), n_i = counted.
+    """The loss -1/B sum_i 1/n_i sum_t w_it min(rho adv_i, clip(rho, 1 - clip, 1 + clip) adv_i); n_i counted.
 
     logp (B, T) of the learner, with gradient; anchor (B, T) log pi_o or log pi_s; advantage (B,); weight and
     counted (B, T) of a correction, outside the clip. Vetoed answers count in B. -> loss, share of clipped
@@ -451,7 +451,7 @@ def mismatch(log_xi, mask, weight):
         "chi2": mean(xi**2) - 1,
         "drift": mean(log_xi.abs()),
         "xi_below": mean((xi < 0.5).to(xi.dtype)),
-        "vetoed": 1 - (alive / mask.amax(-1).clamp(min=1)).mean(),
+        "vetoed": 1 - alive.mean(),
         "dropped": mean((weight == 0).to(xi.dtype)),
         "ess": (weight * mask).sum() ** 2 / (total * squares).clamp(min=1e-9),
     }

@@ -377,7 +377,7 @@ def read_warm(cfg, given):
 
 @dataclass
 class Rollout:
-    """N answers. T counts the longest text, prompt and answer; column t of (N, T - 1) is about token t + 1."""
+    """N answers. T counts the longest prompt with its answer; column t of (N, T - 1) is about token t + 1."""
 
     text: torch.Tensor  # (N, T), padded with 0
     sampler: torch.Tensor  # (N, T - 1) log pi_s
