@@ -169,7 +169,8 @@ def rope_kernel(x, out, pos, H, T, strides, sign, log2_base, P: constexpr, HALF:
     bh = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
     i = tl.arange(0, HALF)
-    freq = tl.exp2(i.to(tl.float64) * (-2.0 / P) * log2_base).to(tl.float32)  # (HALF,) base^(-2i/P)
+    power_of_2 = i.to(tl.float64) * (-2.0 / P) * log2_base
+    freq = tl.exp2(power_of_2).to(tl.float32)  # (HALF,) base^(-2i/P)
     pos += bh // H * strides[3] + t * strides[4]
     p = tl.load(pos, mask=t < T, other=0).to(tl.float32)  # (BT,)
     angle = sign * p[:, None] * freq[None, :]  # (BT, HALF)
@@ -439,9 +440,10 @@ def query_step(a, r, keys, s, ok, low, high, scale, grads, w, ALL):
 @jit
 def store_queries(dq, row, ok, grads, scale, w):
     unit = scale * 0.6931471805599453  # without log2(e)
-    store_rows(dq, row, ok, grads[0] * unit, w.DK, w.PK, w.DK + w.D2)
+    STRIDE: constexpr = w.DK + w.D2
+    store_rows(dq, row, ok, grads[0] * unit, w.DK, w.PK, STRIDE)
     if w.D2 > 0:
-        store_rows(dq + w.DK, row, ok, grads[1] * unit, w.D2, w.P2, w.DK + w.D2)
+        store_rows(dq + w.DK, row, ok, grads[1] * unit, w.D2, w.P2, STRIDE)
 
 
 @jit
@@ -998,7 +1000,8 @@ def choose_kernel(own, over, q_pos, lists, x, sizes: constexpr, BJ: constexpr, N
     bg = tl.program_id(1).to(tl.int64)
     j = tl.arange(0, BJ)
     t = (x.row0 + r) * sizes.share
-    mine = tl.load(q_pos + bg // x.G * x.T + t).to(tl.int32) // sizes.block
+    stands = tl.load(q_pos + bg // x.G * x.T + t).to(tl.int32)
+    mine = stands // sizes.block
     at = (bg * x.rows + r) * x.blocks + j
     score = tl.load(own + at, mask=j < mine - 1, other=0)
     if over is not None:

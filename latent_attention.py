@@ -416,4 +416,7 @@ def main():
 
 
 if __name__ == "__main__":
-    print(__doc__) if "--help" in sys.argv else main()
+    if sys.argv[1:]:  # --help
+        print(__doc__)
+    else:
+        main()
