@@ -1,7 +1,6 @@
 """Which cached entries a query reads: compressed blocks, its best blocks, a window.
 
-NSA (native sparse attention, arXiv 2502.11089): every layer has three branches with keys and values of their
-own, mixed by gates.
+NSA (native sparse attention, arXiv 2502.11089): every layer mixes three branches with own keys and values.
 ASA (alternating sparse attention, arXiv 2511.00819): even layers are local (MLA in a window, which is
 latent_attention.LatentAttention), odd layers are global (compression and selection on one GLA latent for each
 group of heads). Its cache is half of NSA's.
@@ -216,10 +215,7 @@ def mix(gates, *branches):
 
 
 class Phi(nn.Module):
-    """NSA's compressor of l tokens: the block's mean plus an MLP on the block and its places.
-
-    The mean is ours; the MLP's output is 0 at first.
-    """
+    """NSA's compressor of l tokens: the block's mean (ours) plus an MLP on block and places, 0 at first."""
 
     def __init__(self, l, head_width):
         super().__init__()
