@@ -553,8 +553,10 @@ class Decoder:
                 then, look = looks.pop(0)
                 active, known = look()
                 ended = [row for row, i in then.items() if owner.get(row) == i and not active[row]]
-                text = self.state.text[ended]  # (ended, width), a copy: the row will hold another text
-                logp = self.state.logp[ended]  # (ended, width)
+                which = torch.tensor(ended, dtype=torch.long, pin_memory=self.cuda)
+                which = which.to(self.device, non_blocking=True)  # (ended,)
+                text = self.state.text[which]  # (ended, width), a copy: the row will hold another text
+                logp = self.state.logp[which]  # (ended, width)
                 for n, row in enumerate(ended):
                     i = owner.pop(row)
                     part = slice(len(prompts[i]), int(known[row]))
