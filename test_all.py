@@ -3677,6 +3677,19 @@ def test_formatter_leaves_everything_as_it_is():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_exercises_fit_the_code():
+    """Each line that an exercise takes away, or shows as the place, stands in its file."""
+    blocks = re.findall(r"```diff\n(.*?)```", (HERE / "results/exercises.md").read_text(), re.S)
+    assert len(blocks) >= 7, "the exercises show their changes"
+    for block in blocks:
+        for line in block.splitlines():
+            if line.startswith("--- "):
+                name = line.split()[1]
+                lines = (HERE / name).read_text().splitlines()
+            elif line[:1] in "- " and line.strip("- "):
+                assert line[1:] in lines, f"{name} has no line {line[1:]!r}"
+
+
 @slow
 def test_demos_run():
     shown = {
