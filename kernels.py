@@ -127,7 +127,8 @@ def fast_path(definition):
 
     @functools.wraps(definition)
     def either(*args, **more):
-        if all(usable(x) for x in tensors_of(args)):
+        tensors = list(tensors_of((*args, *more.values())))
+        if tensors and all(usable(x) for x in tensors):
             try:
                 return PAIRS[name][1](*args, **more)
             except Refused:

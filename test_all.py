@@ -1338,6 +1338,8 @@ def test_every_pair_gives_one_result():
             assert inspect.signature(definition) == inspect.signature(f), name
             assert definition.__name__ == f.__name__ == name
     every_pair_gives_one_result()
+    x = torch.randn(1, 2, 5, 8)
+    close(rope(x=x, pos=torch.arange(5)[None]), rope(x, torch.arange(5)[None]), 0, "arguments by name")
     for name in ("rope", "write_slots", "window_attention", "mix"):
         f = kernels.PAIRS[name][1]
         doubled = lambda x, *rest, f=f: f(x + 1, *rest)

@@ -3,7 +3,7 @@
 Three claims, one panel each, read from the committed logs:
 
     1) attention   base-*.jsonl: bytes of the cache per token, with bits per byte and recall at the end of the bars
-    2) drafts      mtp-base-gqa.txt: the time that the same texts take with drafts, as a share of the time without
+    2) drafts      mtp-redesign.txt: the time that the same texts take with drafts, as a share of the time without
     3) RL          rl-arms.jsonl: problems solved over 150 steps, three seeds of each arm; the band is from the worst to the best
 """
 
@@ -42,7 +42,7 @@ def attention(axis):
 
 def drafts(axis):
     """The time of decoding with drafts, beside the time without, by batch."""
-    log = (HERE / "mtp-base-gqa.txt").read_text()
+    log = (HERE / "mtp-redesign.txt").read_text()
     lines = re.findall(r"^ +(\d+) +(none|measured) +([\d.]+) ", log, re.M)
     seconds = {(int(batch), drafts): float(s) for batch, drafts, s in lines}
     batches = sorted({batch for batch, _ in seconds})
