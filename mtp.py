@@ -365,8 +365,8 @@ class Pace:
         self.fixed = fixed
         self.segments = 0
         self.ms = {0: 0.0, K: 0.0}  # of a round; what has not been timed yet counts as fast
-        self.rounds = 1e-9  # with drafts, a fading count;
-        self.tokens = 1e-9 * (K + 1)  # the tokens that they yielded: before the first round we hope for all
+        self.rounds = 1e-9  # a fading count of each row's rounds with drafts
+        self.tokens = 1e-9 * (K + 1)  # and of the tokens that they yielded; before the first we hope for all
 
     def choose(self):
         """Drafts of the next segment."""
@@ -442,7 +442,7 @@ class Decoder:
             self.cache = trunk.new_cache(batch, room, K + 1, dtype=weight.dtype)
         self.drafter = Drafter(mtp, trunk, batch, room, K + 1, temperature) if K else None
         one = torch.ones(batch, dtype=torch.long, device=self.device)  # (B,)
-        self.fresh = one < 1  # (B,) rows whose prompt is being read
+        self.fresh = one < 1  # (B,) rows that were filled last
         self.state = State(
             text=one.new_zeros(batch, room + 1),
             logp=one.new_zeros(batch, room + 1, dtype=torch.promote_types(weight.dtype, torch.float32)),

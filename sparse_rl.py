@@ -142,7 +142,7 @@ def streaming(e):
 
 @score()
 def random(e):
-    """The honest floor."""
+    """The baseline."""
     return torch.rand(e.pos.shape, device=e.pos.device)
 
 

@@ -259,11 +259,11 @@ def bench_decoding(S=65536, batches=(1, 4, 16, 64)):
             blocks = keys(new(B, G, N, D), new(B, G, N, D), None, G, N, 31, 16)
             three = global_step(q, tokens, blocks, nsa.Blocks(32, 16, 64, 16))
             three += local_step(q, keys(new(B, G, W, D), new(B, G, W, D), None, G, W, S - W))
-            del tokens, blocks
+            tokens = blocks = None  # their memory is needed
             tokens = keys(new(B, G, S, R), None, new(B, 1, S, P), 1, S)
             blocks = keys(new(B, G, S // 16, R), None, new(B, 1, S // 16, P), 1, S // 16, 15, 16)
             far = global_step(new(B, H, 1, R + P), tokens, blocks, nsa.Blocks(16, 16, 16, 128))
-            del tokens, blocks
+            tokens = blocks = None  # their memory is needed
             near = local_step(
                 new(B, H, 1, 4 * D + P), keys(new(B, 1, W, 4 * D), None, new(B, 1, W, P), 1, W, S - W)
             )
