@@ -82,9 +82,15 @@ class Refused(ValueError):
     """A fast function cannot take these arguments; raised before anything is launched or written."""
 
 
+@functools.cache
+def has_bf16(device):
+    """Whether a device is a GPU that computes in bf16: from compute capability 8.0 (2020) on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def usable(x):
-    """Whether kernels can take a tensor: on a GPU, with Triton, not in fp64."""
-    return triton is not None and x.is_cuda and x.dtype != torch.float64
+    """Whether kernels can take a tensor: on a GPU that has bf16, with Triton, not in fp64."""
+    return triton is not None and x.is_cuda and x.dtype != torch.float64 and has_bf16(x.device)
 
 
 def tensors_of(args):

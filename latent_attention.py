@@ -48,8 +48,9 @@ def rope(x, pos, base=10000.0):
     """
     P = x.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    freq = base ** (-torch.arange(0, P, 2, device=x.device, dtype=torch.float64) / P)  # (P/2,)
-    angle = pos[:, None, :, None].to(dtype) * freq.to(dtype)  # (B, 1, T, P/2)
+    fp64 = "cpu" if x.device.type == "mps" else x.device  # an Apple GPU has none
+    freq = base ** (-torch.arange(0, P, 2, device=fp64, dtype=torch.float64) / P)  # (P/2,)
+    angle = pos[:, None, :, None].to(dtype) * freq.to(dtype).to(x.device)  # (B, 1, T, P/2)
     cos = angle.cos()
     sin = angle.sin()
     a, b = x.to(dtype).chunk(2, dim=-1)  # (B, H, T, P/2) each

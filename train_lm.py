@@ -5,13 +5,14 @@
     python train_lm.py --preset 340m --data a.txt b.txt
     torchrun --nproc_per_node=2 train_lm.py ...   the same run, the same batches, on 2 GPUs or CPU processes
     python train_lm.py --resume --name NAME       go on with out/NAME
+    python mtp.py out/NAME                        a text from it, afterwards
 
     1) options    what a run can be told, and what each option may be
     2) data       texts become tokens on disk; some documents get key=value pairs to recall
     3) model      RMSNorm, attention, SwiGLU; with gqa exactly a Llama-type model
     4) evaluation bits per byte, also by position; recall by distance; bytes of the cache, counted
     5) run        folder, log, checkpoint, signals: train_rl.py uses them too
-    6) training   AdamW, warm-up and cosine, bf16 on a GPU, accumulation, clipping
+    6) training   AdamW, warm-up and cosine, bf16 where a GPU has it, accumulation, clipping
 
 The batch of a step depends on (seed, step, row) and the options of the data alone: runs can be resumed, on
 any number of processes that divides the batch. Does NOT include: dropout, packing with masks between
@@ -19,19 +20,25 @@ documents, tensor parallelism. Read first: latent_attention.py, nsa.py. Letters 
 """
 
 import argparse
+import codecs
+import collections
 import contextlib
 import copy
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
 import math
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import sysconfig
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -44,6 +51,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import kernels
 import mtp
 from latent_attention import GQA, LatentAttention, RMSNorm, cache_bytes
 from nsa import ASA_BLOCK, NSA, ASAGlobal
@@ -90,15 +98,23 @@ PRESETS = {
     "340m": dict(**LARGE, width=1024, batch=32, micro=2, steps=20000, lr=3e-4, recompute=True),
     "1.3b": dict(**LARGE, width=2048, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
 }
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+WHOLE = 2**31 - 1  # no whole number is larger, unless its option says so
+SEEDS = 2**63 - 1
 
 
-def option(default, text, group=None, least=-math.inf, most=math.inf, choices=None, fixed=False):
-    """A field of a Config. group: it begins a group of --help; fixed: a resumed run cannot change it."""
-    allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
-    text += f" ({allowed})" if least > -math.inf else ""
-    limits = {"least": least, "most": most, "allowed": allowed}
-    facts = {"help": text, "group": group, "choices": choices, "fixed": fixed, **limits}
+def option(default, text, group=None, least=None, most=None, choices=None, fixed=False, flag=True):
+    """A field of a Config: what an option may be stands here; --help shows it, check_options holds to it.
+
+    least, most: of a number; group: it begins a group of --help; fixed: a resumed run cannot change it; flag:
+    False for what is given without one.
+    """
+    allowed = f"at least {least}" if most is None else f"{least} to {most}"
+    text += "" if least is None else f" ({allowed})"
+    one = default[0] if isinstance(default, list) and default else default
+    most = most or (WHOLE if isinstance(one, int) else math.inf)
+    limits = {"least": least, "most": most, "allowed": allowed, "choices": choices}
+    facts = {"help": text, "group": group, "fixed": fixed, "flag": flag, **limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
     return field(default=default, metadata=facts)
@@ -114,7 +130,7 @@ class Config:
         choices=ATTENTION,
         fixed=True,
     )
-    layers: int = option(10, "Transformer blocks", least=1, fixed=True)
+    layers: int = option(10, "Transformer blocks", least=1, most=512, fixed=True)
     width: int = option(512, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
     groups: int = option(2, "key-value heads G of gqa and nsa, latents of asa", least=1, fixed=True)
@@ -124,24 +140,26 @@ class Config:
     nsa_blocks: int = option(
         8, "blocks in a list of nsa; asa's lists are in half its layers", least=3, fixed=True
     )
-    nsa_block: int = option(64, "tokens in a block of nsa, a multiple of 16", least=32, fixed=True)
+    nsa_block: int = option(64, "tokens in a block of nsa, a multiple of 16", least=32, most=4096, fixed=True)
     vocab: int = option(0, "vocabulary; 0 = the tokenizer's", least=0, fixed=True)
     tied: bool = option(False, "the output matrix is the embedding", fixed=True)
-    rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, fixed=True)
-    norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, fixed=True)
-    mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, fixed=True)
+    rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, most=1e12, fixed=True)
+    norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, most=1, fixed=True)
+    mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, most=64, fixed=True)
     data: list = option([], "text files (default: what comes with Python)", group="data", fixed=True)
     tokenizer: str = option("bytes", "bytes, or an encoding's name: tiktoken may download it", fixed=True)
     recall: float = option(0.5, "share of documents with key=value pairs to recall", least=0, most=1)
-    keys: int = option(1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1)
-    context: int = option(4096, "tokens per sequence T", group="training", least=1)
+    keys: int = option(
+        1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1, most=26**2
+    )
+    context: int = option(4096, "tokens per sequence T", group="training", least=16, most=2**24)
     batch: int = option(8, "sequences of the full context per step, over all processes", least=1)
     micro: int = option(8, "of them per forward pass and process: lower it when memory runs out", least=1)
     grow: float = option(0.6, "share of the steps in which T grows from 256 to the context", least=0, most=1)
     steps: int = option(1000, "optimizer steps", least=0)
     lr: float = option(1e-3, "highest learning rate; warm-up, then cosine to a tenth", least=0)
-    seed: int = option(0, "seeds weights, batches and samples", least=0)
-    device: str = option("auto", "auto: a GPU where there is one", choices=DEVICES)
+    seed: int = option(0, "seeds weights, batches and samples", least=0, most=SEEDS)
+    device: str = option("auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=DEVICES)
     compile: bool = option(False, "torch.compile the model")
     recompute: bool = option(False, "keep less for the backward pass: less memory, a third slower")
     out: str = option("out", "folder of all runs", group="run")
@@ -185,52 +203,81 @@ def parse(argv, config=Config, presets=PRESETS, script="train_lm.py", doc=__doc_
         prog=script,
         usage=f"python {script} [options]",
         description="\n\n".join(doc.split("\n\n")[:2]),  # the title and the commands
-        epilog="\n".join(["presets:", *lines]),
+        epilog="\n".join(["presets:", *lines]) if presets else None,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    small = {"action": "store_const", "const": "small", "help": "= --preset small"}
-    parser.add_argument("--small", dest="preset", **small)
+    if presets:
+        small = {"action": "store_const", "const": "small", "help": "= --preset small"}
+        parser.add_argument("--small", dest="preset", **small)
     group = parser
-    kinds = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}}
     for f in dataclasses.fields(config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        kind = kinds.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        default = "" if f.type in kinds else f" [{f.default}]"
-        group.add_argument(flag(f.name), **kind, help=f.metadata["help"] + default)
+        facts = f.metadata
+        if facts["group"]:
+            group = parser.add_argument_group(facts["group"])
+        if f.type is list:
+            kind = {"nargs": "+", "type": type(f.default_factory()[0]) if f.default_factory() else str}
+        else:
+            kind = kinds.get(f.type, {"type": f.type, "choices": facts["choices"]})
+        default = "" if f.type in (bool, list) or not facts["flag"] else f" [{f.default}]"
+        group.add_argument(flag(f.name) if facts["flag"] else f.name, **kind, help=facts["help"] + default)
     given = vars(parser.parse_args(argv))
-    return config(**{**presets[given.get("preset", "base")], **given}), given
+    cfg = config(**{**presets.get(given.get("preset", "base"), {}), **given})
+    check_options(cfg)
+    return cfg, given
 
 
 def check_options(cfg):
-    """UserError where an option is not what its definition allows, or heads do not fit the model."""
+    """UserError where an option is not what its definition allows."""
     for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.type in (int, float):
-            if not (f.metadata["least"] <= value <= f.metadata["most"] and math.isfinite(value)):
-                raise UserError(f"{flag(f.name)} must be {f.metadata['allowed']}, not {value}")
+        values = getattr(cfg, f.name)
+        facts = f.metadata
+        if facts["choices"] and values not in facts["choices"]:
+            raise UserError(f"{flag(f.name)} {values}: there is only {', '.join(facts['choices'])}")
+        for value in values if f.type is list else [values]:
+            if facts["least"] is None:
+                continue
+            if not math.isfinite(value) or not facts["least"] <= value <= facts["most"]:
+                allowed = f"at most {facts['most']}" if value > facts["most"] else facts["allowed"]
+                raise UserError(f"{flag(f.name)} must be {allowed}, not {value}")
+
+
+def check_heads(cfg):
     if cfg.width % cfg.heads or cfg.heads % cfg.groups or cfg.width // cfg.heads % 4:
         parts = f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4"
         raise UserError(f"{parts}, and --groups {cfg.groups} the heads")
 
 
 def validate(cfg, world=1):
-    """UserError for options that do not fit together."""
+    """UserError for options that do not fit together, and for texts or a tokenizer that are not there."""
     check_options(cfg)
+    check_heads(cfg)
     block = ATTENTION[cfg.attn]["block"](cfg)
-    if cfg.context % block:
-        raise UserError(f"--context {cfg.context} must be a multiple of {block}, the block of {cfg.attn}")
     if cfg.nsa_block % 16:
         raise UserError(f"--nsa-block {cfg.nsa_block} must be a multiple of 16")
+    if cfg.context % block:
+        raise UserError(f"--context {cfg.context} must be a multiple of {block}, the block of {cfg.attn}")
+    if cfg.recall and cfg.context < 64:
+        raise UserError(f"--context {cfg.context} leaves no room to recall: at least 64, or --recall 0")
+    if cfg.mtp + 2 > min(cfg.context, 256):  # the shortest sequences of a run
+        raise UserError(f"--mtp {cfg.mtp} looks beyond sequences of {min(cfg.context, 256)} tokens")
     if cfg.batch % world or cfg.batch // world % min(cfg.micro, cfg.batch // world):
         raise UserError(f"--batch {cfg.batch} must be a multiple of {world} processes x --micro {cfg.micro}")
+    if cfg.batch * cfg.context > 2**28:
+        raise UserError(f"--batch {cfg.batch} x --context {cfg.context} must be at most {2**28} tokens")
+    known = tokenizer(cfg.tokenizer).n_vocab
+    if 0 < cfg.vocab < known:
+        raise UserError(f"--vocab must be 0 or at least {known} with this tokenizer, not {cfg.vocab}")
+    if not cfg.resume:  # which has its tokens already
+        sources(cfg)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2) data
 
+PARTS = ("train", "val")
 ANSWER_WEIGHT = 10  # of a recalled value in the loss: with 1, one token in 50 teaches recall, slowly
 
 
@@ -247,11 +294,24 @@ def tokenizer(name):
         raise UserError(f"tokenizer {name!r}: {str(e).splitlines()[0][:120]} ({hint})") from e
 
 
+def token_bytes(enc, token):
+    """What a token stands for; a vocabulary may have tokens that its encoding lacks: they are shown as U+FFFD."""
+    try:
+        return enc.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+
+
+def decoded(enc, tokens):
+    return b"".join(token_bytes(enc, token) for token in tokens).decode("utf-8", errors="replace")
+
+
 def sources(cfg):
     """The texts: a list of (name, a function that opens it), in the same order on every computer."""
     for name in cfg.data:
         if not os.path.isfile(name):
-            raise UserError(f"--data {name}: no such file")
+            what = "a directory" if os.path.isdir(name) else "not a regular file"
+            raise UserError(f"--data {name}: {what if os.path.exists(name) else 'no such file'}")
         if os.path.getsize(name) == 0:
             raise UserError(f"--data {name}: the file is empty")
     if cfg.data:
@@ -267,34 +327,70 @@ def sources(cfg):
     return [(name, partial(open, root / name, "rb")) for name in names]
 
 
+def split(f, share):
+    """-> at which byte of an open text validation begins, after `share` tenths: between two characters."""
+    cut = f.seek(0, 2) * share // 10
+    f.seek(cut)
+    rest = f.read(3)
+    return cut + len(rest) - len(rest.lstrip(bytes(range(0x80, 0xC0))))  # behind the bytes of a character
+
+
+def pieces(f, start, stop, errors):
+    """Bytes start to stop of a file -> (bytes, text) of 1 to 2 MiB, up to the end of a line if one is near."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)  # keeps a character that is not yet whole
+    f.seek(start)
+    while piece := f.read(min(2**20, stop - f.tell())):
+        if not piece.endswith(b"\n"):
+            piece += f.readline(min(2**20, stop - f.tell()))
+        yield piece, decoder.decode(piece, final=f.tell() == stop)
+
+
 def prepare(cfg, enc, folder):
     """Tokenize into folder/train.bin and val.bin, and describe them in folder/data.json.
 
     Every tenth text is for validation; of fewer than ten texts, the last tenth of each. The end-of-text token
-    closes each text.
+    closes each text, in both parts if it is divided. What is not UTF-8 becomes U+FFFD, and is counted.
     """
     texts = sources(cfg)
     digest = hashlib.sha256()
-    dtype = np.uint16 if enc.n_vocab <= 65536 else np.uint32
-    size = dict.fromkeys(("train", "val", "train_bytes", "val_bytes"), 0)  # tokens and bytes
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+    dtype = np.dtype(np.uint16 if enc.n_vocab <= 65536 else np.uint32)
+    info = collections.Counter()  # of each part tokens, bytes and a checksum; places that are not UTF-8
+    codecs.register_error("count", lambda e: (info.update(replaced=1) or "\ufffd", e.end))
+    with whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
         for i, (_, opened) in enumerate(tqdm(texts, desc="tokenize", unit="text", disable=None, leave=False)):
-            tenths = 9 if len(texts) < 10 else 10 * (i % 10 < 9)  # of the text, for training
             with opened() as f:
                 total = f.seek(0, 2)  # bytes
-                f.seek(0)
-                while piece := f.read(1 << 20):
-                    piece += b"" if piece.endswith(b"\n") else f.readline(1 << 20)  # cut at the end of a line
-                    digest.update(piece)
-                    cut = min(max(total * tenths // 10 - (f.tell() - len(piece)), 0), len(piece))
-                    for part, out, text in (("train", train, piece[:cut]), ("val", val, piece[cut:])):
-                        tokens = enc.encode_ordinary(text.decode("utf-8", errors="replace"))
-                        tokens += [enc.eot_token] if text and f.tell() == total else []
-                        np.array(tokens, dtype=dtype).tofile(out)
-                        size[part] += len(tokens)
-                        size[part + "_bytes"] += len(text)
-    about = dict(sha256=digest.hexdigest()[:8], dtype=np.dtype(dtype).name, texts=len(texts))
-    (folder / "data.json").write_text(json.dumps({**size, **about, "tokenizer": cfg.tokenizer}))
+                cut = split(f, 9 if len(texts) < 10 else 10 * (i % 10 < 9))
+                for part, out, start, stop in (("train", train, 0, cut), ("val", val, cut, total)):
+                    for piece, text in pieces(f, start, stop, "count"):
+                        digest.update(piece)
+                        tokens = enc.encode_ordinary(text) + [enc.eot_token] * (f.tell() == stop)
+                        data = np.array(tokens, dtype=dtype).tobytes()
+                        out.write(data)
+                        info.update({part: len(tokens), f"{part}_bytes": len(piece)})
+                        info[f"{part}_crc"] = zlib.crc32(data, info[f"{part}_crc"])
+    numbers = {
+        name: info[name] for name in ("replaced", *(p + n for p in PARTS for n in ("", "_bytes", "_crc")))
+    }
+    about = dict(sha256=digest.hexdigest()[:8], dtype=dtype.name, texts=len(texts), tokenizer=cfg.tokenizer)
+    with whole_file(folder / "data.json") as f:
+        f.write(json.dumps({**numbers, **about}).encode())
+
+
+def mapped(folder):
+    """-> data.json, {part: its tokens on disk}; None if the files are not, or no longer, what prepare wrote."""
+    try:
+        info = json.loads((folder / "data.json").read_text())
+        tokens = {}
+        for part in PARTS:
+            path = folder / f"{part}.bin"
+            some = os.path.getsize(path) > 0
+            tokens[part] = np.memmap(path, info["dtype"], "r") if some else np.empty(0, info["dtype"])
+            if (len(tokens[part]), zlib.crc32(tokens[part])) != (info[part], info[f"{part}_crc"]):
+                return None
+        return info, tokens
+    except (OSError, ValueError, KeyError, TypeError):  # TypeError: a dtype that is none
+        return None
 
 
 class Data:
@@ -303,14 +399,15 @@ class Data:
     def __init__(self, cfg, enc, folder):
         self.cfg = cfg
         self.enc = enc
-        self.info = json.loads((folder / "data.json").read_text())
-        self.bytes_per_token = self.info["val_bytes"] / self.info["val"]
-        self.tokens = {}
-        for part in ("train", "val"):
+        found = mapped(folder)
+        if found is None:
+            raise UserError(f"{folder}: its tokens are not what was written; --resume writes them again")
+        self.info, self.tokens = found
+        for part in PARTS:
             if self.info[part] < cfg.context + 2:
                 few = f"the {part} part of the data has {self.info[part]} tokens, --context {cfg.context}"
                 raise UserError(f"{few} needs two more than that: give more text or a shorter --context")
-            self.tokens[part] = np.memmap(folder / f"{part}.bin", self.info["dtype"], "r")
+        self.bytes_per_token = self.info["val_bytes"] / self.info["val"]
 
     def crop(self, part, rng, T):
         start = rng.integers(len(self.tokens[part]) - T - 1)
@@ -517,8 +614,14 @@ class Objective(nn.Module):
 
 
 def half(model):
-    """A copy of a model for decoding: bf16 on a GPU, as it is on a CPU."""
-    return copy.deepcopy(model).bfloat16() if next(model.parameters()).is_cuda else model
+    """A model for decoding: a copy in bf16 where a GPU has it, else itself."""
+    return copy.deepcopy(model).bfloat16() if kernels.has_bf16(model.embed.weight.device) else model
+
+
+def parameters(cfg):
+    """-> how many a model has, counted without its memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LM(cfg).parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -529,6 +632,8 @@ EXPECTED = {
     "small": {"gqa": (2.75, 0.9), "nsa": (2.65, 0.9), "asa": (2.7, 0.9)},
     "base": {"gqa": (0.95, 0.9), "nsa": (1.05, 0.9), "asa": (0.92, 0.9)},
 }
+# What may differ from a preset all the same.
+FREE = "preset attn mtp micro device compile recompute out name eval_every save_every resume check".split()
 
 
 @torch.no_grad()
@@ -597,53 +702,121 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory(device):
+    """Bytes that a device has; infinitely many where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fits(need, device, what):
+    """UserError if `what` needs more bytes than the device has."""
+    if need > memory(device):
+        least = f"at least {need / 2**30:.0f} GiB, this {device.type} has {memory(device) / 2**30:.0f}"
+        raise UserError(f"{what}: {least}; a smaller --preset or fewer --layers need less")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 5) run
 
 
-def save_checkpoint(path, state):
-    """Write another file, then rename it: the path always holds a whole checkpoint, old or new."""
+def say(*lines):
+    """Print, above a progress bar if there is one. Whatever happens to the screen, the run goes on."""
+    text = "\n".join(lines)
     try:
-        with open(f"{path}.tmp", "wb") as f:
-            torch.save(state, f)
+        code = getattr(sys.stdout, "encoding", None) or "utf-8"  # of some terminals it is ascii
+        tqdm.write(text.encode(code, errors="backslashreplace").decode(code))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has ended; what Python still has to write goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # a full disk behind `>`; stdout is closed
+        pass
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Write another file, then rename it: the path always holds a whole file, old or new.
+
+    UserError if that fails: nothing is left then but what was there before.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        reason = str(e).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; the checkpoint before is untouched") from e
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        reason = (
+            e if isinstance(e, OSError) else e.__context__
+        )  # torch hides a full disk behind an error of its own
+        if isinstance(reason, OSError) and isinstance(e, (OSError, RuntimeError)):
+            raise UserError(
+                f"cannot write {path}: {reason.strerror}; what was there before is untouched"
+            ) from e
+        raise
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> the saved dict; UserError if there is none or it is torn."""
+def save_checkpoint(path, state):
+    with whole_file(path) as f:
+        torch.save(state, f)
+
+
+def load_checkpoint(path, needs=(), device="cpu"):
+    """-> the saved dict, which has what is needed; UserError if there is none, or it is torn or another's."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no checkpoint")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at checksums
+        saved = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        lacks = [name for name in needs if name not in saved]
     except Exception as e:  # a torn file raises many kinds
         raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__})") from e
+    if lacks:
+        raise UserError(f"{path}: the checkpoint of something else, without {', '.join(lacks)}")
+    return saved
+
+
+def config_of(saved, config, path):
+    """The config of a checkpoint; UserError if a script of another kind or age has written it."""
+    fields = {f.name: f.type for f in dataclasses.fields(config)}
+    found = saved["config"]
+    if not isinstance(found, dict) or set(found) != set(fields):
+        raise UserError(f"{path}: the checkpoint of another script, or of another version of this one")
+    if any(not isinstance(value, (fields[name], int)) for name, value in found.items()):
+        raise UserError(f"{path}: the checkpoint has options of a wrong kind")
+    return config(**found)
 
 
 def load_state(folder, target, state):
     """target.load_state_dict(state); UserError if the run in `folder` has another shape."""
     try:
         target.load_state_dict(state)
-    except (RuntimeError, ValueError) as e:
-        raise UserError(f"{folder}: the checkpoint is of another shape ({str(e).splitlines()[0]})") from e
+        for p, own in getattr(target, "state", {}).items():  # of an optimizer, which does not look itself
+            own["exp_avg"] + own["exp_avg_sq"] + p
+    except Exception as e:  # what is no state at all raises many kinds
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{folder}: the checkpoint is of another shape ({reason})") from e
 
 
 def load_run(folder, device="cpu", module=True):
     """A run -> (model in eval mode, config, where its data lies); module: with that of mtp.pt, if any."""
     folder = pathlib.Path(folder)
-    saved = load_checkpoint(folder / "ckpt.pt", device)
-    cfg = Config(**saved["config"])
+    path = folder / "ckpt.pt"
+    saved = load_checkpoint(path, ("model", "step", "config"), device)
+    cfg = config_of(saved, Config, path)
     if module and (folder / "mtp.pt").exists():
-        extra = load_checkpoint(folder / "mtp.pt", device)
+        extra = load_checkpoint(folder / "mtp.pt", ("module", "depths", "step"), device)
         if extra["step"] != saved["step"]:
             made = f"{folder / 'mtp.pt'} was made for step {extra['step']}"
             raise UserError(f"{made}, the run is at step {saved['step']}: equip it again")
         cfg.mtp = extra["depths"]
         saved["model"].update({f"mtp.{name}": value for name, value in extra["module"].items()})
+    check_options(cfg)
     model = LM(cfg).to(device)
     load_state(folder, model, saved["model"])
     return model.eval(), cfg, folder
@@ -651,32 +824,74 @@ def load_run(folder, device="cpu", module=True):
 
 def pick_device(cfg):
     """-> the torch.device of --device; under torchrun each process has a GPU of its own."""
+    if cfg.device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: this computer has none that torch can use")
+        return torch.device("mps")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this computer has no GPU that torch can use; leave the option away")
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cuda", torch.cuda.current_device())
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise UserError(f"{number + 1} processes here, but only {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def claim(folder):
+    """Make a folder this process's own -> its lock, an open file; None if another process has it.
+
+    However a process ends, its lock ends too. Windows has no such locks; nothing is refused there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        return None
+    return lock
 
 
 def run_folder(cfg, base):
-    """-> out/NAME (default: `base`, numbered): a new folder, or with --resume the latest that holds a run."""
+    """-> out/NAME (default: `base`, numbered), and its lock: a new folder, or with --resume the latest run.
+
+    A folder holds a run once it has a checkpoint: what fails before can be begun again by the same name.
+    """
     names = [cfg.name] if cfg.name else [base, *(f"{base}-{i}" for i in range(2, 1000))]
     folders = [pathlib.Path(cfg.out, name) for name in names]
-    taken = [folder for folder in folders if (folder / "log.jsonl").exists()]
-    if cfg.resume:
-        if not taken:
-            raise UserError(f"--resume: there is no run {folders[0]}")
-        return taken[-1]
-    if taken == folders:
+    runs = [folder for folder in folders if os.path.exists(folder / "ckpt.pt")]
+    if cfg.resume and not runs:
+        raise UserError(f"--resume: there is no run in {folders[0]}")
+    if runs == folders and not cfg.resume:
         raise UserError(f"{folders[-1]} holds a run already: --resume continues, another --name starts anew")
-    folder = next(folder for folder in folders if folder not in taken)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").touch(exist_ok=False)
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror}") from e
-    return folder
+    for folder in runs[-1:] if cfg.resume else [folder for folder in folders if folder not in runs]:
+        try:
+            lock = claim(folder)
+        except OSError as e:
+            raise UserError(f"cannot write to {folder}: {e.strerror}") from e
+        if lock:
+            return folder, lock
+    raise UserError(f"{folder}: another process is at work there")
+
+
+def shared(work, rank, world):
+    """Process 0 works, all get what comes of it; a UserError ends all, and process 0 says it."""
+    found = [None, None]  # the result, the error
+    if rank == 0:
+        try:
+            found[0] = work()
+        except UserError as e:
+            found[1] = e
+    if world > 1:
+        dist.broadcast_object_list(found)
+    if found[1]:
+        raise found[1] if rank == 0 else SystemExit(2)
+    return found[0]
 
 
 def open_run(cfg, given, base, validate, rank=0, world=1):
@@ -686,13 +901,19 @@ def open_run(cfg, given, base, validate, rank=0, world=1):
     """
     if not cfg.resume:
         validate(cfg)
-        folder = [run_folder(cfg, base) if rank == 0 else None]
-        if world > 1:
-            dist.broadcast_object_list(folder)
-        return Run(cfg, folder[0], rank), None
-    folder = run_folder(cfg, base)
-    saved = load_checkpoint(folder / "ckpt.pt")
-    old = saved["config"]
+    lock = None
+
+    def find():
+        nonlocal lock
+        folder, lock = run_folder(cfg, base)
+        return folder
+
+    folder = shared(find, rank, world)
+    if not cfg.resume:
+        return Run(cfg, folder, lock, rank), None
+    path = folder / "ckpt.pt"
+    saved = load_checkpoint(path, ("model", "optimizer", "step", "seconds", "config"))
+    old = dataclasses.asdict(config_of(saved, type(cfg), path))
     for f in dataclasses.fields(cfg):
         if f.metadata["fixed"] and given.get(f.name, old[f.name]) != old[f.name]:
             raise UserError(f"{folder}: the checkpoint has {flag(f.name)} {old[f.name]}, not {given[f.name]}")
@@ -700,48 +921,64 @@ def open_run(cfg, given, base, validate, rank=0, world=1):
     validate(cfg)
     if cfg.steps < saved["step"]:
         raise UserError(f"{folder}: the checkpoint is at step {saved['step']}, beyond --steps {cfg.steps}")
-    return Run(cfg, folder, rank, saved["step"], saved["seconds"]), saved
+    return Run(cfg, folder, lock, rank, saved["step"], saved["seconds"], resumed=True), saved
 
 
 class Run:
     """A run's folder, how far it is, and whether a signal asks it to stop. Only rank 0 writes and prints."""
 
-    def __init__(self, cfg, folder, rank=0, step=0, seconds=0.0):
+    def __init__(self, cfg, folder, lock=None, rank=0, step=0, seconds=0.0, resumed=False):
         self.cfg = cfg
         self.folder = folder
+        self.lock = lock  # while it is open no other process takes the folder
         self.rank = rank
         self.step = step  # finished steps
         self.seconds = seconds  # of all of them
+        self.resumed = resumed
         self.timed = []  # seconds of each step of this process
         self.signals = []  # that ask it to stop
 
     def say(self, *lines):
         if self.rank == 0:
-            tqdm.write("\n".join(lines))
+            say(*lines)
 
     def record(self, **entry):
         """Write a line of the log."""
-        if self.rank == 0:
-            short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in entry.items()}
-            self.log.write(json.dumps({"step": self.step, **short}) + "\n")
-            self.log.flush()
+        if self.rank > 0:
+            return
+        short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in entry.items()}
+        try:
+            with open(self.folder / "log.jsonl", "a") as f:
+                f.write(json.dumps({"step": self.step, **short}) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.folder / 'log.jsonl'}: {e.strerror}") from e
+
+    def trim_log(self):
+        """Leave what a resumed run logged until its checkpoint; what came after, or is torn, comes again."""
+        lines = []
+        path = self.folder / "log.jsonl"
+        if self.resumed and path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                again = "options" in entry and entry["step"] == self.step  # the header, of a resumption here
+                if line.endswith(b"\n") and entry["step"] <= self.step and "final" not in entry and not again:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):  # bytes that are no entry
+                self.say(f"note     a line of {path} that cannot be read is left out")
+        with whole_file(path) as f:
+            f.write(b"".join(kept))
 
     def header(self, hardware, *lines, **facts):
-        """What somebody needs to judge or repeat the run, on the screen and in the log.
-
-        What a killed run logged after its last checkpoint comes again: it is cut off, with a torn last line.
-        """
+        """What somebody needs to judge or repeat the run, on the screen and in the log."""
         if self.rank == 0:
-            path = self.folder / "log.jsonl"
-            old = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            new = self.folder / "log.jsonl.tmp"
-            new.write_text("".join(line for line in old if json.loads(line)["step"] <= self.step))
-            os.replace(new, path)
-            self.log = open(path, "a")
+            self.trim_log()
         default = type(self.cfg)()
         options = {k: v for k, v in dataclasses.asdict(self.cfg).items() if v != getattr(default, k)}
         self.say(
-            f"run      {self.folder}" + (f", resumed at step {self.step}" if self.step else ""),
+            f"run      {self.folder}" + (f", resumed at step {self.step}" if self.resumed else ""),
             *lines,
             f"options  {listed(options) or 'all defaults'}",
             f"on       {hardware}, torch {torch.__version__}",
@@ -750,8 +987,9 @@ class Run:
 
     def catch_signals(self):
         """From here on a signal lets the step finish."""
+        signals = self.signals  # not self: the handler outlives the run
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: self.signals.append(number))
+            signal.signal(number, lambda number, frame: signals.append(number))
 
     def advance(self, seconds):
         """A step is finished; it took so long."""
@@ -764,35 +1002,53 @@ class Run:
 
     @property
     def pace(self):
-        """Seconds of a step, without the warm-up."""
-        return float(np.mean(self.timed[3:][-50:] or self.timed))
+        """Seconds of a step: the median of the last 50, which no compilation moves; of the first step, None."""
+        return float(np.median(self.timed[1:][-50:])) if len(self.timed) > 1 else None
 
-    def progress(self, line):
-        minutes = self.pace * (self.cfg.steps - self.step) / 60
-        self.say(f"step {self.step:5d}/{self.cfg.steps} | {line} | eta {minutes:.1f} min")
+    def progress(self, line, tokens=0):
+        """tokens: of a step."""
+        if self.pace is None:
+            rest = f"{self.timed[0]:.1f} s, with what a first step prepares"
+        else:
+            speed = f"{1e3 * self.pace:.0f} ms | {tokens / self.pace / 1e3:.1f}k tok/s | " if tokens else ""
+            rest = f"{speed}eta {self.pace * (self.cfg.steps - self.step) / 60:.1f} min"
+        self.say(f"step {self.step:5d}/{self.cfg.steps} | {line} | {rest}")
 
-    def save(self, **state):
+    def look(self, **values):
+        """Before a step is taken, and before it is saved: FloatingPointError if a number is not finite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                where = f"after step {self.step}: nothing saved since the last checkpoint in {self.folder}"
+                raise FloatingPointError(f"the {name} is {value} {where}; a lower learning rate may help")
+
+    def save(self, model, optimizer, **more):
+        """Replace the checkpoint, but never by one with broken weights."""
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))  # one a parameter
+        self.look(**{"norm of the weights": norms.sum().item()})
+        own = {"step": self.step, "seconds": self.seconds, "config": dataclasses.asdict(self.cfg)}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **more, **own}
         if self.rank == 0:
-            own = {"step": self.step, "seconds": self.seconds, "config": dataclasses.asdict(self.cfg)}
-            save_checkpoint(self.folder / "ckpt.pt", {**state, **own})
+            save_checkpoint(self.folder / "ckpt.pt", state)
 
     # The last words of a run -> its exit code
 
-    def diverged(self, loss):
-        where = f"at step {self.step}: nothing saved since the last checkpoint in {self.folder}"
-        self.say(f"stopped  the loss is {loss} {where}; try a lower --lr")
-        return 1
-
     def stopped(self):
-        name = self.folder.name
-        self.say(f"stopped  by a signal at step {self.step}, saved; --resume --name {name} continues")
+        out = f"--out {shlex.quote(self.cfg.out)} " if self.cfg.out != type(self.cfg).out else ""
+        name = shlex.quote(self.cfg.name or self.folder.name)
+        self.say(f"stopped  by a signal at step {self.step}, saved; --resume {out}--name {name} continues")
         return 128 + (self.signals or [signal.SIGTERM])[0]  # or another process got one
 
     def finished(self, *lines, ok, **facts):
         """ok: whether the result is what was expected; None: nothing was."""
-        self.say(*lines)
         self.record(final=True, seconds=self.seconds, ok=ok, **facts)
+        self.say(*lines)
         return 1 if self.cfg.check and ok is False else 0
+
+
+def usual(cfg, presets, free, **more):
+    """Whether a run has its preset's own settings, but for the options in `free`."""
+    own = {**dataclasses.asdict(type(cfg)()), **presets[cfg.preset], **more}
+    return all(getattr(cfg, name) == value for name, value in own.items() if name not in free)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -825,12 +1081,17 @@ def train(cfg, given):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(cfg)
     cuda = device.type == "cuda"
-    hardware = f"CPU, {torch.get_num_threads()} threads, fp32"
+    half_precision = kernels.has_bf16(device)
+    hardware = f"CPU, {torch.get_num_threads()} threads"
     if cuda:
-        hardware = f"{torch.cuda.get_device_name()}, bf16 autocast"
+        hardware = torch.cuda.get_device_name()
         torch.set_float32_matmul_precision("high")
+    elif device.type == "mps":
+        hardware = "Apple GPU, untested"
+    hardware += ", bf16 autocast" if half_precision else ", fp32"
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        patience = datetime.timedelta(days=1)  # the others wait while process 0 makes tokens of all texts
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
 
     # 1) folder, data
     base = f"{cfg.preset}-{cfg.attn}"
@@ -838,14 +1099,14 @@ def train(cfg, given):
     cfg = run.cfg
     enc = tokenizer(cfg.tokenizer)
     cfg.vocab = cfg.vocab or enc.n_vocab
-    if rank == 0 and not (saved and (run.folder / "data.json").exists()):
-        prepare(cfg, enc, run.folder)
-    if world > 1:
-        dist.barrier()
+    size = parameters(cfg)
+    fits(16 * size, device, f"{size / 1e9:.1f} billion parameters, their gradients and AdamW's moments")
+    if not (saved and shared(lambda: mapped(run.folder) is not None, rank, world)):
+        shared(lambda: prepare(cfg, enc, run.folder), rank, world)
     data = Data(cfg, enc, run.folder)
     info = data.info
-    if saved and saved["data"] != info["sha256"]:
-        raise UserError(f"{run.folder}: it was trained on data {saved['data']}, this is {info['sha256']}")
+    if saved and saved.get("data") != info["sha256"]:
+        raise UserError(f"{run.folder}: trained on the data {saved.get('data')}, these are {info['sha256']}")
 
     # 2) model and optimizer, new or as they were
     torch.manual_seed(cfg.seed)
@@ -854,12 +1115,10 @@ def train(cfg, given):
     if saved:
         load_state(run.folder, model, saved["model"])
         load_state(run.folder, optimizer, saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-    amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=cuda)
+    amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=half_precision)
     runner = torch.compile(Objective(model)) if cfg.compile else Objective(model)
     if world > 1:
         runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
-    size = sum(p.numel() for p in model.parameters())
     run.header(
         hardware,
         f"model    {cfg.attn}, {size / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}",
@@ -867,18 +1126,25 @@ def train(cfg, given):
         f"batch    {cfg.batch * cfg.context} tokens a step, in {world} process{'es' * (world > 1)}",
         **{"parameters": size, "data": info, "processes": world},
     )
+    if info["replaced"]:
+        run.say(f"note     in {info['replaced']} places the texts are not UTF-8: U+FFFD stands there now")
     if not cuda and cfg.preset != "small":
         run.say("note     without a GPU this preset takes very long; --small is made for a CPU")
+    save = partial(run.save, model, optimizer, data=info["sha256"])
+    if not saved:
+        save()
 
     def test():
         found = evaluate(model, data, amp)
+        run.look(**{"loss of the evaluation": found["bpb"]})
         run.record(**found)
         inside, beyond = (percent(found[name]) for name in ("recall_inside", "recall_beyond"))
         recall = f"inside the window {inside}, beyond {beyond}"
         run.say(f"eval     step {run.step} | {found['bpb']:.3f} bits/byte | recall {recall}")
         return found
 
-    # 3) training
+    # 3) training: a checkpoint is the last thing that a step does, so that a killed run loses nothing
+    found = None
     trunk = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
     own = cfg.batch // world  # sequences of this process at the full context
     accumulate = own // min(cfg.micro, own)
@@ -888,45 +1154,57 @@ def train(cfg, given):
         start = time.perf_counter()
         lr = learning_rate(cfg, run.step)
         set_rate(optimizer, lr)
-        sums = torch.zeros(3, device=device)  # cross entropy, draft loss, signals to stop
+        sums = torch.zeros(2, device=device)  # cross entropy, draft loss
         for i, part in enumerate(zip(*(t.chunk(accumulate) for t in rows))):
             x, y, w = (t.to(device, non_blocking=True) for t in part)  # (b, T) each
             last = world == 1 or i == accumulate - 1  # processes exchange their gradients once
             with contextlib.nullcontext() if last else runner.no_sync(), amp():
                 loss, parts = runner(x, y, w)
                 (loss / accumulate).backward()
-            sums[:2] += parts / (accumulate * world)
+            sums += parts / accumulate
         norm = nn.utils.clip_grad_norm_(trunk, 1.0)
+        draft_norm = norm.new_zeros(())
         if model.mtp is not None:  # clipped apart: the trunk's steps are the same with and without the module
-            nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
+            draft_norm = nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
         rows = data.batch(run.step + 1, rank, world)  # made while the GPU works
-        sums[2] = len(run.signals)
+        seen = torch.stack([*sums, norm, draft_norm, norm.new_tensor(len(run.signals))])
         if world > 1:
-            dist.all_reduce(sums)  # so that all processes stop at the same step
-        loss, draft, stopping = sums.tolist()
-        if not math.isfinite(loss):
-            return run.diverged(loss)
+            dist.all_reduce(seen)  # so that all processes stop at the same step
+        loss, draft, norm, draft_norm, stopping = (seen / world).tolist()
+        run.look(loss=loss, gradient=norm, **{"draft loss": draft, "draft module's gradient": draft_norm})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.advance(time.perf_counter() - start)
 
-        log = {"loss": loss, "lr": lr, "norm": norm.item(), "ms": 1e3 * run.timed[-1]}
+        log = {"loss": loss, "lr": lr, "norm": norm, "ms": 1e3 * run.timed[-1]}
         if cfg.mtp:
             log["draft_loss"] = draft
         run.record(**log, peak_gib=peak_memory(device) / 2**30)
         if run.due(10) or len(run.timed) == 1:
-            speed = f"{1e3 * run.pace:.0f} ms | {cfg.batch * cfg.context / run.pace / 1e3:.1f}k tok/s"
-            run.progress(f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f} | {speed}")
+            run.progress(f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f}", cfg.batch * cfg.context)
+        found = test() if run.due(cfg.eval_every) and rank == 0 else None
         if stopping or run.due(cfg.save_every):
-            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            run.save(**weights, rng=torch.get_rng_state(), data=info["sha256"])
+            save()
         if stopping:
             return run.stopped()
-        if run.step % cfg.eval_every == 0 and run.step < cfg.steps and rank == 0:
-            test()
 
     # 4) evaluation
-    return report(run, data, model, test()) if rank == 0 else 0
+    return report(run, data, model, found or evaluate(model, data, amp)) if rank == 0 else 0
+
+
+def verdict(cfg, enc, found):
+    """What was expected of the run, and whether it came -> (a line, True or False; None if nothing was)."""
+    limits = EXPECTED.get(cfg.preset, {}).get(cfg.attn)
+    if limits is None or not usual(cfg, PRESETS, FREE, vocab=enc.n_vocab):
+        return "expected nothing in particular: no run with these options has been measured", None
+    most, least = limits
+    bits = found["bpb"]
+    share = found["recall_beyond"][0] if found["recall_beyond"] else 0.0
+    ok = bits <= most and share >= least
+    return (
+        f"expected at most {most:.2f} bits/byte and at least {least:.0%} recall beyond the window, "
+        f"got {bits:.2f} and {share:.0%}: {'OK' if ok else 'NOT'}"
+    ), ok
 
 
 def report(run, data, model, found):
@@ -935,25 +1213,23 @@ def report(run, data, model, found):
     prompt = torch.from_numpy(data.tokens["val"][:64].astype(np.int64))  # (64,)
     torch.manual_seed(cfg.seed)
     [(tokens, _)] = mtp.Decoder(model, 1, 256, temperature=0.8).generate([prompt], 192)
+    drafts = []
     if cfg.mtp:
         decoder = mtp.Decoder(model, 8, 256, model.mtp, cfg.mtp, drafts=cfg.mtp)
         decoder.generate([prompt] * 8, 128)
-        run.say(f"drafts   at temperature 1, 8 x 128 tokens: {decoder.summary()}")
+        drafts = [f"  drafts            at temperature 1, 8 x 128 tokens: {decoder.summary()}"]
     caches = count_caches(cfg)
     shares = [f"{caches[cfg.attn] / size:.1%} of {name}" for name, size in caches.items() if name != cfg.attn]
-    speed = cfg.batch * cfg.context / float(np.median(run.timed[3:] or run.timed or [math.inf]))
+    speed = cfg.batch * cfg.context / run.pace if run.pace else 0.0
     memory = peak_memory(model.embed.weight.device)
-    bits, inside, beyond = (found[name] for name in ("bpb", "recall_inside", "recall_beyond"))
+    inside, beyond = (found[name] for name in ("recall_inside", "recall_beyond"))
     distances = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
-    limits = {} if cfg.data else EXPECTED.get(cfg.preset, {})
-    most, least = limits.get(cfg.attn, (3.0, 0.0))  # other texts have other bits
-    share = beyond[0] if beyond else 0.0
-    ok = bits <= most and share >= least
+    line, ok = verdict(cfg, data.enc, found)
     return run.finished(
         f"\nsample   (the text before the bar was given)\n"
-        f"{data.enc.decode(prompt.tolist())}|{data.enc.decode(tokens.tolist())}\n",
+        f"{decoded(data.enc, prompt.tolist())}|{decoded(data.enc, tokens.tolist())}\n",
         f"result   {cfg.attn}, {cfg.steps} steps, {run.seconds:.0f} s of training",
-        f"  bits per byte     {bits:.3f}; by quarter of the context "
+        f"  bits per byte     {found['bpb']:.3f}; by quarter of the context "
         + " ".join(f"{quarter:.3f}" for quarter in found["bpb_by_position"]),
         f"  recall            inside the window {percent(inside)}, beyond it {percent(beyond)}",
         f"  by distance up to {distances}",
@@ -961,23 +1237,34 @@ def report(run, data, model, found):
         + ", ".join(f"{name} {size:.0f}" for name, size in caches.items()),
         f"                    {cfg.attn} is {', '.join(shares)}",
         f"  speed, memory     {speed:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak",
-        f"expected at most {most:.2f} bits/byte and at least {least:.0%} recall beyond the window, "
-        f"got {bits:.2f} and {share:.0%}: {'OK' if ok else 'NOT'}",
+        *drafts,
+        line,
         **{"ok": ok, "tokens_per_second": speed, "peak_bytes": memory, "cache_bytes_per_token": caches},
         **found,
     )
 
 
 def main(argv=None, work=train, **how):
-    """Parse the command line (how: see parse), work -> exit code. train_rl.py begins here too."""
+    """Parse the command line (how: see parse), work -> exit code. All scripts begin here."""
     try:
         return work(*parse(sys.argv[1:] if argv is None else argv, **how))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except FloatingPointError as e:  # a step, or a model, whose numbers are not finite
+        say(f"stopped  {e}")
+        return 1
     except KeyboardInterrupt:  # before the first step; later a signal saves first
         print("stopped  before the first step", file=sys.stderr)
         return 130
+    except (OSError, MemoryError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
+            reason = "the memory is full: a smaller --micro, --batch or model needs less"
+        elif not isinstance(e, OSError):
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
