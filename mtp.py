@@ -1,5 +1,9 @@
 """How many tokens one read yields: draft several with one small module, verify them in one pass.
 
+    python mtp.py                         a sentence of a tiny model, with its drafts
+    python mtp.py out/small-asa           a text from a finished run of train_lm.py, its accepted drafts marked
+    python results/drafts.py equip RUN    adds a module to a run that has none
+
 Decoding is bound by reading the weights and the cache, once per token. Multi-token prediction (MTP) adds one
 block to a model, unrolled K times: depth k guesses the token k + 1 places ahead. The model then reads all K
 guesses at once and keeps as many as its own distribution supports, and always one more token. The text is
@@ -18,8 +22,7 @@ from it. Every row of a batch accepts its own number of drafts, and rows that en
 rounds are one CUDA graph. The engine measures whether drafts pay; where they do not, it goes on without them.
 
 Does NOT include: trees of drafts, reduced draft vocabularies, top-p, drafts from a compressed cache.
-Run `python mtp.py` to see a sentence with its drafts; `python results/drafts.py` adds a module to a run of
-train_lm.py and times it. Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (module);
+Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (module);
 FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL
 2026, 1871), which this file follows, only the abstract is available to us: K, the losses, what is detached
 and the drafting are ours.
@@ -36,8 +39,12 @@ anything like train_lm.Block: block(x, pos, cache, count, source), and block.att
 own.
 """
 
+import codecs
+import math
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -113,11 +120,12 @@ class MTP(nn.Module):
 def law(logits, temperature):
     """The distribution that is sampled from: softmax(logits / temperature) in fp32 or better.
 
-    At temperature 0 all mass is on the best token.
+    At temperature 0 all mass is on the best token. Where a logit is nan, all of the law is.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(dtype)
+        best, index = logits.to(dtype).max(-1, keepdim=True)  # (..., 1) each; max finds a nan
+        return F.one_hot(index[..., 0], logits.shape[-1]) + (best - best)
     return (logits.to(dtype) / temperature).softmax(-1)
 
 
@@ -412,6 +420,8 @@ class Decoder:
         self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, drafts=None, compress=None
     ):
         K = K if mtp is not None else 0
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0, not {temperature}")
         if drafts is not None and not 0 <= drafts <= K:
             raise ValueError(f"drafts must be 0 to {K} here, not {drafts}")
         K = 0 if drafts == 0 else K
@@ -522,16 +532,38 @@ class Decoder:
 
     # -- what the host does
 
+    def check(self, prompts, new):
+        if new < 0:
+            raise ValueError(f"new must be at least 0, not {new}")
+        for p in prompts:
+            if not 1 <= len(p) < self.max_len:
+                raise ValueError(f"a prompt of {len(p)} tokens: 1 to {self.max_len - 1} are possible here")
+
+    @torch.no_grad()
+    def stream(self, prompt, new):
+        """Continue one prompt, as `generate` does -> after each round its new tokens, 1-D.
+
+        All but the last of a round were drafts.
+        """
+        self.check([prompt], new)
+        self.restart()
+        self.fill([0], [prompt], [min(len(prompt) + new, self.max_len)])
+        known = len(prompt)
+        while self.state.active[0]:
+            self.run(self.rounds, self.K if self.pace.fixed is None else self.pace.fixed, 1)
+            start, known = known, int(self.state.known[0])
+            if not self.state.logp[0, start:known].isfinite().all():
+                raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
+            yield self.state.text[0, start:known].clone()
+
     @torch.no_grad()
     def generate(self, prompts, new):
-        """Continue each of one or more prompts, 1-D tensors of tokens, by at most `new` tokens.
+        """Continue each of the prompts, 1-D tensors of tokens, by at most `new` tokens.
 
         -> of each prompt the new tokens and their log-probabilities, both 1-D. Raises ValueError for a prompt
         that is empty or too long, FloatingPointError if the model's probabilities are not finite.
         """
-        for p in prompts:
-            if not 1 <= len(p) < self.max_len:
-                raise ValueError(f"a prompt of {len(p)} tokens: 1 to {self.max_len - 1} are possible here")
+        self.check(prompts, new)
         todo = list(range(len(prompts)))[::-1]
         answers = [None] * len(prompts)
         owner = {}  # row -> the prompt that it answers
@@ -561,7 +593,7 @@ class Decoder:
                     i = owner.pop(row)
                     part = slice(len(prompts[i]), int(known[row]))
                     answers[i] = (text[n, part], logp[n, part])
-        if not torch.cat([logp for _, logp in answers]).isfinite().all():
+        if answers and not torch.cat([logp for _, logp in answers]).isfinite().all():
             raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
         return answers
 
@@ -666,6 +698,7 @@ def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperatur
 
     Soft CE comes first, then end-to-end TV. samples (N, T) tokens that the trunk wrote behind `prompt` given
     ones, at `temperature`; the first `rows` are kept for testing. -> expected_acceptance (K,) on those.
+    FloatingPointError if a loss or a gradient is not finite: the module is then of no use.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     device = samples.device
@@ -675,6 +708,7 @@ def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperatur
     start = time.time()
     mask = torch.ones_like(held)
     mask[:, :prompt] = 0
+    seen = torch.zeros((), device=device)  # the sum of all losses and norms: one look in many steps
 
     def unroll(text):
         """text (rows, T) -> states, head and p, which the losses compare."""
@@ -688,14 +722,16 @@ def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperatur
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
         some = torch.randint(len(samples), (rows,), generator=rng).to(device)  # (rows,)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(device)):
             loss = objective(*unroll(samples[some]), mask, temperature)
             loss.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            seen += loss.detach() + nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
                 rate = expected_acceptance(*unroll(held), held, mask, temperature)  # (K,)
+                if not seen.isfinite():
+                    raise FloatingPointError(f"the loss of the module is not finite by step {step + 1}")
                 left = (time.time() - start) / (step + 1) * (steps - step - 1)
                 say(
                     f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | "
@@ -704,7 +740,79 @@ def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperatur
     return rate
 
 
-def main():
+# ----------------------------------------------------------------------------------------------------------
+# `python mtp.py`, `python mtp.py RUN`: only here is a model class known
+
+
+def options():
+    """-> the Config of `python mtp.py RUN`."""
+    from train_lm import DEVICES, SEEDS, option
+
+    @dataclass
+    class Config:
+        run: str = option("", "the folder of a run of train_lm.py, for instance out/small-asa", flag=False)
+        prompt: str = option("", "the text to continue (default: a new text begins)")
+        length: int = option(300, "tokens to write", least=1, most=2**20)
+        temperature: float = option(0.8, "0: always the best token", least=0, most=100)
+        seed: int = option(0, "seeds the samples", least=0, most=SEEDS)
+        device: str = option("auto", "auto: an NVIDIA GPU where there is one", choices=DEVICES)
+
+    return Config
+
+
+def write(cfg, given):
+    """Continue a text with a finished run, streamed to the terminal -> exit code.
+
+    Accepted drafts are underlined, or in brackets where the output is no terminal.
+    """
+    import train_lm
+
+    device = train_lm.pick_device(cfg)
+    model, run, _ = train_lm.load_run(cfg.run, device)
+    model = train_lm.half(model)
+    enc = train_lm.tokenizer(run.tokenizer)
+    words = cfg.prompt.encode(errors="replace").decode()  # a shell may hand over what is no UTF-8
+    prompt = torch.tensor(enc.encode_ordinary(words) or [enc.eot_token])  # (tokens,)
+    room = len(prompt) + cfg.length
+    if room > run.context:
+        train_lm.say(
+            f"note     {room} tokens are more than the {run.context} that the model has learned from"
+        )
+    engine = partial(Decoder, model, 1, room, model.mtp, run.mtp, cfg.temperature, enc.eot_token)
+    decoder = engine(drafts=run.mtp)
+    torch.manual_seed(cfg.seed)
+    text = codecs.getincrementaldecoder("utf-8")("replace")
+    on, off = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+
+    def shown(tokens):
+        said = text.decode(b"".join(train_lm.token_bytes(enc, t) for t in tokens if t != enc.eot_token))
+        return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in said)
+
+    train_lm.say(words, end="")
+    count = 0
+    try:
+        for new in decoder.stream(prompt, cfg.length):
+            *drafts, last = new.tolist()
+            count += len(new)
+            said = shown(drafts)
+            train_lm.say((on + said + off if said else "") + shown([last]), end="")
+        train_lm.say("\n")
+        speeds = []
+        for drafts in sorted({0, run.mtp}, reverse=True):
+            decoder = engine(drafts=drafts)
+            decoder.generate([prompt], min(cfg.length, 64))  # warm-up
+            start = time.perf_counter()
+            [(tokens, _)] = decoder.generate([prompt], cfg.length)
+            speed = len(tokens) / (time.perf_counter() - start)
+            speeds.append(f"{speed:.0f} tokens/s {f'with {drafts} drafts' if drafts else 'without drafts'}")
+    except KeyboardInterrupt:
+        train_lm.say("")
+        return 130
+    train_lm.say(f"{count} tokens; {', '.join(speeds)}")
+    return 0
+
+
+def demo():
     """A tiny model learns this file's header, a module beside it; then one sentence of it, read by read."""
     import train_lm
 
@@ -743,8 +851,14 @@ def main():
     print(f"\nwritten  {show(written[: decoder.state.known.item()])}\n\n{decoder.summary()}")
 
 
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        return demo()
+    import train_lm
+
+    return train_lm.main(argv, write, config=options(), presets={}, script="mtp.py RUN", doc=__doc__)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print(__doc__)
-    else:
-        main()
+    sys.exit(main())

@@ -236,11 +236,13 @@ def check_options(cfg):
         facts = f.metadata
         if facts["choices"] and values not in facts["choices"]:
             raise UserError(f"{flag(f.name)} {values}: there is only {', '.join(facts['choices'])}")
+        if facts["least"] is None:
+            continue
         for value in values if f.type is list else [values]:
-            if facts["least"] is None:
-                continue
-            if not math.isfinite(value) or not facts["least"] <= value <= facts["most"]:
-                allowed = f"at most {facts['most']}" if value > facts["most"] else facts["allowed"]
+            allowed = facts["allowed"]
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not number or not facts["least"] <= value <= facts["most"]:
+                allowed = f"at most {facts['most']}" if number and value > facts["most"] else allowed
                 raise UserError(f"{flag(f.name)} must be {allowed}, not {value}")
 
 
@@ -722,17 +724,24 @@ def fits(need, device, what):
 # 5) run
 
 
-def say(*lines):
+def say(*lines, end="\n"):
     """Print, above a progress bar if there is one. Whatever happens to the screen, the run goes on."""
     text = "\n".join(lines)
     try:
         code = getattr(sys.stdout, "encoding", None) or "utf-8"  # of some terminals it is ascii
-        tqdm.write(text.encode(code, errors="backslashreplace").decode(code))
+        tqdm.write(text.encode(code, errors="backslashreplace").decode(code), end=end)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has ended; what Python still has to write goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, AttributeError):  # a full disk behind `>`; stdout is closed
         pass
+
+
+def look(where, **values):
+    """Before a step is taken, and before it is saved: FloatingPointError if a number is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name} is {value} {where}; a lower learning rate may help")
 
 
 @contextlib.contextmanager
@@ -1015,11 +1024,7 @@ class Run:
         self.say(f"step {self.step:5d}/{self.cfg.steps} | {line} | {rest}")
 
     def look(self, **values):
-        """Before a step is taken, and before it is saved: FloatingPointError if a number is not finite."""
-        for name, value in values.items():
-            if not math.isfinite(value):
-                where = f"after step {self.step}: nothing saved since the last checkpoint in {self.folder}"
-                raise FloatingPointError(f"the {name} is {value} {where}; a lower learning rate may help")
+        look(f"after step {self.step}: nothing saved since the last checkpoint in {self.folder}", **values)
 
     def save(self, model, optimizer, **more):
         """Replace the checkpoint, but never by one with broken weights."""

@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import kernels
 import sparse_rl
 import train_lm
 from mtp import Decoder
@@ -215,42 +216,44 @@ PRESETS = {
 class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
     task: str = option("sums", "what is to be learned", group="task", choices=TASKS, fixed=True)
-    size: int = option(6, "operations in a problem", least=1, fixed=True)
-    largest: int = option(99, "largest number in a sum", least=1, fixed=True)
+    size: int = option(6, "operations in a problem", least=1, most=64, fixed=True)
+    largest: int = option(99, "largest number in a sum", least=1, most=10**9, fixed=True)
     attn: str = option("gqa", "all but gqa: dense rollouts", group="model", choices=ATTENTION, fixed=True)
-    layers: int = option(4, "Transformer blocks", least=1, fixed=True)
+    layers: int = option(4, "Transformer blocks", least=1, most=512, fixed=True)
     width: int = option(256, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
     groups: int = option(8, "key-value heads of gqa, latents of asa's global layers", least=1, fixed=True)
     window: int = option(16, "tokens in the window of asa's local layers", least=1, fixed=True)
     warm: str = option("", "a run: its warm start, task and model are used", group="warm start")
     warm_steps: int = option(6000, "steps of imitation", least=1, fixed=True)
-    warm_batch: int = option(256, "demonstrations in such a step", least=1, fixed=True)
+    warm_batch: int = option(256, "demonstrations in such a step", least=1, most=2**16, fixed=True)
     warm_lr: float = option(1e-3, "its highest learning rate", least=0, fixed=True)
     rollout: str = option(
         "sparse", "from a full or a compressed cache", "rollouts", choices=("dense", "sparse"), fixed=True
     )
     compressor: str = option("rkv", "what decides which entries stay", choices=SCORES, fixed=True)
-    budget: int = option(22, "entries per layer and head that a compression leaves", least=1, fixed=True)
-    buffer: int = option(4, "tokens between two compressions", least=1, fixed=True)
+    budget: int = option(
+        22, "entries per layer and head that a compression leaves", least=1, most=2**16, fixed=True
+    )
+    buffer: int = option(4, "tokens between two compressions", least=1, most=2**16, fixed=True)
     recent: int = option(18, "newest entries that always stay", least=0, fixed=True)
     queries: int = option(4, "newest queries, that score the other entries", least=1, fixed=True)
     sinks: int = option(0, "first entries that always stay", least=0, fixed=True)
     correct: str = option(
         "both", "of what compression changes (sparse_rl.py)", group="learner", choices=CORRECTIONS, fixed=True
     )
-    problems: int = option(64, "problems in a step", least=1)
-    group_size: int = option(8, "answers to each", least=2)
+    problems: int = option(64, "problems in a step", least=1, most=2**16)
+    group_size: int = option(8, "answers to each", least=2, most=2**16)
     minibatches: int = option(2, "updates per step", least=1)
     steps: int = option(150, "steps of RL", least=0)
     lr: float = option(1.5e-4, "learning rate, after a warm-up of 10 steps", least=0)
     clip: float = option(0.2, "PPO's epsilon", least=0, most=1)
     max_norm: float = option(1.0, "longer gradients are scaled down to this norm; 0: never", least=0)
-    seed: int = option(0, "seeds weights, problems and samples", least=0, fixed=True)
-    device: str = option("auto", "auto: a GPU where there is one", choices=DEVICES)
+    seed: int = option(0, "seeds weights, problems and samples", least=0, most=train_lm.SEEDS, fixed=True)
+    device: str = option("auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=DEVICES)
     out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: rl-TASK-CORRECTION, numbered when taken)")
-    held_out: int = option(512, "problems of an evaluation", least=1)
+    held_out: int = option(512, "problems of an evaluation", least=1, most=2**16)
     eval_every: int = option(15, "steps between evaluations", least=1)
     save_every: int = option(50, "steps between checkpoints", least=1)
     resume: bool = option(False, "continue --name, or the latest run of this task and correction")
@@ -281,11 +284,13 @@ EXPECTED = {
 # What may differ from a preset all the same.
 FREE = "preset rollout correct seed device out name eval_every save_every resume check".split()
 MODEL = "attn layers width heads groups window".split()
+MADE = ["task", "size", "largest", *MODEL]  # what a warm start was made for
 
 
 def validate(cfg):
     """UserError for options that do not fit together."""
     train_lm.check_options(cfg)
+    train_lm.check_heads(cfg)
     if cfg.problems % cfg.minibatches:
         raise UserError(f"--minibatches {cfg.minibatches} must divide --problems {cfg.problems}")
     if cfg.rollout == "sparse" and not ATTENTION[cfg.attn]["evicts"]:
@@ -328,8 +333,12 @@ class Demonstrations(Dataset):
 
 
 def imitate(model, task, cfg, device):
-    """Train on demonstrations, in bf16 on a GPU -> the last loss."""
+    """Train on demonstrations, in bf16 where a GPU has it -> the last loss.
+
+    FloatingPointError if a loss or a gradient is not finite: of such a model nothing is kept.
+    """
     cuda = device.type == "cuda"
+    seen = torch.zeros((), device=device)  # the sum of all losses and norms: one look in many steps
     schedule = train_lm.Config(lr=cfg.warm_lr, steps=cfg.warm_steps)
     optimizer = train_lm.make_optimizer(schedule, model, fused=cuda)
     batches = DataLoader(Demonstrations(task, cfg), batch_size=None, num_workers=8 if cuda else 0)
@@ -337,13 +346,15 @@ def imitate(model, task, cfg, device):
         train_lm.set_rate(optimizer, train_lm.learning_rate(schedule, step))
         tokens, weight = (x.to(device, non_blocking=True) for x in batch)  # (B, T) each
         weight = weight[:, 1:]  # (B, T - 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+        with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(device)):
             logits = model(tokens[:, :-1])  # (B, T - 1, V)
         loss = -(sparse_rl.token_logp(logits, tokens[:, 1:]) * weight).sum() / weight.sum()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        seen += loss.detach() + nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 99 or step + 1 == cfg.warm_steps:
+            train_lm.look(f"in step {step + 1} of the warm start, or shortly before", loss=seen.item())
     return loss.item()
 
 
@@ -362,9 +373,9 @@ def read_warm(cfg, given):
     if cfg.resume:
         raise UserError("--resume goes on from a checkpoint; --warm is for a new run")
     path = pathlib.Path(cfg.warm)
-    saved = train_lm.load_checkpoint(path / "warm.pt" if path.is_dir() else path)
-    if "made" not in saved:
-        raise UserError(f"--warm {path}: not a warm start of train_rl.py")
+    saved = train_lm.load_checkpoint(path / "warm.pt" if path.is_dir() else path, ("model", "made"))
+    if not isinstance(saved["made"], dict) or set(saved["made"]) != set(MADE):
+        raise UserError(f"--warm {path}: the warm start of another version of train_rl.py")
     for name, value in saved["made"].items():
         if given.get(name, value) != value:
             raise UserError(f"--warm {path} was made with {train_lm.flag(name)} {value}, not {given[name]}")
@@ -468,12 +479,14 @@ def learn(model, optimizer, r, cfg, recorder=None):
             logp = answer_logp(model, r, part, reads, recorder)  # (n, T - 1)
             term = sparse_rl.objective(logp, anchor, advantage[part], weight, counted, cfg.clip)
             (term[0] / len(views)).backward()
-            terms.append(torch.stack(term).detach().double())
+            terms.append(torch.stack(term).detach())
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
+        loss = torch.stack([term[0] for term in terms]).mean()
+        train_lm.look("in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist())))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss, clipped, log_rho = torch.stack(terms, dim=1)  # (views,) each
-        updates.append(torch.stack([loss.mean(), clipped.mean(), log_rho.max(), norm.double()]))
+        updates.append(torch.stack([loss.mean(), clipped.mean(), log_rho.max(), norm]))
 
     # 6) what there is to log
     updates = torch.stack(updates) if updates else r.reward.new_zeros(1, 4)  # (updates, 4)
@@ -482,7 +495,7 @@ def learn(model, optimizer, r, cfg, recorder=None):
     found.update(solved=r.reward.mean(), length=r.mask.sum(-1).mean(), no_signal=1 - signal.float().mean())
     found.update(entropy=-r.sampler.sum() / r.mask.sum(), loss=loss, clipped=clipped, norm=norm)
     found["log_rho_max"] = updates[:, 2].max()
-    values = torch.stack([value.double() for value in found.values()]).tolist()
+    values = torch.stack(list(found.values())).tolist()
     return {**dict(zip(found, values)), "updates": sum(useful)}
 
 
@@ -523,17 +536,18 @@ def train(cfg, given):
         f"{torch.cuda.get_device_name()}, fp32" if cuda else "CPU, fp32",
         f"model    {cfg.attn}, {size / 1e6:.2f} M parameters; {cfg.task} of {cfg.size}, {longest} tokens",
         f"cache    {cfg.rollout} rollouts: {held / 2**20:.1f} MiB allocated for {N} answers, "
-        f"{1 - held / full:.0%} less than dense",
+        f"{abs(1 - held / full):.0%} {'less' if held <= full else 'more'} than dense",
         cache_bytes=held,
         dense_bytes=full,
     )
 
-    def test():
+    def test(log=True):
         torch.manual_seed(cfg.seed)
         found = {}
         for cache, decoder in greedy.items():
             found[f"{cache}_greedy"], said = evaluate(decoder, task, cfg.held_out)
-        run.record(transcript=said, **found)
+        if log:
+            run.record(transcript=said, **found)
         shares = ", ".join(f"{name.split('_')[0]} cache {share:.1%}" for name, share in found.items())
         run.say(f"eval     step {run.step} | greedy, held out: {shares}", f"         {said}")
         return found
@@ -543,33 +557,33 @@ def train(cfg, given):
     if saved:
         train_lm.load_state(run.folder, model, saved["model"])
         train_lm.load_state(run.folder, optimizer, saved["optimizer"])
-        solved = saved["solved"]
+        solved = list(saved.get("solved", ()))
     elif warm:
-        model.load_state_dict(warm["model"])
+        train_lm.load_state(cfg.warm, model, warm["model"])
     else:
         start = time.time()
         loss = imitate(model, task, cfg, device)
         took = f"{time.time() - start:.0f} s, loss {loss:.3f}"
         run.say(f"warm     {cfg.warm_steps} steps of {cfg.warm_batch} demonstrations in {took}")
-        made = {name: getattr(cfg, name) for name in ["task", "size", "largest", *MODEL]}
+        made = {name: getattr(cfg, name) for name in MADE}
         train_lm.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
 
-    # 3) rollouts, 4) learner, 5) evaluation
+    # 3) rollouts, 4) learner, 5) evaluation; a checkpoint is the last thing that a step does, so that a
+    # killed run loses nothing
+    found = None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     run.catch_signals()
-    if run.step == 0:
-        run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), solved=solved)
+    if not saved:
         found = test()
+        run.save(model, optimizer, solved=solved)
     while run.step < cfg.steps:
         start = time.perf_counter()
-        torch.manual_seed(cfg.seed * 1_000_003 + run.step)
+        torch.manual_seed((cfg.seed * 1_000_003 + run.step) % 2**63)
         train_lm.set_rate(optimizer, cfg.lr * min(1, (run.step + 1) / 10))
         asked = problems(task, cfg.problems, cfg.seed, "train", run.step)
         r = rollout(sampler, task, [prompt for prompt in asked for _ in range(cfg.group_size)])
         log = learn(model, optimizer, r, cfg, sampler.compress)
-        if not math.isfinite(log["loss"]):
-            return run.diverged(log["loss"])
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])
@@ -586,20 +600,19 @@ def train(cfg, given):
                 "| norm {norm:.2f} | rollout {rollout_s:.2f} of {seconds:.2f} s"
             )
             run.progress(line.format(**log))
-        if run.signals or run.due(cfg.save_every):
-            run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), solved=solved)
-        if run.step % cfg.eval_every == 0 and run.step < cfg.steps:
-            test()
-        if run.signals:
+        found = test() if run.due(cfg.eval_every) else None
+        stopping = bool(run.signals)
+        if stopping or run.due(cfg.save_every):
+            run.save(model, optimizer, solved=solved)
+        if stopping:
             return run.stopped()
-    return report(run, test() if cfg.steps else found, solved, held, full, device)
+    return report(run, found or test(log=False), solved, held, full, device)
 
 
 def verdict(cfg, greedy, solved):
     """What was expected of the run, and whether it came -> (a line, True or False; None if nothing was)."""
     expected = EXPECTED.get((cfg.preset, cfg.arm, cfg.seed))
-    usual = {**dataclasses.asdict(Config()), **PRESETS[cfg.preset]}
-    if not expected or any(getattr(cfg, name) != usual[name] for name in usual if name not in FREE):
+    if not expected or not train_lm.usual(cfg, PRESETS, FREE):
         return "expected nothing in particular: no run with these options has been measured", None
     got = {"greedy": greedy, "gain": np.mean(solved[-10:] or [0]) - np.mean(solved[:10] or [0])}
     words = {"greedy": "solved when greedy with the full cache", "gain": "gained when sampling"}
@@ -613,7 +626,9 @@ def report(run, found, solved, held, full, device):
     cfg = run.cfg
     greedy = ", ".join(f"{share:.1%} with the {name.split('_')[0]} cache" for name, share in found.items())
     peak = train_lm.peak_memory(device) if device.type == "cuda" else 0
-    cache = f"{held / 2**20:.1f} MiB, counted; dense {full / 2**20:.1f} MiB: {1 - held / full:.0%} saved"
+    cache = f"{held / 2**20:.1f} MiB, counted; dense {full / 2**20:.1f} MiB"
+    if held < full:
+        cache += f": {1 - held / full:.0%} saved"
     if peak:
         cache += f"; the allocator's peak, learner and all: {peak / 2**20:.0f} MiB"
     first, last = (np.mean(part or [0]) for part in (solved[:10], solved[-10:]))

@@ -10,12 +10,14 @@ and 300 steps. Read mtp.py first: it holds what is trained and timed here.
 import pathlib
 import sys
 import time
+from dataclasses import dataclass
 
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_lm  # noqa: E402
-from mtp import MTP, Decoder, equip  # noqa: E402
+from mtp import MTP, Decoder, equip as equip_module  # noqa: E402
+from train_lm import UserError, option  # noqa: E402
 
 
 def crops(tokens, rows, length, seed):
@@ -30,10 +32,12 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
     step = train_lm.load_checkpoint(folder / "ckpt.pt")["step"]
     if cfg.context <= prompt:
-        raise train_lm.UserError(
+        raise UserError(
             f"{folder} has a context of {cfg.context} tokens; {prompt} of each text are given"
         )
     new = min(new, cfg.context - prompt)
+    if K + 2 > new:
+        raise UserError(f"--depths {K} looks beyond texts of {new} new tokens")
     model.requires_grad_(False)
     torch.manual_seed(cfg.seed)
     model.mtp = MTP(train_lm.Block(cfg, 0), cfg.width, cfg.norm_eps).to(device)
@@ -53,7 +57,9 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     print(f"samples  {samples} of {prompt} given + {new} own tokens in {time.time() - start:.0f} s")
 
     # 2) the module
-    rate = equip(model, model.mtp, texts, prompt, K, steps)
+    rate = equip_module(model, model.mtp, texts, prompt, K, steps)
+    if not all(p.isfinite().all() for p in model.mtp.parameters()):
+        raise FloatingPointError("the module's weights are not finite; nothing was saved")
     module = {"module": model.mtp.state_dict(), "depths": K, "step": step}
     train_lm.save_checkpoint(folder / "mtp.pt", module)
     print(
@@ -66,8 +72,10 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
     """The same generation with and without drafts: `times` prompts a row, from the run's validation text."""
     model, cfg, folder = train_lm.load_run(folder, device)
     if not cfg.mtp:
-        raise train_lm.UserError(f"{folder} has no module: python results/drafts.py equip {folder}")
+        raise UserError(f"{folder} has no module: python results/drafts.py equip {folder}")
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+    if len(data.tokens["val"]) <= prompt:
+        raise UserError(f"{folder}: {prompt} tokens of validation text are given, it has {len(data.tokens['val'])}")
     model = train_lm.half(model)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(
@@ -103,34 +111,42 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
             )
 
 
-def main(argv=None):
-    parser = train_lm.Parser(
-        prog="results/drafts.py", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    ways = parser.add_subparsers(dest="way", required=True)
-    way = ways.add_parser("equip", help="train a module; writes RUN/mtp.pt")
-    way.add_argument("run")
-    way.add_argument("--depths", type=int, default=8, help="K [8]")
-    way.add_argument("--steps", type=int, default=2700, help="training steps, 32 texts each [2700]")
-    way.add_argument("--samples", type=int, default=16384, help="texts that the model writes [16384]")
-    way = ways.add_parser("bench", help="time generation with and without drafts")
-    way.add_argument("run")
-    way.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="rows [1 16 64 256]")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        given = parser.parse_args(argv)
-        if given.way == "bench":
-            if min(given.batch) < 1:
-                raise train_lm.UserError("--batch must be at least 1")
-            bench_run(given.run, device, given.batch)
-        else:
-            if min(given.depths, given.steps) < 1 or given.samples < 64:
-                raise train_lm.UserError("--depths and --steps must be at least 1, --samples at least 64")
-            equip_run(given.run, given.depths, given.steps, device, given.samples)
-    except train_lm.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+@dataclass
+class Equip:
+    run: str = option("", "the run's folder", flag=False)
+    depths: int = option(8, "K", least=1, most=64)
+    steps: int = option(2700, "training steps, 32 texts each", least=1)
+    samples: int = option(16384, "texts that the model writes", least=64, most=2**20)
+
+
+@dataclass
+class Bench:
+    run: str = option("", "the run's folder", flag=False)
+    batch: list = option([1, 16, 64, 256], "rows that are decoded at once", least=1, most=2**16)
+
+
+def equip(cfg, given):
+    equip_run(cfg.run, cfg.depths, cfg.steps, DEVICE, cfg.samples)
     return 0
+
+
+def bench(cfg, given):
+    bench_run(cfg.run, DEVICE, cfg.batch)
+    return 0
+
+
+WAYS = {"equip": (equip, Equip), "bench": (bench, Bench)}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(argv=None):
+    way, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if way not in WAYS:
+        print(__doc__)
+        return 0 if way in ("-h", "--help") else 2
+    work, config = WAYS[way]
+    about = {"presets": {}, "script": f"results/drafts.py {way} RUN", "doc": __doc__}
+    return train_lm.main(rest, work, config=config, **about)
 
 
 if __name__ == "__main__":
