@@ -29,6 +29,7 @@ import pathlib
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -2012,7 +2013,7 @@ def test_a_run_with_a_module():
         assert train_lm.load_run(tmp / "plain")[0].mtp is not None
         refused(told("equip", tmp / "none"), "no checkpoint")
         refused(told("equip", tmp / "plain", "--steps", 0), "at least 1")
-        refused(told("bench", tmp / "with", "--batch", 0), "at least 1")
+        refused(told("bench", tmp / "with", "--batch", 0), "must be 1 to 65536")
         refused(told("bench", tmp / "with", "--colour", "red"), "unrecognized")
         refused(told("equip"), "required")
         train_lm.save_checkpoint(module, {**train_lm.load_checkpoint(module), "step": 2})
@@ -2311,10 +2312,16 @@ def test_two_processes_equal_one():
 @slow
 def test_a_model_learns_or_says_not():
     with folder() as tmp:
-        idle = [*QUICK, "--steps", 2, "--lr", 0, "--out", tmp]
-        out = ends(in_process(*idle, "--check", "--name", "idle"), 1, what="it did not learn, --check")
-        assert out.strip().endswith("NOT")
-        succeeds(in_process(*idle, "--name", "idle2"), "NOT", what="without --check the exit code is 0")
+        names = [word[2:].replace("-", "_") for word in QUICK[1::2]]
+        own = {**dict(zip(names, map(int, QUICK[2::2]))), "steps": 2, "lr": 0.0, "nsa_block": 32}
+        idle = ["--small", "--out", tmp]
+        with swapped(train_lm, "PRESETS", {"small": own}):  # as if these were the preset's own settings
+            main = functools.partial(train_lm.main, presets=train_lm.PRESETS)
+            out = ends(in_process(*idle, "--check", "--name", "idle", main=main), 1)
+            assert out.strip().endswith("NOT")
+            succeeds(in_process(*idle, main=main), "NOT", what="without --check the exit code is 0")
+            other = in_process(*idle, "--steps", 1, "--check", main=main)
+            succeeds(other, "nothing in particular", what="another number of steps")
         busy = "--batch 16 --micro 16 --steps 60 --lr 1e-2 --recall 0 --name busy".split()
         words = ("sample", "bits per byte", "inside the window", "beyond it", "KV cache", "tokens/s", "GiB")
         succeeds(in_process(*QUICK, *busy, "--out", tmp), *words, "expected")
@@ -2344,9 +2351,13 @@ def test_bad_input_is_one_line_and_exit_code_2():
             "--context 70": "multiple of 16",
             "--attn nsa --context 80": "multiple of 32",
             "--heads 3": "--heads",
+            "--context 32": "no room to recall",
+            "--mtp 64": "looks beyond",
+            "--vocab 100": "at least 257",
+            f"--data {tmp}": "a directory",
             "--batch 3": "--batch",
             "--recall 2": "--recall",
-            "--layers 0": "--layers must be at least 1, not 0",
+            "--layers 0": "--layers must be 1 to 512, not 0",
             "--grow nan": "must be 0 to 1, not nan",
             "--lr inf": "--lr must be at least 0, not inf",
             "--resume --name run --steps 0": "is at step 1, beyond --steps 0",
@@ -2392,22 +2403,502 @@ def test_options_are_what_their_definitions_allow():
                     assert is_refused(script.validate, bad), f"--{f.name} {wrong} is not refused"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+@contextlib.contextmanager
+def poisoned(call, after=False):
+    """The gradient is nan in one place at one call of clip_grad_norm_, before or after it is measured."""
+    clip = torch.nn.utils.clip_grad_norm_
+    count = itertools.count(1)
+
+    def wrong(parameters, *args):
+        parameters = list(parameters)
+        here = next(count) == call
+        if here and not after:
+            parameters[0].grad.view(-1)[0] = math.nan
+        norm = clip(parameters, *args)
+        if here and after:
+            parameters[0].grad.view(-1)[0] = math.nan
+        return norm
+
+    with swapped(torch.nn.utils, "clip_grad_norm_", wrong):
+        yield
+
+
+def is_sound(path):
+    def tensors(x):
+        if torch.is_tensor(x):
+            yield x
+        for y in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
+            yield from tensors(y)
+
+    return all(x.isfinite().all() for x in tensors(train_lm.load_checkpoint(path)))
+
+
+@slow
+def test_a_bad_update_is_never_saved():
+    """nan in one gradient, at the first, a middle and the last step: exit code 1, and the run goes on."""
+    with folder() as tmp, swapped(train_lm, "report", lambda *args: 0):
+        whole = ["--out", tmp, "--steps", 6, "--save-every", 2, "--eval-every", 6]
+        succeeds(in_process(*QUICK, *whole, "--name", "whole"))
+        succeeds(in_rl(*whole, "--name", "rl", "--warm-steps", 300, "--warm-lr", 8e-3))
+        for step, after in itertools.product((1, 4, 6), (False, True)):
+            name = f"{step}{after}"
+            with poisoned(step, after):
+                ends(in_process(*QUICK, *whole, "--name", name), 1, "stopped", "nothing saved since")
+            assert is_sound(tmp / name / "ckpt.pt"), f"pretraining, {name}"
+            succeeds(in_process(*whole, "--resume", "--name", name))
+            same_run(tmp / "whole", tmp / name, f"pretraining, {name}")
+        updates = sum(json.loads(x).get("updates", 0) for x in open(tmp / "rl" / "log.jsonl"))
+        for update, after in itertools.product((1, updates // 2, updates), (False, True)):
+            name = f"rl{update}{after}"
+            warm = ["--warm", tmp / "rl", *whole, "--name", name]
+            with poisoned(update, after):
+                ends(in_rl(*warm), 1, "stopped")
+            assert is_sound(tmp / name / "ckpt.pt"), f"RL, {name}"
+            succeeds(in_rl(*whole, "--resume", "--name", name))
+            same_run(tmp / "rl", tmp / name, f"RL, {name}")
+        for step, after in itertools.product((1, 15, 30), (False, True)):  # of the warm start
+            with poisoned(step, after):
+                ends(in_rl(*whole, "--name", "warm"), 1, "stopped")
+            assert not list((tmp / "warm").glob("*.pt")), "nothing is kept of a broken warm start"
+        ends(in_rl(*whole, "--name", "warm", "--warm-lr", 1e30), 1, "stopped")
+        succeeds(in_rl(*whole, "--name", "warm"))
+        drafts = results_script("drafts")
+        for step, after in itertools.product((1, 3, 4), (False, True)):
+            with poisoned(step, after):
+                told = "equip", tmp / "whole", "--steps", 4, "--samples", 64, "--depths", 2
+                with swapped(drafts, "equip_run", functools.partial(drafts.equip_run, prompt=8, new=24)):
+                    ends(in_process(*told, main=drafts.main), 1, "stopped")
+            assert not (tmp / "whole" / "mtp.pt").exists(), "equipping"
+        args = [*QUICK, "--steps", 40, "--lr", 1e30, "--save-every", 1, "--out", tmp, "--name", "x"]
+        ends(in_process(*args), 1, "stopped", "nothing saved since")
+        assert is_sound(tmp / "x" / "ckpt.pt")
+        succeeds(in_process("--out", tmp, "--resume", "--name", "x", "--lr", 1e-3, "--steps", 3))
+
+
+def test_broken_weights_are_refused():
+    for temperature in (0.0, 1.0):
+        model = LM(tiny("gqa"))
+        decoder = mtp.Decoder(model, 1, 20, temperature=temperature)
+        model.norm.weight.data.fill_(math.nan)
+        raises(FloatingPointError, "not finite", decoder.generate, prompts_of(model, 3), 4)
+    model = LM(tiny("gqa"))
+    decoder = mtp.Decoder(model, 1, 20)
+    assert decoder.generate([], 5) == []
+    [(nothing, _)] = decoder.generate(prompts_of(model, 3), 0)
+    assert len(nothing) == 0
+    raises(ValueError, "new must be", decoder.generate, prompts_of(model, 3), -1)
+    for wrong in (math.nan, -1.0, math.inf):
+        raises(ValueError, "temperature", mtp.Decoder, model, 1, 20, temperature=wrong)
+    for attn in KINDS:  # the cache takes the model's dtype
+        model = LM(tiny(attn)).bfloat16()
+        [(text, _)] = mtp.Decoder(model, 1, 40).generate(prompts_of(model, 9), 5)
+        assert len(text) == 5
+
+
+def fails_to(function):
+    def failing(*args, **named):
+        raise function
+
+    return failing
+
+
+@slow
+def test_a_run_that_failed_can_be_begun_again():
+    """Whatever goes wrong before the first checkpoint: mended, the same command begins the run."""
     with folder() as tmp:
-        args = ["--steps", 40, "--lr", 1e30, "--save-every", 1, "--out", tmp, "--name", "x"]
-        ends(in_process(*QUICK, *args), 1, "stopped", "nothing saved since")
-        assert train_lm.load_checkpoint(tmp / "x" / "ckpt.pt")["step"] >= 1
+        (tmp / "short.txt").write_text("too short")
+        (tmp / "good.txt").write_text("some words, again and again\n" * 1000)
+        good = ["--out", tmp, "--steps", 1, "--data", tmp / "good.txt"]
+        wrong = (
+            ["--data", tmp / "typo.txt"],
+            ["--data", tmp / "short.txt"],
+            ["--tokenizer", "none"],
+            ["--seed", -1],
+        )
+        for i, bad in enumerate(wrong):
+            for name in (["--name", f"team/exp{i}"], []):
+                refused(in_process(*QUICK, *good, *bad, *name))
+                succeeds(in_process(*QUICK, *good, *name, "--name", f"exp{i}" if not name else name[1]))
+        full = OSError(28, "No space left on device")
+        for place in ("tokenizer.encode", "stop"):
+            error = full if place != "stop" else KeyboardInterrupt()
+            with swapped(train_lm, "pieces", fails_to(error)):
+                code, _, said = in_process(*QUICK, *good, "--name", place)
+            assert code == (2 if error is full else 130) and "Traceback" not in said, said
+            assert error is not full or "No space left" in said and said.count("\n") == 1, said
+            assert not list((tmp / place).glob("*.tmp")), "no half files are left"
+            succeeds(in_process(*QUICK, *good, "--name", place))
+        with swapped(train_rl, "imitate", fails_to(KeyboardInterrupt())):
+            ends(in_rl("--out", tmp, "--steps", 1), 130)
+        succeeds(in_rl("--out", tmp, "--steps", 1), "rl-sums-both")
+        # the hint of an interrupted run is a command that works; --resume finds it, not a later empty folder
+        for name in ("team/exp7", "two words"):
+            stop = lambda *args: signal.raise_signal(signal.SIGINT)
+            with swapped(train_lm.Run, "progress", stop):
+                out = ends(in_process(*QUICK, *good, "--steps", 3, "--name", name), 130)
+            hint = re.search(r"saved; (--resume .*) continues", out)[1]
+            succeeds(in_process(*shlex.split(hint)), what=hint)
+
+
+@slow
+def test_the_screen_never_ends_a_run():
+    """A vocabulary with holes, a terminal that knows no umlauts, a reader that goes: the run is finished."""
+    with folder() as tmp:
+        common = [*QUICK, "--steps", 2, "--out", tmp]
+        succeeds(in_process(*common, "--vocab", 512, "--name", "holes"))
+        for code in ("ascii", "cp1252"):
+            succeeds(run(*common, "--name", code, env={**ONE_THREAD, "PYTHONIOENCODING": code}))
+        command = shlex.join(map(str, [sys.executable, "train_lm.py", *common, "--name", "head"]))
+        piped = f"set -o pipefail; {command} | head -2"
+        done = subprocess.run(["bash", "-c", piped], cwd=HERE, capture_output=True, text=True, env=ONE_THREAD)
+        assert done.returncode == 0 and not done.stderr, done
+        closed = subprocess.run(
+            ["bash", "-c", f"{command}2 >&-"], cwd=HERE, capture_output=True, env=ONE_THREAD
+        )
+        assert closed.returncode == 0, closed
+        for name in ("holes", "ascii", "cp1252", "head", "head2"):
+            last = json.loads((tmp / name / "log.jsonl").read_text().splitlines()[-1])
+            assert last.get("final"), f"{name}: {last}"
+
+
+def texts_of_many_kinds(draw):
+    """Lists of 1, 2, 9, 10 and 11 texts, as bytes."""
+    kinds = [
+        lambda: "".join(draw.choices("abc \n", k=draw.randint(1, 300))).encode(),
+        lambda: ("漢字\n" * draw.randint(1, 400)).encode(),
+        lambda: ("\n" * draw.randint(1, 50)).encode(),
+        lambda: ("no newline, 漢字, äöü, 🙂" * draw.randint(1, 60)).encode(),
+        lambda: "\r\n é".encode() * draw.randint(1, 40),
+        lambda: b"a",
+        lambda: "漢".encode(),
+    ]
+    for count in (1, 2, 9, 10, 11):
+        for _ in range(4):
+            yield [draw.choice(kinds)() for _ in range(count)]
+    yield [("漢字" * 400_000).encode()]  # one line larger than a piece
+    yield [("漢字と" * 300_000).encode() + b"\n", ("line é\n" * 400_000).encode()]
+
+
+def tokens_are_the_texts():
+    draw = random.Random(0)
+    enc = train_lm.tokenizer("bytes")
+    with folder() as tmp:
+        for texts in texts_of_many_kinds(draw):
+            files = []
+            for i, text in enumerate(texts):
+                files.append(str(tmp / f"{i}.txt"))
+                (tmp / f"{i}.txt").write_bytes(text)
+            train_lm.prepare(Config(data=files), enc, tmp)
+            info, tokens = train_lm.mapped(tmp)
+            parts = {}
+            for part, found in tokens.items():
+                *parts[part], rest = enc.decode_bytes(found.tolist()).split(b"<|endoftext|>")
+                assert not rest, f"{len(texts)} texts: every text of {part} is closed"
+            assert info["replaced"] == 0 and info["train_bytes"] + info["val_bytes"] == sum(map(len, texts))
+            if len(texts) >= 10:
+                assert parts["val"] == [texts[9]] and parts["train"] == texts[:9] + texts[10:]
+                continue
+            shares = []  # of each text what is for training, and for validation
+            for text in texts:
+                first = (
+                    parts["train"].pop(0) if parts["train"] and text.startswith(parts["train"][0]) else b""
+                )
+                shares.append(first + (parts["val"].pop(0) if first != text else b""))
+                assert abs(len(first) - 0.9 * len(text)) <= 4, "nine tenths of each, up to a character"
+                first.decode()
+            assert shares == texts and not parts["train"] and not parts["val"]
+
+
+def test_tokens_are_the_texts():
+    tokens_are_the_texts()
+    whole = [("rest.lstrip(bytes(range(0x80, 0xC0)))", "rest")]
+    catches(tokens_are_the_texts, train_lm, "split", whole)
+    catches(tokens_are_the_texts, train_lm, "prepare", [("(f.tell() == stop)", "(f.tell() == total)")])
+
+
+@slow
+def test_data_are_what_was_said():
+    with folder() as tmp:
+        good = [*QUICK, "--out", tmp, "--name", "run", "--steps", 2]
+        ends(in_process(*good), 0)
+        before = {name: (tmp / "run" / name).read_bytes() for name in ("train.bin", "val.bin")}
+        for harm in (
+            lambda p: os.truncate(p, 2000),
+            lambda p: os.truncate(p, 2001),
+            lambda p: os.remove(p),
+            lambda p: p.write_bytes(bytes(p.stat().st_size)),
+        ):
+            for name in before:
+                harm(tmp / "run" / name)
+                raises(train_lm.UserError, "not what was written", opened_data, tmp / "run")
+                succeeds(in_process(*good, "--resume"), what="the tokens are written again")
+                assert (tmp / "run" / name).read_bytes() == before[name]
+        (tmp / "latin.txt").write_bytes("né\n".encode("latin-1") * 300)
+        out = succeeds(in_process(*good[:-4], "--steps", 1, "--data", tmp / "latin.txt", "--name", "latin"))
+        assert "in 300 places the texts are not UTF-8" in out
+        (tmp / "wide.txt").write_bytes(("some words\n" * 300).encode("utf-16"))
+        out = succeeds(in_process(*good[:-4], "--steps", 1, "--data", tmp / "wide.txt", "--name", "wide"))
+        assert "places the texts are not UTF-8" in out
+
+
+def opened_data(folder):
+    _, cfg, folder = train_lm.load_run(folder)
+    return train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+
+
+@slow
+def test_files_of_another_kind_are_refused():
+    drafts = results_script("drafts")
+    texts = lambda *args: in_process(*args, main=mtp.main)
+    equips = lambda *args: in_process(*args, main=drafts.main)
+    with folder() as tmp:
+        common = ["--out", tmp, "--steps", 1]
+        succeeds(in_process(*QUICK, *common, "--name", "lm"))
+        succeeds(in_rl(*common, "--name", "rl"))
+        succeeds(in_rl(*common, "--name", "words", "--task", "words"))
+        refused(in_rl("--out", tmp, "--resume", "--name", "lm"))
+        refused(in_process("--out", tmp, "--resume", "--name", "rl"))
+        for command in (lambda run: equips("equip", run), lambda run: equips("bench", run), texts):
+            for wrong in ("rl", "nothing"):
+                refused(command(str(tmp / wrong)))
+        path = tmp / "lm" / "ckpt.pt"
+        good = path.read_bytes()
+        saved = train_lm.load_checkpoint(path)
+
+        def refused_everywhere(what):
+            refused(in_process("--out", tmp, "--resume", "--name", "lm", "--steps", 2), what=what)
+
+        for key in ("model", "optimizer", "step", "config", "seconds"):
+            for value in (None, [], {}, "text"):
+                if key != "seconds" and (key, value) != ("step", "text"):
+                    torch.save({**saved, key: value}, path)
+                    refused_everywhere(f"{key}: {value}")
+            torch.save({k: v for k, v in saved.items() if k != key}, path)
+            refused_everywhere(f"no {key}")
+        torch.save({**saved, "config": {**saved["config"], "layers": "two"}}, path)
+        refused_everywhere("layers: two")
+        draw = random.Random(0)
+        noticed = 0
+        for _ in range(30):
+            damaged = bytearray(good)
+            damaged[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            code, _, err = in_process("--out", tmp, "--resume", "--name", "lm", "--steps", 1)
+            assert code in (0, 2) and "Traceback" not in err
+            noticed += code == 2
+        assert noticed >= 25, f"{noticed} of 30 flipped bits were noticed; the others lie in unused bytes"
+        path.write_bytes(good)
+        refused(in_rl(*common, "--name", "new", "--warm", tmp / "lm" / "ckpt.pt"))
+        warm = train_lm.load_checkpoint(tmp / "rl" / "warm.pt")
+        other = train_lm.load_checkpoint(tmp / "words" / "warm.pt")
+        torch.save({**warm, "model": other["model"]}, tmp / "mixed.pt")
+        refused(in_rl(*common, "--name", "new", "--warm", tmp / "mixed.pt"), "another shape")
+        torch.save({"module": {}, "step": 1}, tmp / "lm" / "mtp.pt")
+        refused(texts(str(tmp / "lm")), "depths")
+        (tmp / "lm" / "mtp.pt").unlink()
+        with open(tmp / "lm" / "log.jsonl", "ab") as f:
+            f.write(b"\xff\xfe\x00 bad bytes\n[1, 2]\n{}\n")
+        out = succeeds(in_process("--out", tmp, "--resume", "--name", "lm", "--steps", 2))
+        assert out.count("cannot be read is left out") == 3 and list(losses(tmp / "lm")) == [1, 2]
+
+
+LIMITED = """
+import resource, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+import train_lm
+sys.exit(train_lm.main(sys.argv[1:]))
+"""
+
+
+@slow
+def test_a_full_disk_is_said_in_one_line():
+    """Files may grow to a limit, as on a disk that is full: while tokenizing, saving, logging."""
+    with folder() as tmp:
+        common = [*QUICK, "--out", tmp, "--name", "run"]
+        limited = lambda limit, *args: run(limit, *common, *args, script=["-c", LIMITED])
+        refused(limited(100_000, "--steps", 1), "File too large")
+        refused(limited(910_600, "--width", 128, "--steps", 1), "File too large")
+        assert sorted(p.name for p in (tmp / "run").glob("*")) == [
+            "data.json",
+            "lock",
+            "log.jsonl",
+            "train.bin",
+            "val.bin",
+        ]
+        succeeds(in_process(*common, "--steps", 2))
+        good = (tmp / "run" / "ckpt.pt").read_bytes()
+        log = tmp / "run" / "log.jsonl"
+        refused(limited(600_000, "--steps", 3, "--resume"), "File too large")
+        refused(limited(log.stat().st_size + 150, "--steps", 9, "--resume"), "File too large")
+        assert (tmp / "run" / "ckpt.pt").read_bytes() == good and not list((tmp / "run").glob("*.tmp"))
+        succeeds(in_process(*common, "--steps", 3, "--resume"))
+        assert list(losses(tmp / "run")) == [1, 2, 3]
+
+
+@slow
+def test_a_second_process_is_refused():
+    with folder() as tmp:
+        common = ["--out", tmp, "--name", "run"]
+        succeeds(in_process(*QUICK, *common, "--steps", 1))
+        more = [sys.executable, "train_lm.py", "--resume", *map(str, common), "--steps", "100000"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        first = subprocess.Popen(more, cwd=HERE, env=ONE_THREAD, **pipes)
+        try:
+            wait_for(lambda: "options" in first.stdout.readline(), "it never began")
+            refused(run(*common, "--resume", "--steps", 100000), "another process is at work there")
+            assert first.poll() is None
+        finally:
+            first.send_signal(signal.SIGTERM)
+            said, _ = first.communicate(timeout=60)
+        assert first.returncode == 143 and "saved" in said
+        succeeds(in_process(*QUICK, "--out", tmp, "--steps", 1), what="a new run beside it")
+
+
+def killed_between(main, args, tmp, where):
+    """The process dies in a method of Run, as if killed -> the steps of its evaluations, after it was resumed."""
+    dies = KeyboardInterrupt()
+    method = getattr(train_lm.Run, where)
+    count = itertools.count(1)
+
+    def dying(self, *a, **k):
+        if next(count) == 3 and where == "save":
+            raise dies
+        return method(self, *a, **k)
+
+    with swapped(train_lm.Run, where, dying):
+        main(*args)
+    succeeds(main(*args, "--resume"))
+    entries = [json.loads(line) for line in open(tmp / "run" / "log.jsonl")]
+    key = "bpb" if any("bpb" in e for e in entries) else "dense_greedy"
+    return [e["step"] for e in entries if key in e and not e.get("final")]
+
+
+@slow
+def test_evaluations_and_last_lines_come_once():
+    for main, first in ((functools.partial(in_process, *QUICK), []), (in_rl, [0])):
+        with folder() as tmp:
+            args = ["--out", tmp, "--name", "run", "--steps", 6, "--eval-every", 3, "--save-every", 3]
+            assert killed_between(main, args, tmp, "save") == [*first, 3, 6]
+            for _ in range(2):
+                succeeds(main(*args, "--resume"))
+            log = [json.loads(line) for line in open(tmp / "run" / "log.jsonl")]
+            assert sum("final" in e for e in log) == 1 and list(losses(tmp / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+def values_of(facts):
+    """Below, at and above the limits of a number, and what people mistype."""
+    least, most = facts["least"], facts["most"]
+    around = [least - 1, least, least + 1, 0, -1, 10**30, math.nan, math.inf]
+    return around + ([most - 1, most, most + 1] if math.isfinite(most) else [1e300])
+
+
+@slow
+def test_every_value_of_every_option_works_or_is_refused():
+    """Values are only read; those that cost little are run as well."""
+    drafts = results_script("drafts")
+    with folder() as tmp:
+        (tmp / "text.txt").write_text("some words, again and again\n" * 300)
+        quick = [*QUICK, "--data", tmp / "text.txt", "--out", tmp]
+        rl = [*RL_QUICK, *RL_CACHE, "--out", tmp, "--minibatches", 1]
+        cases = ((train_lm.main, train_lm, Config, quick), (train_rl.main, train_rl, train_rl.Config, rl))
+        for main, script, config, common in cases:
+            read_only = lambda cfg, given: script.validate(cfg) or 0
+            about = {"config": config, "presets": script.PRESETS, "script": "x", "doc": "x"}
+            for f in dataclasses.fields(config):
+                facts = f.metadata
+                if facts["least"] is None:
+                    continue
+                for value in values_of(facts):
+                    args = [*common, train_lm.flag(f.name), value]
+                    reads = functools.partial(train_lm.main, work=read_only, **about)
+                    code, out, err = in_process(*args, main=reads)
+                    assert code in (0, 2) and err.count("\n") == (code == 2), f"{args[-2:]}: {code} {err}"
+                    inside = facts["least"] <= value <= facts["most"] and math.isfinite(value)
+                    assert code == 2 or inside, f"{args[-2:]} is outside and passes"
+                    few = code == 0 and value <= facts["least"] + 1
+                    if few:
+                        steps = [] if f.name == "steps" else ["--steps", 1]
+                        code, out, err = in_process(*args, *steps, "--name", f"{f.name}{value}", main=main)
+                        assert code in (0, 1, 2) and err.count("\n") == (code == 2), (
+                            f"{args[-2:]}: {code} {err}"
+                        )
+        for main, config, way in (
+            (mtp.main, mtp.options(), []),
+            *((drafts.main, c, [w]) for w, (_, c) in drafts.WAYS.items()),
+        ):
+            for f in dataclasses.fields(config):
+                for value in values_of(f.metadata) if f.metadata["least"] is not None else ():
+                    code, out, err = in_process(*way, tmp / "none", train_lm.flag(f.name), value, main=main)
+                    assert code == 2 and err.count("\n") == 1, f"{way} --{f.name} {value}: {code} {err}"
+
+
+@slow
+def test_a_text_from_a_finished_run():
+    """Streamed, the same for a seed, with drafts marked; without them the text is as likely."""
+    with folder() as tmp:
+        for name, more in (("plain", []), ("module", ["--mtp", 3])):
+            succeeds(in_process(*QUICK, "--out", tmp, "--steps", 2, "--name", name, *more))
+        told = lambda name, *more: in_process(tmp / name, "--length", 30, *more, main=mtp.main)
+        one = succeeds(told("plain", "--prompt", "The if"), "The if", "30 tokens", "without drafts")
+        again, other = (succeeds(told("plain", "--prompt", "The if", "--seed", s)) for s in (0, 1))
+        first = lambda out: out.rsplit("\n\n", 1)[0]
+        assert first(one) == first(again) != first(other)
+        best = succeeds(told("module", "--temperature", 0), "with 3 drafts", "without drafts")
+        model, cfg, _ = train_lm.load_run(tmp / "module")
+        enc = train_lm.tokenizer("bytes")
+        [(tokens, _)] = mtp.Decoder(model, 1, 40, temperature=0.0, stop=256).generate(
+            [torch.tensor([256])], 30
+        )
+        want = enc.decode_bytes(tokens.tolist()).decode(errors="replace")
+        plain = lambda text: re.sub(r"[^ -Z^-~]", "", text)  # no brackets, nothing that cannot be printed
+        assert plain(first(best)) == plain(want), f"{best!r}, {want!r}"
+        with swapped(mtp.Decoder, "stream", fails_to(KeyboardInterrupt())):
+            code, _, err = told("plain")
+        assert code == 130 and not err, "Ctrl-C is quiet"
+        refused(told("plain", "--temperature", -1), "must be 0 to 100")
+
+
+def test_old_gpus_take_the_plain_path():
+    """bf16 and the kernels only from compute capability 8.0 on."""
+    gpu = torch.device("cuda", 7)
+    for capability, modern in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        kernels.has_bf16.cache_clear()
+        with swapped(torch.cuda, "get_device_capability", lambda device: capability):
+            assert kernels.has_bf16(gpu) is modern
+    kernels.has_bf16.cache_clear()
+    assert not kernels.has_bf16(torch.device("cpu")) and not kernels.has_bf16(torch.device("mps"))
+    if not torch.backends.mps.is_available():
+        refused(in_process(*QUICK, "--device", "mps"), "mps")
+
+
+def test_the_first_steps_do_not_count():
+    run = train_lm.Run(Config(steps=10), pathlib.Path("x"))
+    run.advance(100.0)
+    assert run.pace is None
+    for _ in range(4):
+        run.advance(2.0)
+    assert run.pace == 2.0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run.progress("x", 1000)
+    assert "0.5k tok/s | eta 0.2 min" in said.getvalue()
+
+
+def test_models_too_large_are_refused():
+    with swapped(train_lm, "memory", lambda device: 2**20), folder() as tmp:
+        refused(in_process(*QUICK, "--width", 256, "--steps", 1, "--out", tmp), "GiB")
 
 
 FORKS = """
-import os, shlex, sys
-import torch._dynamo, train_lm  # what an optimizer imports comes first, once
+import importlib, os, shlex, sys
+import torch._dynamo  # what an optimizer imports comes first, once
+script = importlib.import_module(sys.argv[1])
 for line in sys.stdin:  # a run: the file of its output, then its options
     out, *args = shlex.split(line)
     child = os.fork()
     if child == 0:
         os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
-        code = train_lm.main(args)
+        code = script.main(args)
         sys.stdout.flush()
         os._exit(code)
     print(child, flush=True)
@@ -2422,66 +2913,78 @@ def wait_for(found, what, seconds=60):
         time.sleep(0.01)
 
 
-def storm(tmp, kills):
-    """Kill a run again and again at a random moment after a checkpoint; the next one goes on from it.
+def storm(tmp, kills, script, args):
+    """Kill a run again and again, each time at a random moment after a checkpoint, then let it end.
 
-    One process imports what a run needs, and forks. The last run gets a signal that lets it save.
+    One process imports what a run needs, and forks. The run ends as one that was never killed: the same
+    weights bit for bit, and each step and evaluation once in its log.
     """
     draw = random.Random(0)
     saved = tmp / "k" / "ckpt.pt"
-    said = tmp / "said.txt"
-    args = [said, *QUICK, "--width", 128, "--steps", 100000, "--save-every", 1, "--out", tmp, "--name", "k"]
-    command = [sys.executable, "-c", FORKS]
+    common = [*args, "--save-every", 2, "--eval-every", 5, "--steps", 8 * kills, "--out", tmp]
+    command = [sys.executable, "-c", FORKS, script]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen(command, cwd=HERE, text=True, env=ONE_THREAD, **pipes)
-    when = lambda: saved.stat().st_mtime_ns if saved.exists() else 0
-    last = 0
+
+    def begin(name, *more):
+        server.stdin.write(" ".join(map(str, [tmp / "said.txt", *common, "--name", name, *more])) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
     child = None
+    count = 0
+    last = -1
+    when = lambda: saved.stat().st_mtime_ns if saved.exists() else 0
     try:
-        for kill in range(kills + 1):
+        child = begin("whole")
+        assert int(server.stdout.readline()) == 0
+        for kill in range(kills):
             old = when()
-            server.stdin.write(" ".join(map(str, args + ["--resume"] * (kill > 0))) + "\n")
-            server.stdin.flush()
-            child = int(server.stdout.readline())
-            wait_for(lambda: when() != old, "no checkpoint was written")
-            time.sleep(draw.random() * 0.5)
-            number = signal.SIGKILL if kill < kills else signal.SIGTERM
-            os.kill(child, number)
+            child = begin("k", *["--resume"] * (kill > 0))
+            ended = lambda: not pathlib.Path(f"/proc/{child}").exists() if sys.platform == "linux" else False
+            wait_for(lambda: when() != old or ended(), "no checkpoint was written")
+            time.sleep(draw.random() * 0.1)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
             code = int(server.stdout.readline())
             child = None
+            count += code == -signal.SIGKILL
             step = train_lm.load_checkpoint(saved)["step"]
-            assert step > last, f"killed after a later step, the checkpoint is of step {step}"
+            assert step >= last, f"killed after step {last}, the checkpoint is of step {step}"
             last = step
-            if number == signal.SIGTERM:
-                assert code == 128 + number, f"SIGTERM exits: {code}"
-                assert "saved" in said.read_text(), "SIGTERM saves"
+        child = begin("k", "--resume")
+        assert int(server.stdout.readline()) == 0
+        child = None
     finally:
         if child:
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         server.stdin.close()
         assert server.wait(60) == 0
+    assert count >= kills / 2, f"{count} of {kills} kills came before the end"
+    same_run(tmp / "whole", tmp / "k", f"killed {count} times")
+    logs = []
+    for name in ("whole", "k"):
+        entries = [json.loads(line) for line in open(tmp / name / "log.jsonl")]
+        logs.append([(e["step"], "loss" in e, "final" in e) for e in entries if "options" not in e])
+    assert logs[0] == logs[1], "each line of the log once"
+
+
+LM_STORM = [*QUICK, "--width", 64]
 
 
 @slow
 def test_kill_leaves_a_whole_checkpoint():
     with folder() as tmp:
-        storm(tmp, 4)
+        storm(tmp, 4, "train_lm", LM_STORM)
 
 
 @longest
 def test_a_storm_of_kills_leaves_a_whole_checkpoint():
     with folder() as tmp:
-        storm(tmp, 60)
-
-
-OFFLINE = """
-import socket, sys
-def no(*a, **k): raise OSError('a network was tried')
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = no
-sys.modules['triton'] = None
-import train_lm
-sys.exit(max(train_lm.main([*sys.argv[1:], '--attn', attn]) for attn in ('gqa', 'nsa', 'asa')))
-"""
+        storm(tmp, 60, "train_lm", LM_STORM)
+    with folder() as tmp:
+        storm(tmp, 20, "train_rl", [*RL_QUICK, *RL_CACHE])
 
 
 @slow

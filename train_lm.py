@@ -744,6 +744,11 @@ def look(where, **values):
             raise FloatingPointError(f"the {name} is {value} {where}; a lower learning rate may help")
 
 
+def norm_of(model):
+    """-> the sum of the norms of its weights: not finite if one of them is not."""
+    return torch.stack(torch._foreach_norm(list(model.parameters()))).sum().item()
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Write another file, then rename it: the path always holds a whole file, old or new.
@@ -760,14 +765,11 @@ def whole_file(path):
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        reason = (
-            e if isinstance(e, OSError) else e.__context__
-        )  # torch hides a full disk behind an error of its own
-        if isinstance(reason, OSError) and isinstance(e, (OSError, RuntimeError)):
-            raise UserError(
-                f"cannot write {path}: {reason.strerror}; what was there before is untouched"
-            ) from e
-        raise
+        reason = e.__context__ if isinstance(e, RuntimeError) else e  # torch has an error of its own
+        if not isinstance(reason, OSError):
+            raise
+        place = os.path.dirname(path)
+        raise UserError(f"cannot write to {place}: {reason.strerror}; what was there is untouched") from e
 
 
 def save_checkpoint(path, state):
@@ -796,8 +798,9 @@ def config_of(saved, config, path):
     found = saved["config"]
     if not isinstance(found, dict) or set(found) != set(fields):
         raise UserError(f"{path}: the checkpoint of another script, or of another version of this one")
-    if any(not isinstance(value, (fields[name], int)) for name, value in found.items()):
-        raise UserError(f"{path}: the checkpoint has options of a wrong kind")
+    kinds = [isinstance(value, (fields[name], int)) for name, value in found.items()]
+    if not all([*kinds, isinstance(saved["step"], int)]):
+        raise UserError(f"{path}: the checkpoint has values of a wrong kind")
     return config(**found)
 
 
@@ -848,8 +851,11 @@ def pick_device(cfg):
     return torch.device("cuda", number)
 
 
+LOCKS = []  # open files, of the folders that are this process's own
+
+
 def claim(folder):
-    """Make a folder this process's own -> its lock, an open file; None if another process has it.
+    """Make a folder this process's own -> whether no other process has it.
 
     However a process ends, its lock ends too. Windows has no such locks; nothing is refused there.
     """
@@ -862,12 +868,13 @@ def claim(folder):
     except ImportError:
         pass
     except BlockingIOError:
-        return None
-    return lock
+        return False
+    LOCKS.append(lock)
+    return True
 
 
 def run_folder(cfg, base):
-    """-> out/NAME (default: `base`, numbered), and its lock: a new folder, or with --resume the latest run.
+    """-> out/NAME (default: `base`, numbered): a new folder, or with --resume the latest run; now our own.
 
     A folder holds a run once it has a checkpoint: what fails before can be begun again by the same name.
     """
@@ -880,11 +887,10 @@ def run_folder(cfg, base):
         raise UserError(f"{folders[-1]} holds a run already: --resume continues, another --name starts anew")
     for folder in runs[-1:] if cfg.resume else [folder for folder in folders if folder not in runs]:
         try:
-            lock = claim(folder)
+            if claim(folder):
+                return folder
         except OSError as e:
             raise UserError(f"cannot write to {folder}: {e.strerror}") from e
-        if lock:
-            return folder, lock
     raise UserError(f"{folder}: another process is at work there")
 
 
@@ -910,16 +916,9 @@ def open_run(cfg, given, base, validate, rank=0, world=1):
     """
     if not cfg.resume:
         validate(cfg)
-    lock = None
-
-    def find():
-        nonlocal lock
-        folder, lock = run_folder(cfg, base)
-        return folder
-
-    folder = shared(find, rank, world)
+    folder = shared(lambda: run_folder(cfg, base), rank, world)
     if not cfg.resume:
-        return Run(cfg, folder, lock, rank), None
+        return Run(cfg, folder, rank), None
     path = folder / "ckpt.pt"
     saved = load_checkpoint(path, ("model", "optimizer", "step", "seconds", "config"))
     old = dataclasses.asdict(config_of(saved, type(cfg), path))
@@ -930,16 +929,15 @@ def open_run(cfg, given, base, validate, rank=0, world=1):
     validate(cfg)
     if cfg.steps < saved["step"]:
         raise UserError(f"{folder}: the checkpoint is at step {saved['step']}, beyond --steps {cfg.steps}")
-    return Run(cfg, folder, lock, rank, saved["step"], saved["seconds"], resumed=True), saved
+    return Run(cfg, folder, rank, saved["step"], saved["seconds"], resumed=True), saved
 
 
 class Run:
     """A run's folder, how far it is, and whether a signal asks it to stop. Only rank 0 writes and prints."""
 
-    def __init__(self, cfg, folder, lock=None, rank=0, step=0, seconds=0.0, resumed=False):
+    def __init__(self, cfg, folder, rank=0, step=0, seconds=0.0, resumed=False):
         self.cfg = cfg
         self.folder = folder
-        self.lock = lock  # while it is open no other process takes the folder
         self.rank = rank
         self.step = step  # finished steps
         self.seconds = seconds  # of all of them
@@ -996,9 +994,8 @@ class Run:
 
     def catch_signals(self):
         """From here on a signal lets the step finish."""
-        signals = self.signals  # not self: the handler outlives the run
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: signals.append(number))
+            signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def advance(self, seconds):
         """A step is finished; it took so long."""
@@ -1028,8 +1025,7 @@ class Run:
 
     def save(self, model, optimizer, **more):
         """Replace the checkpoint, but never by one with broken weights."""
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))  # one a parameter
-        self.look(**{"norm of the weights": norms.sum().item()})
+        self.look(**{"norm of the weights": norm_of(model)})
         own = {"step": self.step, "seconds": self.seconds, "config": dataclasses.asdict(self.cfg)}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **more, **own}
         if self.rank == 0:
@@ -1271,6 +1267,8 @@ def main(argv=None, work=train, **how):
         print(f"error: {reason}", file=sys.stderr)
         return 2
     finally:
+        while LOCKS:
+            LOCKS.pop().close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

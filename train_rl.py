@@ -353,8 +353,10 @@ def imitate(model, task, cfg, device):
         seen += loss.detach() + nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 99 or step + 1 == cfg.warm_steps:
-            train_lm.look(f"in step {step + 1} of the warm start, or shortly before", loss=seen.item())
+        if step % 100 == 99:
+            train_lm.look(f"by step {step + 1} of the warm start", loss=seen.item())
+    total = seen.item() + train_lm.norm_of(model)
+    train_lm.look("at the end of the warm start", **{"sum of losses, gradients and weights": total})
     return loss.item()
 
 
