@@ -141,7 +141,6 @@ def fast_path(definition):
                 pass
         return definition(*args, **more)
 
-    either = torch.compiler.disable(either)  # a whole compiled model runs it as it is, between its own parts
     either.definition = definition
     return either
 

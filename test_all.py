@@ -2987,6 +2987,16 @@ def test_a_storm_of_kills_leaves_a_whole_checkpoint():
         storm(tmp, 20, "train_rl", [*RL_QUICK, *RL_CACHE])
 
 
+OFFLINE = """
+import socket, sys
+def no(*a, **k): raise OSError('a network was tried')
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = no
+sys.modules['triton'] = None
+import train_lm
+sys.exit(max(train_lm.main([*sys.argv[1:], '--attn', attn]) for attn in ('gqa', 'nsa', 'asa')))
+"""
+
+
 @slow
 def test_no_network_and_no_triton_needed():
     with folder() as tmp:

@@ -160,7 +160,6 @@ class Config:
     lr: float = option(1e-3, "highest learning rate; warm-up, then cosine to a tenth", least=0)
     seed: int = option(0, "seeds weights, batches and samples", least=0, most=SEEDS)
     device: str = option("auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=DEVICES)
-    compile: bool = option(False, "torch.compile the model")
     recompute: bool = option(False, "keep less for the backward pass: less memory, a third slower")
     out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: PRESET-ATTN, numbered when taken)")
@@ -635,7 +634,7 @@ EXPECTED = {
     "base": {"gqa": (0.95, 0.9), "nsa": (1.05, 0.9), "asa": (0.92, 0.9)},
 }
 # What may differ from a preset all the same.
-FREE = "preset attn mtp micro device compile recompute out name eval_every save_every resume check".split()
+FREE = "preset attn mtp micro device recompute out name eval_every save_every resume check".split()
 
 
 @torch.no_grad()
@@ -1117,7 +1116,7 @@ def train(cfg, given):
         load_state(run.folder, model, saved["model"])
         load_state(run.folder, optimizer, saved["optimizer"])
     amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=half_precision)
-    runner = torch.compile(Objective(model)) if cfg.compile else Objective(model)
+    runner = Objective(model)
     if world > 1:
         runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
     run.header(
