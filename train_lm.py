@@ -791,14 +791,19 @@ def load_checkpoint(path, needs=(), device="cpu"):
     return saved
 
 
+GONE = {"compile"}  # options of earlier versions, which changed no result
+
+
 def config_of(saved, config, path):
     """The config of a checkpoint; UserError if a script of another kind or age has written it."""
     fields = {f.name: f.type for f in dataclasses.fields(config)}
     found = saved["config"]
-    if not isinstance(found, dict) or set(found) != set(fields):
+    if not isinstance(found, dict) or not found or set(found) - set(fields) - GONE:
         raise UserError(f"{path}: the checkpoint of another script, or of another version of this one")
+    found = {name: value for name, value in found.items() if name not in GONE}
     kinds = [isinstance(value, (fields[name], int)) for name, value in found.items()]
-    if not all([*kinds, isinstance(saved["step"], int)]):
+    kinds += [isinstance(saved["step"], int), isinstance(saved.get("seconds", 0.0), float)]
+    if not all(kinds):
         raise UserError(f"{path}: the checkpoint has values of a wrong kind")
     return config(**found)
 
