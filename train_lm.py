@@ -26,6 +26,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import io
 import json
@@ -282,6 +283,7 @@ PARTS = ("train", "val")
 ANSWER_WEIGHT = 10  # of a recalled value in the loss: with 1, one token in 50 teaches recall, slowly
 
 
+@functools.cache
 def tokenizer(name):
     """-> a tiktoken.Encoding; "bytes" is made here. UserError where tiktoken has no other of that name."""
     if name == "bytes":
@@ -619,12 +621,6 @@ def half(model):
     return copy.deepcopy(model).bfloat16() if kernels.has_bf16(model.embed.weight.device) else model
 
 
-def parameters(cfg):
-    """-> how many a model has, counted without its memory."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in LM(cfg).parameters())
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 4) evaluation
 
@@ -712,11 +708,18 @@ def memory(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def fits(need, device, what):
-    """UserError if `what` needs more bytes than the device has."""
-    if need > memory(device):
-        least = f"at least {need / 2**30:.0f} GiB, this {device.type} has {memory(device) / 2**30:.0f}"
-        raise UserError(f"{what}: {least}; a smaller --preset or fewer --layers need less")
+def fits(cfg, device):
+    """-> the parameters of a model; UserError if they, their gradients and AdamW's moments find no room."""
+    with torch.device("meta"):  # counted without their memory
+        size = sum(p.numel() for p in LM(cfg).parameters())
+    need = 16 * size / 2**30
+    room = memory(device) / 2**30
+    if need > room:
+        what = f"{size / 1e9:.1f} billion parameters, their gradients and moments need {need:.0f} GiB"
+        raise UserError(
+            f"{what}, this {device.type} has {room:.0f}: a smaller --preset or --width needs less"
+        )
+    return size
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1104,8 +1107,7 @@ def train(cfg, given):
     cfg = run.cfg
     enc = tokenizer(cfg.tokenizer)
     cfg.vocab = cfg.vocab or enc.n_vocab
-    size = parameters(cfg)
-    fits(16 * size, device, f"{size / 1e9:.1f} billion parameters, their gradients and AdamW's moments")
+    size = fits(cfg, device)
     if not (saved and shared(lambda: mapped(run.folder) is not None, rank, world)):
         shared(lambda: prepare(cfg, enc, run.folder), rank, world)
     data = Data(cfg, enc, run.folder)

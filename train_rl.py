@@ -365,7 +365,9 @@ def build(cfg, device):
     torch.manual_seed(cfg.seed)
     task = TASKS[cfg.task](cfg.size, cfg.largest)
     sizes = {name: getattr(cfg, name) for name in MODEL}
-    return LM(train_lm.Config(**sizes, vocab=len(task.symbols), context=sum(task.room))).to(device), task
+    model = train_lm.Config(**sizes, vocab=len(task.symbols), context=sum(task.room))
+    train_lm.fits(model, device)
+    return LM(model).to(device), task
 
 
 def read_warm(cfg, given):

@@ -140,9 +140,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def main(argv=None):
     way, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if way not in WAYS:
+    if way in ("-h", "--help"):
         print(__doc__)
-        return 0 if way in ("-h", "--help") else 2
+        return 0
+    if way not in WAYS:
+        print(f"error: {way}: there is only {' and '.join(WAYS)}", file=sys.stderr)
+        return 2
     work, config = WAYS[way]
     about = {"presets": {}, "script": f"results/drafts.py {way} RUN", "doc": __doc__}
     return train_lm.main(rest, work, config=config, **about)
