@@ -239,11 +239,11 @@ def check_options(cfg):
         if facts["least"] is None:
             continue
         for value in values if f.type is list else [values]:
-            allowed = facts["allowed"]
-            number = isinstance(value, (int, float)) and math.isfinite(value)
-            if not number or not facts["least"] <= value <= facts["most"]:
-                allowed = f"at most {facts['most']}" if number and value > facts["most"] else allowed
-                raise UserError(f"{flag(f.name)} must be {allowed}, not {value}")
+            finite = isinstance(value, (int, float)) and math.isfinite(value)
+            if not finite or value < facts["least"]:
+                raise UserError(f"{flag(f.name)} must be {facts['allowed']}, not {value}")
+            if value > facts["most"]:
+                raise UserError(f"{flag(f.name)} must be at most {facts['most']}, not {value}")
 
 
 def check_heads(cfg):
@@ -357,7 +357,8 @@ def prepare(cfg, enc, folder):
     texts = sources(cfg)
     digest = hashlib.sha256()
     dtype = np.dtype(np.uint16 if enc.n_vocab <= 65536 else np.uint32)
-    info = collections.Counter()  # of each part tokens, bytes and a checksum; places that are not UTF-8
+    names = [part + kind for part in PARTS for kind in ("", "_bytes", "_crc")]  # "": tokens
+    info = collections.Counter(dict.fromkeys(["replaced", *names], 0))  # replaced: places that are not UTF-8
     codecs.register_error("count", lambda e: (info.update(replaced=1) or "\ufffd", e.end))
     with whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
         for i, (_, opened) in enumerate(tqdm(texts, desc="tokenize", unit="text", disable=None, leave=False)):
@@ -372,12 +373,9 @@ def prepare(cfg, enc, folder):
                         out.write(data)
                         info.update({part: len(tokens), f"{part}_bytes": len(piece)})
                         info[f"{part}_crc"] = zlib.crc32(data, info[f"{part}_crc"])
-    numbers = {
-        name: info[name] for name in ("replaced", *(p + n for p in PARTS for n in ("", "_bytes", "_crc")))
-    }
     about = dict(sha256=digest.hexdigest()[:8], dtype=dtype.name, texts=len(texts), tokenizer=cfg.tokenizer)
     with whole_file(folder / "data.json") as f:
-        f.write(json.dumps({**numbers, **about}).encode())
+        f.write(json.dumps({**info, **about}).encode())
 
 
 def mapped(folder):
@@ -1228,7 +1226,7 @@ def report(run, data, model, found):
     caches = count_caches(cfg)
     shares = [f"{caches[cfg.attn] / size:.1%} of {name}" for name, size in caches.items() if name != cfg.attn]
     speed = cfg.batch * cfg.context / run.pace if run.pace else 0.0
-    memory = peak_memory(model.embed.weight.device)
+    peak = peak_memory(model.embed.weight.device)
     inside, beyond = (found[name] for name in ("recall_inside", "recall_beyond"))
     distances = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
     line, ok = verdict(cfg, data.enc, found)
@@ -1243,10 +1241,10 @@ def report(run, data, model, found):
         f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: "
         + ", ".join(f"{name} {size:.0f}" for name, size in caches.items()),
         f"                    {cfg.attn} is {', '.join(shares)}",
-        f"  speed, memory     {speed:,.0f} tokens/s, {memory / 2**30:.2f} GiB at the peak",
+        f"  speed, memory     {speed:,.0f} tokens/s, {peak / 2**30:.2f} GiB at the peak",
         *drafts,
         line,
-        **{"ok": ok, "tokens_per_second": speed, "peak_bytes": memory, "cache_bytes_per_token": caches},
+        **{"ok": ok, "tokens_per_second": speed, "peak_bytes": peak, "cache_bytes_per_token": caches},
         **found,
     )
 
