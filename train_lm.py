@@ -1225,7 +1225,7 @@ def report(run, data, model, found):
         drafts = [f"  drafts            at temperature 1, 8 x 128 tokens: {decoder.summary()}"]
     caches = count_caches(cfg)
     shares = [f"{caches[cfg.attn] / size:.1%} of {name}" for name, size in caches.items() if name != cfg.attn]
-    speed = cfg.batch * cfg.context / run.pace if run.pace else 0.0
+    speed = cfg.batch * cfg.context / run.pace if run.pace else None
     peak = peak_memory(model.embed.weight.device)
     inside, beyond = (found[name] for name in ("recall_inside", "recall_beyond"))
     distances = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
@@ -1241,7 +1241,7 @@ def report(run, data, model, found):
         f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: "
         + ", ".join(f"{name} {size:.0f}" for name, size in caches.items()),
         f"                    {cfg.attn} is {', '.join(shares)}",
-        f"  speed, memory     {speed:,.0f} tokens/s, {peak / 2**30:.2f} GiB at the peak",
+        f"  speed, memory     {f'{speed:,.0f} tokens/s' if speed else 'too few steps to tell'}, {peak / 2**30:.2f} GiB at the peak",
         *drafts,
         line,
         **{"ok": ok, "tokens_per_second": speed, "peak_bytes": peak, "cache_bytes_per_token": caches},
