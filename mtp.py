@@ -1,7 +1,7 @@
 """How many tokens one read yields: draft several with one small module, verify them in one pass.
 
     python mtp.py                         a sentence of a tiny model, with its drafts
-    python mtp.py out/small-asa           a text from a finished run of train_lm.py, its accepted drafts marked
+    python mtp.py out/small-asa           a text from a run of train_lm.py, its accepted drafts marked
     python results/drafts.py equip RUN    adds a module to a run that has none
 
 Decoding is bound by reading the weights and the cache, once per token. Multi-token prediction (MTP) adds one

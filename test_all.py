@@ -2760,7 +2760,7 @@ def test_a_second_process_is_refused():
 
 
 def killed_between(main, args, tmp, where):
-    """The process dies in a method of Run, as if killed -> the steps of its evaluations, after it was resumed."""
+    """The process dies in a method of Run, as if killed -> when it evaluated, after it was resumed."""
     dies = KeyboardInterrupt()
     method = getattr(train_lm.Run, where)
     count = itertools.count(1)

@@ -298,7 +298,7 @@ def tokenizer(name):
 
 
 def token_bytes(enc, token):
-    """What a token stands for; a vocabulary may have tokens that its encoding lacks: they are shown as U+FFFD."""
+    """What a token stands for; U+FFFD for tokens of a vocabulary that its encoding lacks."""
     try:
         return enc.decode_single_token_bytes(token)
     except KeyError:
@@ -339,7 +339,7 @@ def split(f, share):
 
 
 def pieces(f, start, stop, errors):
-    """Bytes start to stop of a file -> (bytes, text) of 1 to 2 MiB, up to the end of a line if one is near."""
+    """Bytes start to stop of a file -> (bytes, text) of 1 to 2 MiB, to the end of a line if one is near."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)  # keeps a character that is not yet whole
     f.seek(start)
     while piece := f.read(min(2**20, stop - f.tell())):
@@ -379,7 +379,7 @@ def prepare(cfg, enc, folder):
 
 
 def mapped(folder):
-    """-> data.json, {part: its tokens on disk}; None if the files are not, or no longer, what prepare wrote."""
+    """-> data.json, {part: its tokens on disk}; None if the files are not (or no longer) as written."""
     try:
         info = json.loads((folder / "data.json").read_text())
         tokens = {}
@@ -1013,7 +1013,7 @@ class Run:
 
     @property
     def pace(self):
-        """Seconds of a step: the median of the last 50, which no compilation moves; of the first step, None."""
+        """Seconds of a step: the median of the last 50, without the first; None after one step."""
         return float(np.median(self.timed[1:][-50:])) if len(self.timed) > 1 else None
 
     def progress(self, line, tokens=0):
@@ -1226,6 +1226,7 @@ def report(run, data, model, found):
     caches = count_caches(cfg)
     shares = [f"{caches[cfg.attn] / size:.1%} of {name}" for name, size in caches.items() if name != cfg.attn]
     speed = cfg.batch * cfg.context / run.pace if run.pace else None
+    rate = f"{speed:,.0f} tokens/s" if speed else "too few steps to tell"
     peak = peak_memory(model.embed.weight.device)
     inside, beyond = (found[name] for name in ("recall_inside", "recall_beyond"))
     distances = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
@@ -1241,7 +1242,7 @@ def report(run, data, model, found):
         f"  KV cache          bytes per token at {cfg.context} tokens, bf16, counted: "
         + ", ".join(f"{name} {size:.0f}" for name, size in caches.items()),
         f"                    {cfg.attn} is {', '.join(shares)}",
-        f"  speed, memory     {f'{speed:,.0f} tokens/s' if speed else 'too few steps to tell'}, {peak / 2**30:.2f} GiB at the peak",
+        f"  speed, memory     {rate}, {peak / 2**30:.2f} GiB at the peak",
         *drafts,
         line,
         **{"ok": ok, "tokens_per_second": speed, "peak_bytes": peak, "cache_bytes_per_token": caches},

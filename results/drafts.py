@@ -74,7 +74,7 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
         raise UserError(f"{folder} has no module: python results/drafts.py equip {folder}")
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
     if len(data.tokens["val"]) <= prompt:
-        raise UserError(f"{folder}: {prompt} tokens of validation text are given, it has {len(data.tokens['val'])}")
+        raise UserError(f"{folder}: its validation text has fewer than the {prompt} tokens that are given")
     model = train_lm.half(model)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(
