@@ -22,6 +22,7 @@ groups of GQA, the latents of MLA and GLA), h = H / G heads that share one, D he
 value's. The layout is (B, H, T, D). RoPE is half-split.
 """
 
+import copy
 import sys
 from typing import NamedTuple
 
@@ -110,7 +111,8 @@ class SlotCache:
     data      {name: (B, heads, S, width)}, one tensor for each cached quantity, named as in Keys
     pos       (B, heads, S) original positions, -1 = empty; heads = 1 where the quantities differ in heads
     length    (B,) how many slots of a row have been written: the next one to write, modulo S in a ring
-    watchers  functions (q, keys, pos, count), told of every query: sparse_rl.py learns there what is asked
+    watchers  functions (q, pos, count), told of every query whose token is appended: sparse_rl.py learns
+              there what is asked
 
     widths    {name: (heads, width)} of the cached quantities
     window    None: S = max_len slots. W: a ring of W - 1 + margin slots, at most max_len: the keys that a
@@ -146,13 +148,14 @@ class SlotCache:
         """
         data, k_pos, length = self.data, self.pos, self.length
         if count is not None:
-            new = {name: new[name] for name in self.data}
+            new = {name: x for name, x in new.items() if name in self.data}
             new_pos = pos[:, None].expand(-1, self.pos.shape[1], -1)  # (B, heads, T)
             if self.ring and pos.shape[1] > self.margin:
-                data = {name: torch.cat([old, new[name].to(old.dtype)], dim=2) for name, old in data.items()}
+                both = lambda old, x: torch.cat([old, x.to(old.dtype)], dim=2)  # (B, heads, S + T, width)
+                data = {name: both(data[name], x) for name, x in new.items()}
                 k_pos = torch.cat([k_pos, new_pos.to(k_pos.dtype)], dim=2)  # (B, heads, S + T)
                 length = None
-            buffers = [*self.data.values(), self.pos]
+            buffers = [*(self.data[name] for name in new), self.pos]
             write_slots(self.length, buffers, [*new.values(), new_pos], count, self.ring)
             self.length += count
         return Keys(data.get("k"), data.get("v"), data.get("k2"), k_pos, length)
@@ -160,8 +163,8 @@ class SlotCache:
     def attend(self, q, pos, count, scale, **new):
         """Append new entries, then every query (B, H, T, D + P) reads what it may -> (B, H, T, Dv)."""
         keys = self.append(pos, count, **new)
-        for watch in self.watchers:
-            watch(q, keys, pos, count)
+        for watch in self.watchers if count is not None else ():
+            watch(q, pos, count)
         return cached_attention(q.to(keys.k.dtype), pos, keys, scale, self.window)
 
     def rollback(self, seen):
@@ -170,22 +173,38 @@ class SlotCache:
         self.length -= drop[:, 0].sum(-1)
         self.pos.masked_fill_(drop, -1)
 
-    def keep(self, index):
-        """Evict: only the slots index (B, heads or 1, n) stay, moved to the front with their positions.
+    def keep(self, index, rows):
+        """Evict from `rows` (B,) bool: only the slots index (B, heads or 1, n) stay, moved to the front.
 
-        index holds ascending slots, then -1 for "none"; all heads of a row keep equally many. Not for rings,
-        and not for caches from which nsa.py selects: a list of blocks needs slot s to hold position s.
+        Their positions move with them. index holds ascending slots, and all heads of a row keep n. Not for
+        rings, and not for caches from which nsa.py selects: a list of blocks needs slot s to hold position s.
         """
         n = index.shape[-1]
-        real = index >= 0
-        index = index.clamp(min=0)
+        here = rows[:, None, None]  # (B, 1, 1)
+        index = torch.where(here, index, torch.arange(n, device=index.device))  # (B, heads or 1, n)
         for buffer in self.data.values():
             i = index[..., None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
             buffer[:, :, :n] = buffer.gather(2, i)
-        pos = self.pos.gather(2, index.expand(-1, self.pos.shape[1], -1))  # (B, heads, n)
-        self.pos[:, :, :n] = pos.masked_fill(~real, -1)
-        self.pos[:, :, n:] = -1
-        self.length.copy_(real[:, 0].sum(-1))
+        self.pos[:, :, :n] = self.pos.gather(2, index.expand(-1, self.pos.shape[1], -1))
+        self.pos[:, :, n:].masked_fill_(here, -1)
+        self.length.masked_fill_(rows, n)
+
+    @classmethod
+    def stack(cls, parts, device):
+        """One SlotCache with the rows of all parts, which become views of it; parts may lie on "meta"."""
+        whole = copy.copy(parts[0])
+        B = len(parts[0].length)
+        rows = B * len(parts)
+        new = lambda x, value: torch.full((rows, *x.shape[1:]), value, dtype=x.dtype, device=device)
+        whole.data = {name: new(x, 0) for name, x in whole.data.items()}
+        whole.pos = new(whole.pos, -1)
+        whole.length = new(whole.length, 0)
+        for i, part in enumerate(parts):
+            own = slice(i * B, (i + 1) * B)
+            part.data = {name: x[own] for name, x in whole.data.items()}
+            part.pos = whole.pos[own]
+            part.length = whole.length[own]
+        return whole
 
 
 def cache_bytes(layers):

@@ -21,7 +21,7 @@ end-to-end TV) or beside the trunk (`train_lm.py --mtp K`: soft cross entropy). 
 from it. Every row of a batch accepts its own number of drafts, and rows that end are refilled. On a GPU a few
 rounds are one CUDA graph. The engine measures whether drafts pay; where they do not, it goes on without them.
 
-Does NOT include: trees of drafts, reduced draft vocabularies, top-p, drafts from a compressed cache.
+Does NOT include: trees of drafts, reduced draft vocabularies, top-p.
 Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (module);
 FastMTP 2509.18362 (one module for all depths); Bebop 2606.12370 (end-to-end TV). Of MTP-RL (Findings of ACL
 2026, 1871), which this file follows, only the abstract is available to us: K, the losses, what is detached
@@ -267,10 +267,11 @@ class State(NamedTuple):
 
 
 @kernels.fast_path
-def commit(p, q, drafts, u, noise, state, stop):
+def commit(p, q, drafts, u, noise, state, room, stop):
     """Accept drafts, then write them and the token after them behind the known text -> tokens taken (B,).
 
-    A row ends at a token `stop` (-1: at none) and at its limit. p, q, drafts, u, noise as in `accept`. All of
+    A row ends at a token `stop` (-1: at none) and at its limit. room (B,): more tokens it must not take now,
+    and laws behind them are of no use. p, q, drafts, u, noise as in `accept`. All of
     `state` but given and limit is changed in place.
     """
     text, logp, known, given, limit, active, counts, reads = state
@@ -281,9 +282,10 @@ def commit(p, q, drafts, u, noise, state, stop):
     n, last = accept(p, q, drafts, forced[:, :g], u, noise)  # (B,), (B,)
 
     # Count.
-    real = active & (known >= given)  # (B,)
-    reached = real[:, None] & (n[:, None] >= j[:g])  # (B, g)
-    passed = real[:, None] & (n[:, None] >= j[1:])  # (B, g)
+    real = active & (known >= given) & (room > 0)  # (B,)
+    tried = real[:, None] & (j[:g] < room[:, None])  # (B, g)
+    reached = tried & (n[:, None] >= j[:g])  # (B, g)
+    passed = tried & (n[:, None] >= j[1:])  # (B, g)
     # A module that has read nothing yet gives nan, which no comparison accepts.
     chance = torch.minimum(p[:, :g], q).sum(-1).nan_to_num() * reached  # (B, g)
     counts[..., :g] += torch.stack([reached.to(p.dtype), passed.to(p.dtype), chance], dim=1)  # (B, 3, g)
@@ -292,7 +294,7 @@ def commit(p, q, drafts, u, noise, state, stop):
     y = torch.where(j < n[:, None], F.pad(drafts, (0, 1)), last[:, None])  # (B, g + 1)
     y = torch.where(forced, text.gather(1, place), y)  # (B, g + 1)
     y_logp = p.gather(-1, y[..., None])[..., 0].log()  # (B, g + 1)
-    take = torch.minimum(n + 1, limit - known)  # (B,)
+    take = torch.minimum(n + 1, room)  # (B,)
     stops = (y == stop) & (j < take[:, None]) & ~forced  # (B, g + 1)
     stopped = stops.any(1)  # (B,)
     take = torch.where(stopped, stops.int().argmax(1) + 1, take) * active  # (B,)
@@ -316,7 +318,7 @@ class Drafter:
     table   (V, C) MTP.embed_half of every token
     """
 
-    def __init__(self, mtp, trunk, batch, room, margin, temperature):
+    def __init__(self, mtp, trunk, batch, room, margin, temperature, compress):
         weight = trunk.embed.weight  # (V, C)
         kind = {"dtype": weight.dtype, "device": weight.device}
         self.mtp = mtp
@@ -324,6 +326,8 @@ class Drafter:
         self.head = trunk.head.weight  # (V, C)
         self.temperature = temperature
         self.cache = mtp.block.attn.new_cache(batch, room, margin, **kind)
+        if compress:
+            compress.extend(self.cache, mtp.block.attn.heads)
         self.seen = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.newest = torch.zeros(batch, 1, weight.shape[1], **kind)
         self.table = mtp.embed_half(weight).detach()
@@ -403,7 +407,7 @@ class Decoder:
     stop         a token that ends a row, or None
     drafts       None: K or none, whichever is faster; else always so many
     compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache
-                 then has compress.slots slots a row, and no text is too long for it; without drafts only
+                 then has compress.slots slots a row, and no text is too long for it; the module's likewise
     Weights may change between calls (in place, as optimizers do): graphs stay valid. Raises ValueError for
     settings that do not go together.
 
@@ -425,8 +429,9 @@ class Decoder:
         if drafts is not None and not 0 <= drafts <= K:
             raise ValueError(f"drafts must be 0 to {K} here, not {drafts}")
         K = 0 if drafts == 0 else K
-        if compress and K:
-            raise ValueError("drafts from a compressed cache are not supported")
+        if compress:  # a round cannot read more than fits between two evictions
+            K = min(K, compress.buffer - 1)
+            drafts = drafts and min(drafts, K)
         self.trunk = trunk
         self.batch = batch
         self.max_len = max_len
@@ -437,25 +442,25 @@ class Decoder:
         self.pace = Pace(K, drafts)
         self.graphs = {}
         self.pool = None
-        self.held = 0  # entries in a row of the cache at most, counted by the host
         self.looked = 0.0  # when the host looked at a segment
 
         weight = trunk.embed.weight  # (V, C)
         self.device = weight.device
         self.cuda = weight.is_cuda
-        room = max_len + K + 1
+        room = max_len
         if compress:
-            self.cache = trunk.new_cache(batch, compress.slots, 1, dtype=weight.dtype, compress=compress)
-            self.SEGMENT = compress.buffer  # a row is compressed at the same tokens, whatever other rows do
+            room = compress.slots
+            self.SEGMENT = compress.buffer  # without drafts, a row is full at the end of a segment
             self.PIECE = compress.buffer
-        else:
-            self.cache = trunk.new_cache(batch, room, K + 1, dtype=weight.dtype)
-        self.drafter = Drafter(mtp, trunk, batch, room, K + 1, temperature) if K else None
+        evicts = {"compress": compress} if compress else {}  # a trunk need not know of it
+        self.cache = trunk.new_cache(batch, room, K + 1, dtype=weight.dtype, **evicts)
+        self.drafter = Drafter(mtp, trunk, batch, room, K + 1, temperature, compress) if K else None
         one = torch.ones(batch, dtype=torch.long, device=self.device)  # (B,)
+        width = max_len + K + 2  # a round may write behind the limit
         self.fresh = one < 1  # (B,) rows that were filled last
         self.state = State(
-            text=one.new_zeros(batch, room + 1),
-            logp=one.new_zeros(batch, room + 1, dtype=torch.promote_types(weight.dtype, torch.float32)),
+            text=one.new_zeros(batch, width),
+            logp=one.new_zeros(batch, width, dtype=torch.promote_types(weight.dtype, torch.float32)),
             known=one.clone(),
             given=one.clone(),
             limit=one.clone(),
@@ -463,6 +468,12 @@ class Decoder:
             counts=one.new_zeros(batch, 3, max(1, K), dtype=torch.float32),
             reads=one.new_zeros(batch, 2, dtype=torch.float32),
         )
+
+    @property
+    def nbytes(self):
+        """Bytes of the caches, the module's included."""
+        own = self.drafter.cache.values() if self.drafter else ()
+        return self.cache.nbytes + sum(part.nbytes for part in own)
 
     # -- what a GPU captures: static shapes, no look from the host
 
@@ -485,11 +496,15 @@ class Decoder:
 
         # 2) verify
         tokens = torch.cat([pending, drafts], dim=1)  # (B, g + 1)
-        h = self.trunk.hidden(tokens, self.cache, state.active * (g + 1))  # (B, g + 1, C)
+        room = state.limit - state.known  # (B,)
+        if self.compress:  # a row goes no further than its next eviction
+            room = torch.minimum(room, self.cache.max_len - self.cache.used)
+        count = room.clamp(max=g + 1) * state.active  # (B,)
+        h = self.trunk.hidden(tokens, self.cache, count)  # (B, g + 1, C)
         p, _ = draw(F.linear(h, self.trunk.head.weight), self.temperature)  # (B, g + 1, V)
 
         # 3) accept, 4) commit
-        take = commit(p, q, drafts, u, noise[g, :, 0], state, self.stop)  # (B,)
+        take = commit(p, q, drafts, u, noise[g, :, 0], state, room, self.stop)  # (B,)
 
         # 5) catch up
         if g:
@@ -498,8 +513,15 @@ class Decoder:
         return drafts, h
 
     def rounds(self, g, n):
-        """n rounds. Without drafts the module waits for the end, and then reads all n tokens in one pass."""
-        states = [self.round(g)[1] for _ in range(n)]
+        """n rounds. Without drafts the module waits for the end, and then reads all n tokens in one pass.
+
+        Full rows evict before a round; without drafts before the first, which brings rows into step.
+        """
+        states = []
+        for i in range(n):
+            if self.compress and (g or i == 0):
+                self.evict()
+            states.append(self.round(g)[1])
         if self.drafter and g == 0:
             behind = self.state.known - 1 - self.drafter.seen  # (B,): n, less where a row has ended
             self.drafter.catch_up(self.state.text, torch.cat(states, dim=1), behind)
@@ -513,7 +535,9 @@ class Decoder:
             self.drafter.catch_up(text, h, count)
 
     def evict(self):
-        self.compress(self.cache.layers)
+        """Full rows evict, in the module's cache at the same tokens as in the trunk's."""
+        self.compress(self.cache.groups + ([self.drafter.cache] if self.drafter else []))
+        self.compress.record(self.cache.groups)
 
     def run(self, work, *args):
         """work(*args); on a GPU it is captured the second time, and replayed from then on."""
@@ -600,9 +624,6 @@ class Decoder:
     def restart(self):
         """Before a new list of prompts. The weights may have changed."""
         self.state.active.zero_()
-        self.held = 0
-        if self.compress and self.compress.records:
-            self.compress.restart()
         if self.drafter:
             self.drafter.restart()
 
@@ -628,23 +649,18 @@ class Decoder:
         self.cache.rollback(self.cache.seen.masked_fill(self.fresh, 0))
         if self.drafter:
             self.drafter.forget(self.fresh)
-        self.held = max(self.held, longest - 1)
         end = min(-(-(longest - 1) // 16) * 16, state.text.shape[1])  # few shapes, since each is captured
-        for start in range(0, end * at_once, self.PIECE):
-            if self.compress and self.compress.budget < start < longest - 1:
+        first = self.compress.budget % self.PIECE if self.compress else 0  # a row is full where a piece ends
+        starts = range(first or self.PIECE, end, self.PIECE)
+        for start, stop in zip((0, *starts), (*starts, end)) if at_once and end else ():
+            if self.compress and start:
                 self.run(self.evict)
-            self.run(self.read, start, min(start + self.PIECE, end))
+            self.run(self.read, start, stop)
 
     def segment(self):
         """Start a few rounds -> a function that waits for them: which rows are active, how long each is."""
         g = self.pace.choose()
-        n = self.SEGMENT // 2 if g else self.SEGMENT  # a round with drafts is longer, and its rows end sooner
-        if self.compress:
-            # With no more than budget entries in any row nothing would go. A recorder counts evictions.
-            if self.held > self.compress.budget or self.compress.records:
-                self.run(self.evict)
-                self.held = min(self.held, self.compress.budget)
-            self.held += n
+        n = (self.SEGMENT + 1) // 2 if g else self.SEGMENT  # with drafts it is longer, and rows end sooner
         timed = not self.cuda or self.graphs.get(("rounds", g, n)) is not None  # no warm-up, no capture
         before = self.state.reads.clone()  # (B, 2)
         began = time.perf_counter()
@@ -693,43 +709,42 @@ def percent(rates):
 # Equipping a model that has none
 
 
-def equip(trunk, module, samples, prompt, K, steps, rows=32, lr=1e-3, temperature=1.0, say=print):
+def lesson(trunk, module, text, K, temperature=1.0):
+    """text (B, T) -> what the losses compare: states of MTP.unroll, head (V, C), the trunk's law (B, T, V)."""
+    with torch.no_grad():
+        h = trunk.hidden(text)  # (B, T, C)
+        p = law(F.linear(h, trunk.head.weight), temperature)  # (B, T, V)
+    return module.unroll(h, text, trunk.embed.weight, K), trunk.head.weight, p
+
+
+def equip(trunk, module, samples, mask, K, steps, rows=32, lr=1e-3, temperature=1.0, say=print):
     """Train the module on a frozen trunk with the trunk's own samples and own distributions.
 
-    Soft CE comes first, then end-to-end TV. samples (N, T) tokens that the trunk wrote behind `prompt` given
-    ones, at `temperature`; the first `rows` are kept for testing. -> expected_acceptance (K,) on those.
-    FloatingPointError if a loss or a gradient is not finite: the module is then of no use.
+    Soft CE comes first, then end-to-end TV. samples (N, T) tokens, of which the trunk wrote those with mask
+    (N, T) 1 at `temperature`; the first `rows` texts are kept for testing. -> expected_acceptance (K,) on
+    those. FloatingPointError if a loss or a gradient is not finite: the module is then of no use.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     device = samples.device
-    held = samples[:rows]  # (rows, T)
-    samples = samples[rows:]  # (N - rows, T)
     rng = torch.Generator().manual_seed(0)
     start = time.time()
-    mask = torch.ones_like(held)
-    mask[:, :prompt] = 0
     seen = torch.zeros((), device=device)  # the sum of all losses and norms: one look in many steps
-
-    def unroll(text):
-        """text (rows, T) -> states, head and p, which the losses compare."""
-        with torch.no_grad():
-            h = trunk.hidden(text)  # (rows, T, C)
-            p = law(F.linear(h, trunk.head.weight), temperature)  # (rows, T, V)
-        return module.unroll(h, text, trunk.embed.weight, K), trunk.head.weight, p
 
     for step in range(steps):
         kind, objective = ("soft", soft_loss) if step < 0.4 * steps else ("e2e", e2e_loss)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
-        some = torch.randint(len(samples), (rows,), generator=rng).to(device)  # (rows,)
+        some = torch.randint(rows, len(samples), (rows,), generator=rng).to(device)  # (rows,)
         with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(device)):
-            loss = objective(*unroll(samples[some]), mask, temperature)
+            loss = objective(*lesson(trunk, module, samples[some], K, temperature), mask[some], temperature)
             loss.backward()
             seen += loss.detach() + nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
-                rate = expected_acceptance(*unroll(held), held, mask, temperature)  # (K,)
+                held = samples[:rows]  # (rows, T)
+                found = lesson(trunk, module, held, K, temperature)
+                rate = expected_acceptance(*found, held, mask[:rows], temperature)  # (K,)
                 if not seen.isfinite():
                     raise FloatingPointError(f"the loss of the module is not finite by step {step + 1}")
                 left = (time.time() - start) / (step + 1) * (steps - step - 1)

@@ -30,7 +30,6 @@ Letters as in latent_attention.py; A recent queries, E evictions, B answers of T
 log-probabilities are fp32 or better. A layer's cache is a dict of SlotCaches; "tokens" holds keys and values.
 """
 
-import functools
 import math
 import sys
 from collections.abc import Callable
@@ -172,21 +171,30 @@ def best(score, length, budget, window, sinks=0):
     return kept.masked_fill(kept == S, -1)
 
 
-def add_mass(mass, q, keys, pos, count):
-    """Add to a SlotCache of masses what the first count[b] of T queries give to each slot, in all heads."""
-    B, _, T, _ = q.shape
-    mass.append(pos, count, mass=q.new_zeros(B, keys.k.shape[1], T, 1))  # a new entry starts at 0
-    p = attention(q, keys.k, pos, keys.pos).sum(2)  # (B, G, T, S)
-    real = torch.arange(T, device=q.device) < count[:, None]  # (B, T): the rest is padding
-    mass.data["mass"] += p.where(real[:, None, :, None], 0).sum(2)[..., None]  # (B, G, S, 1)
+def add_mass(tokens, ring):
+    """Add to the mass of each slot what the queries in the ring give to it, in all heads; then forget them.
+
+    No entry has left since these queries came, and no query reads what stands behind it: so their attention
+    is what it was when they came, and queries that were taken back need no undoing.
+    """
+    asked = ring.pos[:, 0]  # (B, A), -1 = empty
+    real = asked >= 0
+    mass = tokens.data["mass"]  # (B, G, S, 1)
+    first = asked.masked_fill(~real, 2**30).amin(-1)  # (B,)
+    mass.masked_fill_((tokens.pos >= first[:, None, None])[..., None], 0)  # as new as the queries
+    p = attention(ring.data["q"], tokens.data["k"], asked, tokens.pos)  # (B, G, h, A, S)
+    mass += p.where(real[:, None, None, :, None], 0).sum(dim=(2, 3))[..., None]
+    ring.pos.fill_(-1)
 
 
 @dataclass
 class Compressor:
-    """Evicts down to `budget` entries per layer and KV head, every `buffer` tokens.
+    """Evicts down to `budget` entries per layer and KV head from rows that are full: budget + buffer entries.
 
-    Call it with the caches of all layers between two decoding steps, so that a token's log-probability comes
-    from the cache that it was sampled from. A CUDA graph can capture a call: shapes are static.
+    So when a row evicts depends on nothing but how many tokens it has read: budget + buffer, and every
+    `buffer` after that. Call it with the caches of all layers between two decoding steps, so that a token's
+    log-probability comes from the cache that it was sampled from. Rows that are not full stay as they are. A
+    CUDA graph can capture a call: shapes are static.
     """
 
     name: str  # of SCORES
@@ -195,8 +203,6 @@ class Compressor:
     window: int = 8  # the newest entries, always kept
     sinks: int = 0  # the first entries, always kept (StreamingLLM: 4)
     queries: int = 8  # A; those older than the window have not seen all that they score
-
-    records = False  # evictions that would do nothing may be left out
 
     def __post_init__(self):
         self.score = SCORES[self.name]
@@ -209,31 +215,39 @@ class Compressor:
             raise ValueError(f"the queries that score, {self.queries}, must be 1 to the budget {self.budget}")
 
     def extend(self, layer, heads):
-        """Add what the score needs to a layer's caches; each query will update it. heads: H."""
+        """Add what the score needs to a layer's caches: a ring of the newest queries, masses. heads: H."""
         tokens = layer["tokens"]
         k = tokens.data["k"]
         B, G, S, D = k.shape
-        place = {"margin": tokens.margin, "device": k.device}
-        if "queries" in self.score.needs:
-            ring = SlotCache(B, S, {"q": (heads, D)}, window=self.queries, dtype=k.dtype, **place)
-            tokens.watchers.append(lambda q, keys, pos, count: ring.append(pos, count, q=q))
-            layer["queries"] = ring
+        newest = [self.queries] * ("queries" in self.score.needs)
         if "mass" in self.score.needs:
-            layer["mass"] = SlotCache(B, S, {"mass": (G, 1)}, **place)
-            tokens.watchers.append(functools.partial(add_mass, layer["mass"]))
+            newest.append(self.buffer)  # so many come between two calls at most
+            tokens.data["mass"] = torch.zeros(B, G, S, 1, device=k.device)
+        if newest:
+            place = {"margin": tokens.margin, "dtype": k.dtype, "device": k.device}
+            ring = SlotCache(B, 2**30, {"q": (heads, D)}, window=max(newest), **place)
+            tokens.watchers.append(lambda q, pos, count: ring.append(pos, count, q=q))
+            layer["queries"] = ring
 
     def __call__(self, layers):
         for layer in layers:
             tokens = layer["tokens"]
-            e = Entries(**tokens.data, pos=tokens.pos, length=tokens.length, window=self.window)
-            if "queries" in layer:
-                ring = layer["queries"]
-                e = e._replace(q=ring.data["q"], q_pos=ring.pos[:, 0])
-            if "mass" in layer:
-                e = e._replace(mass=layer["mass"].data["mass"][..., 0])
+            ring = layer.get("queries")
+            e = Entries(tokens.data["k"], tokens.data["v"], tokens.pos, tokens.length, self.window)
+            if "queries" in self.score.needs:
+                ago = torch.arange(self.queries, device=e.pos.device)  # (A,)
+                at = (ring.length[:, None] - 1 - ago) % ring.pos.shape[2]  # (B, A): the newest in the ring
+                q = ring.data["q"]  # (B, H, ring, D)
+                q = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))  # (B, H, A, D)
+                e = e._replace(q=q, q_pos=e.pos[:, 0].amax(-1, keepdim=True) - ago)
+            if "mass" in self.score.needs:
+                add_mass(tokens, ring)
+                e = e._replace(mass=tokens.data["mass"][..., 0])
             kept = best(self.score(e), e.length, self.budget, self.window, self.sinks)  # (B, G, budget)
-            for part in layer.keys() & {"tokens", "mass"}:
-                layer[part].keep(kept)
+            tokens.keep(kept, tokens.length == self.slots)
+
+    def record(self, layers):
+        """What a Recorder remembers."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,27 +255,31 @@ class Compressor:
 
 
 class Recorder(Compressor):
-    """A compressor that remembers the positions that it kept: kept (E, layers, B, G, budget), -1 = none."""
+    """A compressor that remembers the positions that each row kept in its i-th eviction.
 
-    records = True  # every eviction is needed, since they are counted
-    kept = None  # until the first eviction
+    kept (E, layers B, G, budget), for texts of at most `longest` tokens. What stands behind a row's last
+    eviction is left from longer texts before, or 0.
+    """
 
-    def __init__(self, compress, evictions):
+    kept = None  # until the first call
+
+    def __init__(self, compress, longest):
         super().__init__(*astuple(compress))
-        self.evictions = evictions  # E, at most, from one `restart` to the next
+        self.evictions = max(1, (longest - self.slots) // self.buffer + 1)  # E
 
-    def restart(self):
-        if self.kept is not None:
-            self.at.zero_()
-
-    def __call__(self, layers):
-        super().__call__(layers)
-        kept = torch.stack([layer["tokens"].pos[:, :, : self.budget] for layer in layers])
+    def record(self, layers):
+        """Call it after an eviction with the same layers, all of one kind."""
+        [tokens] = [layer["tokens"] for layer in layers]
+        kept = tokens.pos[:, :, : self.budget]  # (layers B, G, budget)
         if self.kept is None:
-            self.kept = kept.new_full((self.evictions, *kept.shape), -1)  # (E, layers, B, G, budget)
-            self.at = torch.zeros(1, dtype=torch.long, device=kept.device)  # a CUDA graph writes here
-        self.kept.index_copy_(0, self.at, kept[None])
-        self.at += 1
+            self.kept = kept.new_zeros(self.evictions, *kept.shape)
+        # A row that has read slots + i buffer tokens and holds budget entries comes from its i-th eviction.
+        more = tokens.pos[:, 0].amax(-1) + 1 - self.slots  # (layers B,)
+        due = (tokens.length == self.budget) & (more >= 0)
+        turn = (more // self.buffer).clamp(0, self.evictions - 1).long()
+        turn = turn[None, :, None, None].expand(1, *kept.shape)  # (1, layers B, G, budget)
+        kept = torch.where(due[:, None, None], kept, self.kept.gather(0, turn)[0])
+        self.kept.scatter_(0, turn, kept[None])
 
 
 class Masked(NamedTuple):
@@ -277,30 +295,31 @@ class Replay:
     """Stands for a model's cache in a pass over whole texts: each query reads what its sampler had.
 
     This is mask replay: xi = 1 by construction, and the compressed policy itself is trained.
-    kept (E, layers, B, G, budget) and buffer of a Recorder, given (B,) tokens of the prompts, T tokens.
-    Eviction i comes when given - 1 + i * buffer tokens have been read.
+    kept (E, layers, B, G, budget) and buffer of a Recorder, T tokens. Eviction i comes when budget + buffer +
+    i * buffer tokens have been read.
 
-    By hand: the prompt abc, the answer def, a buffer of 2. Eviction 0 comes after b and keeps a and b.
-    Eviction 1 comes after d and keeps a and d. Each token reads what is held, and what has come since:
-        a: a    b: ab    (the prompt: nothing evicted yet)    c: ab c    d: ab cd    e: ad e    f: ad ef
+    By hand: the text abcdefg, 2 + 2 entries. Eviction 0 comes after d and keeps a and c. Eviction 1 comes
+    after f and keeps a and e. Each token reads what is held, and what has come since:
+        a: a    b: ab    c: abc    d: abcd    (nothing evicted yet)    e: ac e    f: ac ef    g: ae g
     """
 
-    def __init__(self, kept, given, buffer, T):
-        self.seen = torch.zeros_like(given)  # (B,); a model asks a cache for this, used and max_len
-        self.used = self.seen
+    def __init__(self, kept, buffer, T):
+        E, _, B, _, budget = kept.shape
+        self.seen = torch.zeros(B, dtype=torch.long, device=kept.device)
+        self.used = self.seen  # a model asks a cache for these two and max_len
         self.max_len = T
-        t = torch.arange(T, device=given.device)
-        turn = (t - given[:, None] + 1).div(buffer, rounding_mode="floor")  # (B, T): the eviction before t
-        since = (given[:, None] - 1 + turn * buffer)[..., None]  # (B, T, 1): what is newer begins here
-        new = (t >= since) | (turn < 0)[..., None]  # (B, T, T); turn < 0: in the prompt
-        turn = turn.clamp(0, len(kept) - 1)[..., None, None]  # (B, T, 1, 1)
+        t = torch.arange(T, device=kept.device)
+        turn = (t - budget - buffer).div(buffer, rounding_mode="floor")  # (T,): the eviction before token t
+        since = budget + buffer + turn * buffer  # (T,): what is newer begins here
+        new = (t >= since[:, None]) | (turn < 0)[:, None]  # (T, T)
+        turn = turn.clamp(0, E - 1)
         self.layers = []
         for at in kept.transpose(0, 2).unbind(1):  # (B, E, G, budget)
-            at = at.where(at >= 0, T).clamp(max=T).long()  # T for "none"
+            at = at.clamp(max=T).long()  # T: of a longer text before
             held = torch.zeros(*at.shape[:3], T + 1, dtype=torch.bool, device=t.device)
             held = held.scatter(-1, at, True)[..., :T]  # (B, E, G, T)
-            held = held.take_along_dim(turn, 1).transpose(1, 2)  # (B, G, T, T)
-            see = (new[:, None] | held) & (t <= t[:, None])  # (B, G, T, T)
+            held = held[:, turn].transpose(1, 2)  # (B, G, T, T)
+            see = (new | held) & (t <= t[:, None])  # (B, G, T, T)
             self.layers.append({"tokens": Masked(see)})
 
 
@@ -481,7 +500,6 @@ def main():
         compress = Compressor(name, budget, buffer=8, sinks=4 if name == "streaming" else 0)
         decoder = mtp.Decoder(model, 1, 97, temperature=0.7, compress=compress)
         [(new, logp)] = decoder.generate([doc[:20]], 76)
-        compress(decoder.cache.layers)
         text = torch.cat([doc[:20], new])  # (96,)
         dense = token_logp(model(text[None, :-1]) / 0.7, text[None, 1:])[0]  # (95,)
         xi = torch.bucketize((dense[19:] - logp).exp(), torch.tensor([0.01, 0.8, 1.25]))  # (76,)

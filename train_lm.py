@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 import kernels
 import mtp
-from latent_attention import GQA, LatentAttention, RMSNorm, cache_bytes
+from latent_attention import GQA, LatentAttention, RMSNorm, SlotCache, cache_bytes
 from nsa import ASA_BLOCK, NSA, ASAGlobal
 
 # ------------------------------------------------------------------------------------------------------------
@@ -488,27 +488,23 @@ class Cache:
         self.layers = layers
         self.max_len = max_len
         self.seen = torch.zeros(batch, dtype=torch.long, device=device)  # (B,)
-        # Positions of equally shaped parts lie in one tensor: one operation takes back drafts in all layers.
-        shapes = {}
-        for part in (part for layer in layers for part in layer.values()):
-            shapes.setdefault(part.pos.shape, []).append(part)
-        self.stacks = []
-        for parts in shapes.values():
-            pos = torch.stack([part.pos for part in parts])  # (layers, B, heads, S)
-            length = torch.stack([part.length for part in parts])  # (layers, B)
-            self.stacks.append((pos, length))
-            for i, part in enumerate(parts):
-                part.pos = pos[i]
-                part.length = length[i]
+        # The rows of equal layers lie in one SlotCache of (layers B) rows: one operation takes back drafts in
+        # all of them, or evicts. The layers come on the meta device, so that nothing is allocated twice.
+        alike = {}
+        for layer in layers:
+            shapes = tuple((name, part.pos.shape) for name, part in layer.items())
+            alike.setdefault(shapes, []).append(layer)
+        self.groups = []  # for each kind of layer one dict of SlotCaches
+        for group in alike.values():
+            whole = {name: SlotCache.stack([layer[name] for layer in group], device) for name in group[0]}
+            self.groups.append(whole)
         # (B,) of max_len: filled slots where tokens are evicted, else tokens
         self.used = layers[0]["tokens"].length if evicts else self.seen
 
     def rollback(self, seen):
         """SlotCache.rollback of every layer: set every row back to its first seen[b] tokens, (B,)."""
-        for pos, length in self.stacks:
-            drop = pos >= seen[:, None, None]  # (layers, B, heads, S)
-            length -= drop[:, :, 0].sum(-1)
-            pos.masked_fill_(drop, -1)
+        for part in (part for group in self.groups for part in group.values()):
+            part.rollback(seen.repeat(len(part.length) // len(seen)))
         self.seen.clamp_(max=seen)  # not copy_: in a CUDA graph a copy costs more than a kernel
 
     @property
@@ -565,7 +561,7 @@ class LM(nn.Module):
         device = device or self.embed.weight.device
         layers = []
         for block in self.blocks:
-            layers.append(block.attn.new_cache(batch, max_len, margin, dtype=dtype, device=device))
+            layers.append(block.attn.new_cache(batch, max_len, margin, dtype=dtype, device="meta"))
             if compress:
                 compress.extend(layers[-1], block.attn.heads)
         return Cache(layers, batch, max_len, device, evicts=compress is not None)

@@ -9,11 +9,11 @@
     2) warm start a small Transformer imitates the demonstrations: right when greedy, rarely when it samples
     3) rollouts   a group of answers to each problem, from the full cache (dense) or a compressed one (sparse)
     4) learner    dense old pass, corrections (sparse_rl.py), a few minibatches of clipped policy gradient
-    5) evaluation greedy answers to held-out problems, from the full and from the compressed cache
+    5) drafter    with --draft a module of mtp.py drafts the rollouts, and learns as the policy moves
+    6) evaluation greedy answers to held-out problems, from the full and from the compressed cache
 
 A step depends on weights, optimizer, seed and step alone: runs can be resumed, and arms of a seed get the
-same problems. Does NOT include: a KL term, several GPUs, drafts, rollouts that go on while the learner
-learns. Read first: sparse_rl.py; mtp.py for the decoding engine; train_lm.py for options and runs. Letters as
+same problems. Does NOT include: a KL term, several GPUs, rollouts that go on while the learner learns. Read first: sparse_rl.py; mtp.py for the decoding engine; train_lm.py for options and runs. Letters as
 there; N answers in a step, T tokens of the longest prompt with its answer.
 """
 
@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import kernels
+import mtp
 import sparse_rl
 import train_lm
 from mtp import Decoder
@@ -212,6 +213,9 @@ PRESETS = {
 }
 
 
+DRAFTS = ("off", "frozen", "ce", "soft", "e2e")
+
+
 @dataclass
 class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
@@ -240,9 +244,20 @@ class Config:
     queries: int = option(4, "newest queries, that score the other entries", least=1, fixed=True)
     sinks: int = option(0, "first entries that always stay", least=0, fixed=True)
     correct: str = option(
-        "both", "of what compression changes (sparse_rl.py)", group="learner", choices=CORRECTIONS, fixed=True
+        "both", "of what compression changes (sparse_rl.py)", choices=CORRECTIONS, fixed=True
     )
-    problems: int = option(64, "problems in a step", least=1, most=2**16)
+    draft: str = option(
+        "off",
+        "drafts for the rollouts: none, from a frozen module, or from one that goes on learning by the tokens "
+        "(ce), by the policy's law (soft) or by expected acceptance (e2e)",
+        group="drafts",
+        choices=DRAFTS,
+        fixed=True,
+    )
+    depths: int = option(4, "drafts in a round at most", least=1, most=64, fixed=True)
+    equip_steps: int = option(600, "updates of the module before RL", least=1, fixed=True)
+    draft_lr: float = option(3e-4, "learning rate of the module during RL", least=0, fixed=True)
+    problems: int = option(64, "problems in a step", group="learner", least=1, most=2**16)
     group_size: int = option(8, "answers to each", least=2, most=2**16)
     minibatches: int = option(2, "updates per step", least=1)
     steps: int = option(150, "steps of RL", least=0)
@@ -298,8 +313,6 @@ def validate(cfg):
     if "kept" in cfg.correction.reads:  # it replays evictions
         if cfg.rollout == "dense":
             raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
-        if TASKS[cfg.task](cfg.size, cfg.largest).room[0] > cfg.budget:
-            raise UserError(f"--correct {cfg.correct}: a prompt may be longer than --budget {cfg.budget}")
     try:
         cfg.compress
     except ValueError as e:
@@ -403,12 +416,17 @@ class Rollout:
     seconds: float
 
 
-def engine(model, task, cfg, rows, temperature, sparse):
-    """The decoder of `rows` answers at once; the weights that it reads are the model's own."""
+def engine(model, task, cfg, rows, temperature, sparse, module=None):
+    """The decoder of `rows` answers at once; the weights that it reads are the model's own.
+
+    With a module it drafts where that is faster; on a CPU always, so that a seed gives the same answers.
+    """
     compress = cfg.compress if sparse else None
     if sparse and temperature and "kept" in cfg.correction.reads:
-        compress = Recorder(compress, task.room[1] // compress.buffer + 4)
-    return Decoder(model, rows, sum(task.room), temperature=temperature, stop=task.stop, compress=compress)
+        compress = Recorder(compress, sum(task.room))
+    drafts = None if model.embed.weight.is_cuda or module is None else cfg.depths
+    more = dict(mtp=module, K=cfg.depths, drafts=drafts, stop=task.stop, compress=compress)
+    return Decoder(model, rows, sum(task.room), temperature=temperature, **more)
 
 
 def rollout(decoder, task, prompts):
@@ -440,8 +458,8 @@ def answer_logp(model, r, rows, reads="full", recorder=None):
     text = r.text[rows]  # (n, T)
     cache = None
     if reads == "kept":
-        kept = recorder.kept[:, :, rows]  # (E, layers, n, G, budget)
-        cache = sparse_rl.Replay(kept, r.given[rows], recorder.buffer, text.shape[1] - 1)
+        kept = recorder.kept.unflatten(1, (-1, len(r.text)))[:, :, rows]  # (E, layers, n, G, budget)
+        cache = sparse_rl.Replay(kept, recorder.buffer, text.shape[1] - 1)
     return sparse_rl.token_logp(model(text[:, :-1], cache), text[:, 1:]) * r.mask[rows]
 
 
@@ -504,7 +522,60 @@ def learn(model, optimizer, r, cfg, recorder=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5) evaluation, and the loop
+# 5) drafter
+
+
+def new_module(model, device):
+    """A module that drafts for the policy; it shares nothing with it but embeddings and head, which it reads."""
+    return mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(device)
+
+
+def equip(module, model, task, cfg, decoder, say, rollouts=4):
+    """Train the module on the warm policy's own answers, before RL."""
+    start = time.time()
+    model.requires_grad_(False)
+    texts = []
+    masks = []
+    for i in range(rollouts):
+        r = rollout(decoder, task, problems(task, decoder.batch, cfg.seed, "equip", i))
+        room = sum(task.room)
+        texts.append(nn.functional.pad(r.text, (0, room - r.text.shape[1])))  # (N, room)
+        masks.append(nn.functional.pad(r.mask, (1, room - r.text.shape[1])))  # (N, room)
+    rows = min(32, decoder.batch)
+    quiet = lambda line: None
+    settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": quiet}
+    rate = mtp.equip(model, module, torch.cat(texts), torch.cat(masks), **settings)  # (K,)
+    model.requires_grad_(True)
+    took = time.time() - start
+    say(f"equip    {cfg.equip_steps} updates in {took:.0f} s: {1 + rate.sum():.2f} tokens per read expected")
+
+
+def teach(module, model, optimizer, r, cfg, step, most=128):
+    """One update of the module, on `most` answers of a step, after the policy's -> its loss.
+
+    The target is the policy that the next rollout will verify with, read with the full cache. The policy gets
+    no gradient.
+    """
+    every = max(1, len(r.text) // most)
+    rows = torch.arange(step % every, len(r.text), every, device=r.text.device)
+    text = r.text[rows]  # (n, T)
+    mask = nn.functional.pad(r.mask[rows], (1, 0))  # (n, T)
+    with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(text.device)):
+        states, head, p = mtp.lesson(model, module, text, cfg.depths)
+        if cfg.draft == "ce":  # the law of place s becomes the token x_{s+1} itself
+            p = nn.functional.one_hot(text.roll(-1, 1), p.shape[-1]).to(p.dtype)  # (n, T, V)
+        loss = (mtp.e2e_loss if cfg.draft == "e2e" else mtp.soft_loss)(states, head, p, mask)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    found = dict(zip(("draft loss", "its gradient"), torch.stack([loss.detach(), norm]).tolist()))
+    train_lm.look("in an update of the module", **found)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return found["draft loss"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6) evaluation, and the loop
 
 
 def evaluate(decoder, task, count):
@@ -528,14 +599,17 @@ def train(cfg, given):
     model, task = build(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=cuda)
     N = cfg.problems * cfg.group_size
-    sampler = engine(model, task, cfg, N, 1.0, cfg.rollout == "sparse")
+    sparse = cfg.rollout == "sparse"
+    module = None if cfg.draft == "off" else new_module(model, device)
+    pupil = module and torch.optim.AdamW(module.parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0)
+    sampler = engine(model, task, cfg, N, 1.0, sparse, module)
     greedy = {"dense": engine(model, task, cfg, cfg.held_out, 0.0, False)}
     if ATTENTION[cfg.attn]["evicts"]:
         greedy["sparse"] = engine(model, task, cfg, cfg.held_out, 0.0, True)
     size = sum(p.numel() for p in model.parameters())
     longest = sum(task.room)  # tokens
-    held = sampler.cache.nbytes
-    full = model.new_cache(1, longest + 1, margin=1).nbytes * N  # of dense rollouts
+    held = sampler.nbytes
+    full = model.new_cache(1, longest, margin=1).nbytes * N  # of dense rollouts
     run.header(
         f"{torch.cuda.get_device_name()}, fp32" if cuda else "CPU, fp32",
         f"model    {cfg.attn}, {size / 1e6:.2f} M parameters; {cfg.task} of {cfg.size}, {longest} tokens",
@@ -562,6 +636,9 @@ def train(cfg, given):
         train_lm.load_state(run.folder, model, saved["model"])
         train_lm.load_state(run.folder, optimizer, saved["optimizer"])
         solved = list(saved.get("solved", ()))
+        if module:
+            train_lm.load_state(run.folder, module, saved.get("module"))
+            train_lm.load_state(run.folder, pupil, saved.get("pupil"))
     elif warm:
         train_lm.load_state(cfg.warm, model, warm["model"])
     else:
@@ -572,7 +649,16 @@ def train(cfg, given):
         made = {name: getattr(cfg, name) for name in MADE}
         train_lm.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
 
-    # 3) rollouts, 4) learner, 5) evaluation; a checkpoint is the last thing that a step does, so that a
+    if module and not saved:
+        torch.manual_seed(cfg.seed)
+        equip(module, model, task, cfg, engine(model, task, cfg, N, 1.0, sparse), run.say)
+
+    def save():
+        more = {"module": module.state_dict(), "pupil": pupil.state_dict()} if module else {}
+        run.look(**{"norm of the module": train_lm.norm_of(module) if module else 0.0})
+        run.save(model, optimizer, solved=solved, **more)
+
+    # 3) rollouts, 4) learner, 5) drafter, 6) evaluation; a checkpoint is the last thing that a step does, so that a
     # killed run loses nothing
     found = None
     if cuda:
@@ -580,7 +666,7 @@ def train(cfg, given):
     run.catch_signals()
     if not saved:
         found = test()
-        run.save(model, optimizer, solved=solved)
+        save()
     while run.step < cfg.steps:
         start = time.perf_counter()
         torch.manual_seed((cfg.seed * 1_000_003 + run.step) % 2**63)
@@ -588,12 +674,17 @@ def train(cfg, given):
         asked = problems(task, cfg.problems, cfg.seed, "train", run.step)
         r = rollout(sampler, task, [prompt for prompt in asked for _ in range(cfg.group_size)])
         log = learn(model, optimizer, r, cfg, sampler.compress)
+        if module and cfg.draft != "frozen":
+            log["draft_loss"] = teach(module, model, pupil, r, cfg, run.step)
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])
         log["finished"] = sum(answer.endswith(".") for answer in r.answers) / N
         log["tokens_per_second"] = sum(map(len, r.answers)) / r.seconds
         log.update(rollout_s=r.seconds, seconds=run.timed[-1])
+        rounds, tokens = sampler.state.reads.sum(0).tolist()
+        log["tokens_per_read"] = tokens / max(rounds, 1)
+        sampler.forget_counts()
         run.record(**log)
         if run.due(5):
             # Watch `solved`. The loss says nothing: the advantages of a group sum to 0, and rho begins at 1.
@@ -601,13 +692,14 @@ def train(cfg, given):
                 "solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} "
                 "| done {finished:.2f} | ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} "
                 "| k3 {k3:.1e} | vetoed {vetoed:.2f} | clip {clipped:.3f} | loss {loss:+.3f} "
-                "| norm {norm:.2f} | rollout {rollout_s:.2f} of {seconds:.2f} s"
+                "| norm {norm:.2f} | {tokens_per_read:.2f} tokens per read "
+                "| rollout {rollout_s:.2f} of {seconds:.2f} s"
             )
             run.progress(line.format(**log))
         found = test() if run.due(cfg.eval_every) else None
         stopping = bool(run.signals)
         if stopping or run.due(cfg.save_every):
-            run.save(model, optimizer, solved=solved)
+            save()
         if stopping:
             return run.stopped()
     return report(run, found or test(log=False), solved, held, full, device)

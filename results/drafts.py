@@ -57,7 +57,9 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     print(f"samples  {samples} of {prompt} given + {new} own tokens in {time.time() - start:.0f} s")
 
     # 2) the module
-    rate = equip_module(model, model.mtp, texts, prompt, K, steps)
+    mask = torch.ones_like(texts)
+    mask[:, :prompt] = 0
+    rate = equip_module(model, model.mtp, texts, mask, K, steps)
     train_lm.look("after training: nothing was saved", **{"module's norm": train_lm.norm_of(model.mtp)})
     module = {"module": model.mtp.state_dict(), "depths": K, "step": step}
     train_lm.save_checkpoint(folder / "mtp.pt", module)

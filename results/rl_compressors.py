@@ -39,7 +39,7 @@ def main(run, *tried, problems=256):
     model, task = train_rl.build(cfg, device)
     model.load_state_dict(saved["model"])
     asked = train_rl.problems(task, problems, "held out")
-    dense = model.new_cache(1, sum(task.room) + 1).nbytes * problems
+    dense = model.new_cache(1, sum(task.room)).nbytes * problems
     print(f"{problems} held-out problems of {cfg.task}; k3: KL from the sampler to the full cache, nats a token; vetoed: share of answers\n\n"
           "compressor  entries  recent sinks queries | saved  greedy  at T = 1    k3   vetoed")  # fmt: skip
     for compress in [None, *map(named, tried or TRIED)]:
