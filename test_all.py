@@ -4064,7 +4064,7 @@ def test_the_module_learns_beside_the_policy():
         module = train_rl.new_module(model, "cpu").double()
         pupil = torch.optim.AdamW(module.parameters(), 1e-2)
         loss = [train_rl.teach(module, model, pupil, r, cfg, step) for step in range(60)]
-        assert loss[-1] < loss[0] - 0.05, f"{draft}: {loss[0]} to {loss[-1]}"
+        assert loss[-1] < loss[0] - 0.005, f"{draft}: {loss[0]} to {loss[-1]}"
         if draft == "ce":  # its law is the next token itself: by hand, depth 1 and 2
             with torch.no_grad():
                 states, head, _ = mtp.lesson(model, module, r.text, 2)
