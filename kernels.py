@@ -1218,11 +1218,14 @@ def shares_of(q, keys, BQ, slots, block=0, n=1, raw=None):
     splits = max(1, min(64, slots // 128, each * SMS // (B * G * tiles)))  # one wave, 128 keys each
     steps = max(1, triton.cdiv(slots, BN))
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none without a step
+    warps = 8 if w.DK > 256 and area > 2**13 else 4
+    if q.dtype == torch.float32 and BM == 16 and splits == 1:  # a short cache; no tensor cores
+        BN = 32
+        warps = 2
     out = q.new_empty(B, T, H, w.DV)
     rows = (B * G, tiles, splits, BM)
     part = q.new_empty(*rows, w.PV, dtype=torch.float32) if splits > 1 else None
     stats = q.new_empty(*rows, 2, dtype=torch.float32) if splits > 1 or raw is not None else None
-    warps = 8 if w.DK > 256 and area > 2**13 else 4
     tile = Tile(BQ, BM, BN, block, power(n), power(splits))
     return (tiles, B * G, splits), Shares(out, part, stats, raw), w, tile, warps
 
