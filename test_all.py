@@ -3433,14 +3433,6 @@ def test_drafts_from_a_compressed_cache_are_lossless():
     catches(drafts_from_a_compressed_cache, train_lm.Cache, "rollback", no_ring, "snapkv", 3, 4, few)
 
 
-@longest
-def test_longest_every_compressor_with_drafts_is_lossless():
-    for name in ("rkv", "snapkv", "h2o", "streaming", "value"):
-        for K in (1, 3, 5):
-            for buffer in (1, 2, 3, 5, 8):
-                drafts_from_a_compressed_cache(name, K, buffer, DRAWS)
-
-
 def test_h2o_mass_and_its_grace():
     """The mass is the attention received; without a window new entries go: they have received little."""
     model = lm("gqa")
