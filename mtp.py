@@ -34,8 +34,8 @@ the trunk's state h_s at token x_s, which predicts x_{s+1}; depth k at place s p
 This file knows no model class. A trunk has hidden(tokens, cache, count) -> (B, T, C) after the final norm,
 for a whole text without a cache; embed.weight and head.weight (V, C), no bias; and new_cache(batch, max_len,
 margin, dtype), with `compress` too if the cache is to be compressed: max_len tokens a row, of which `margin`
-can be taken back. A cache has seen (B,) tokens, rollback(seen) and, for a compressor, layers. A block is
-anything like train_lm.Block: block(x, pos, cache, count, source), and block.attn.new_cache for a cache of its
+can be taken back. A cache has seen (B,) tokens, rollback(seen) and, for a compressor, groups (what it evicts
+from) and used (B,) of max_len slots. A block is anything like train_lm.Block: block(x, pos, cache, count, source), and block.attn.new_cache for a cache of its
 own.
 """
 
@@ -270,9 +270,9 @@ class State(NamedTuple):
 def commit(p, q, drafts, u, noise, state, room, stop):
     """Accept drafts, then write them and the token after them behind the known text -> tokens taken (B,).
 
-    A row ends at a token `stop` (-1: at none) and at its limit. room (B,): more tokens it must not take now,
-    and laws behind them are of no use. p, q, drafts, u, noise as in `accept`. All of
-    `state` but given and limit is changed in place.
+    A row ends at a token `stop` (-1: at none) and at its limit. room (B,): the most tokens that it may take
+    now; laws behind them are of no use. p, q, drafts, u, noise as in `accept`. All of `state` but given and
+    limit is changed in place.
     """
     text, logp, known, given, limit, active, counts, reads = state
     g = drafts.shape[1]
@@ -407,7 +407,8 @@ class Decoder:
     stop         a token that ends a row, or None
     drafts       None: K or none, whichever is faster; else always so many
     compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache
-                 then has compress.slots slots a row, and no text is too long for it; the module's likewise
+                 then has compress.slots slots a row, and no text is too long for it; the module's likewise.
+                 A round takes a row no further than its next eviction, so it has at most buffer - 1 drafts
     Weights may change between calls (in place, as optimizers do): graphs stay valid. Raises ValueError for
     settings that do not go together.
 
@@ -710,7 +711,7 @@ def percent(rates):
 
 
 def lesson(trunk, module, text, K, temperature=1.0):
-    """text (B, T) -> what the losses compare: states of MTP.unroll, head (V, C), the trunk's law (B, T, V)."""
+    """text (B, T) -> what losses compare: states of MTP.unroll, head (V, C), the trunk's law (B, T, V)."""
     with torch.no_grad():
         h = trunk.hidden(text)  # (B, T, C)
         p = law(F.linear(h, trunk.head.weight), temperature)  # (B, T, V)

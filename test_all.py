@@ -3925,7 +3925,7 @@ def test_extend_a_compressor():
     """A new compressor is one function that says what it needs."""
     by_name = ('"{}" in self.score.needs', 'self.name in ("rkv", "snapkv", "value", "h2o")')
     longer = [("ring.length[:, None] - 1 - ago", "ring.length[:, None] - ago")]
-    padded = [("ring.pos.fill_(-1)", "ring.pos")]
+    padded = [("p.where(real[:, None, None, :, None], 0)", "p"), ("ring.pos.fill_(-1)", "ring.pos")]
     with scores_apart():
         for needs in ("queries", "mass"):
             extended_by_a_compressor(needs)
@@ -4096,7 +4096,8 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
     cases = """--resume --warm nowhere | --lr -1 | --warm-steps 0 | --max-norm -1 | --recent -1 | --wrong
         | --task chess | --budget 2 | --buffer 0 | --queries 0 | --group-size 1 | --minibatches 3 | --attn asa
         | --width 30 | --warm nowhere | --resume | --clip 2 | --correct twice | --size 0 | --sinks 7
-        | --rollout dense --correct replay | --draft maybe | --depths 0 | --draft-lr -1""".split("|")
+        | --rollout dense --correct replay | --draft maybe | --depths 0 | --draft-lr -1
+        | --draft e2e --buffer 1""".split("|")
     with folder() as tmp:
         torn = tmp / "torn.pt"
         torn.write_bytes(b"no checkpoint")

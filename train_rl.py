@@ -13,8 +13,9 @@
     6) evaluation greedy answers to held-out problems, from the full and from the compressed cache
 
 A step depends on weights, optimizer, seed and step alone: runs can be resumed, and arms of a seed get the
-same problems. Does NOT include: a KL term, several GPUs, rollouts that go on while the learner learns. Read first: sparse_rl.py; mtp.py for the decoding engine; train_lm.py for options and runs. Letters as
-there; N answers in a step, T tokens of the longest prompt with its answer.
+same problems. Does NOT include: a KL term, several GPUs, advantages in the drafter's loss, rollouts that go on
+while the learner learns. Read first: sparse_rl.py; mtp.py for the decoding engine and the module that drafts;
+train_lm.py for options and runs. Letters as there; N answers in a step, T tokens of the longest prompt with its answer.
 """
 
 import dataclasses
@@ -248,13 +249,15 @@ class Config:
     )
     draft: str = option(
         "off",
-        "drafts for the rollouts: none, from a frozen module, or from one that goes on learning by the tokens "
+        "drafts for rollouts: none, from a frozen module, or from one that goes on learning: by the tokens "
         "(ce), by the policy's law (soft) or by expected acceptance (e2e)",
         group="drafts",
         choices=DRAFTS,
         fixed=True,
     )
-    depths: int = option(4, "drafts in a round at most", least=1, most=64, fixed=True)
+    depths: int = option(
+        4, "drafts in a round at most; sparse: also below --buffer", least=1, most=64, fixed=True
+    )
     equip_steps: int = option(600, "updates of the module before RL", least=1, fixed=True)
     draft_lr: float = option(3e-4, "learning rate of the module during RL", least=0, fixed=True)
     problems: int = option(64, "problems in a step", group="learner", least=1, most=2**16)
@@ -310,9 +313,10 @@ def validate(cfg):
         raise UserError(f"--minibatches {cfg.minibatches} must divide --problems {cfg.problems}")
     if cfg.rollout == "sparse" and not ATTENTION[cfg.attn]["evicts"]:
         raise UserError(f"--attn {cfg.attn}: its cache cannot be compressed, so give --rollout dense")
-    if "kept" in cfg.correction.reads:  # it replays evictions
-        if cfg.rollout == "dense":
-            raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
+    if "kept" in cfg.correction.reads and cfg.rollout == "dense":
+        raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
+    if cfg.draft != "off" and cfg.rollout == "sparse" and cfg.buffer == 1:
+        raise UserError("--draft: with --buffer 1 every token evicts, so that no draft can be read")
     try:
         cfg.compress
     except ValueError as e:
@@ -411,7 +415,6 @@ class Rollout:
     sampler: torch.Tensor  # (N, T - 1) log pi_s
     mask: torch.Tensor  # (N, T - 1) 1 on the answer's tokens
     answers: list  # of N strings
-    given: torch.Tensor  # (N,) tokens of the prompts
     reward: torch.Tensor  # (N,)
     seconds: float
 
@@ -446,7 +449,7 @@ def rollout(decoder, task, prompts):
     sampler[mask] = torch.cat(logp)
     answers = [task.decode(answer.tolist()) for answer in tokens]
     reward = torch.tensor([task.reward(*pair) for pair in zip(prompts, answers)], device=device)  # (N,)
-    return Rollout(text.to(device), sampler, mask.float(), answers, given.to(device), reward, seconds)
+    return Rollout(text.to(device), sampler, mask.float(), answers, reward, seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -526,7 +529,7 @@ def learn(model, optimizer, r, cfg, recorder=None):
 
 
 def new_module(model, device):
-    """A module that drafts for the policy; it shares nothing with it but embeddings and head, which it reads."""
+    """A module that drafts for the policy, whose embeddings and head it only reads."""
     return mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(device)
 
 
@@ -658,8 +661,8 @@ def train(cfg, given):
         run.look(**{"norm of the module": train_lm.norm_of(module) if module else 0.0})
         run.save(model, optimizer, solved=solved, **more)
 
-    # 3) rollouts, 4) learner, 5) drafter, 6) evaluation; a checkpoint is the last thing that a step does, so that a
-    # killed run loses nothing
+    # 3) rollouts, 4) learner, 5) drafter, 6) evaluation; a checkpoint is the last thing that a step does, so
+    # that a killed run loses nothing
     found = None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
