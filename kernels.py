@@ -21,6 +21,7 @@ anew for every list that names it: at 64k tokens and n l' = 1024 these are 137 G
     8) decoding   a few queries against the slots of a cache, or of a list's blocks, split over programs
     9) mix        the gates, and the heads merged
     10) slots     keys, values and positions of new tokens to their slots, each row at its own length
+    11) stream    what stands between two matrix products of a block
 
     forward   s = scale q k, lse = log sum exp s, o = sum exp(s - lse) v (FlashAttention, arXiv 2205.14135);
               exp and log are to base 2 in the code, so `scale` there includes log2(e)
@@ -1076,10 +1077,10 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
 # 8) Decoding: a few queries against the slots of a cache
 
 # T queries at q_pos (B, T); S slots of G groups, length (B,) of them filled, positions k_pos (B, heads, S);
-# the last `window` positions count; so many programs split the slots of a group
-Slots = namedtuple("Slots", "T S G G2 splits length q_pos k_pos heads window")
+# the last `window` positions count; so many programs split the slots of a group; Q: from row to row of q
+Slots = namedtuple("Slots", "T S G G2 splits length q_pos Q k_pos heads window")
 # the same for the n blocks of lists (B, G, T, n)
-SlotLists = namedtuple("SlotLists", "T S G G2 splits length q_pos lists n")
+SlotLists = namedtuple("SlotLists", "T S G G2 splits length q_pos Q lists n")
 # what programs write: out (B, T, H, Dv); or with splits part, their means, and stats, their (top, total); and
 # raw (B, H, T, S): the scores in base 2. Its rows are padded to a multiple of 16, and written up to one, so
 # that a thread moves 16 bytes at once
@@ -1092,6 +1093,13 @@ def split_of(keys, splits, BN):
     share = tl.cdiv(tl.cdiv(keys, splits), BN) * BN
     begin = tl.program_id(2) * share
     return begin, tl.minimum(begin + share, keys)
+
+
+@jit
+def queries_of_row(q, bg, row, ok, rule, w):
+    """load_queries, where the rows of a batch lie rule.Q apart."""
+    group = bg // rule.G * rule.Q + bg % rule.G * w.h * rule.T * (w.DK + w.D2)
+    return load_queries(q + group, row, ok, w.DK, w)
 
 
 @jit
@@ -1123,7 +1131,7 @@ def cached_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr):
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     b = bg // rule.G
     n = bg * w.h * rule.T  # rows of the groups before
-    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
+    a = queries_of_row(q, bg, row, ok, rule, w)
     q_pos = rule.q_pos + b * rule.T + t
     stands = tl.load(q_pos, mask=ok, other=0)[:, None]  # (BM, 1)
     keys = of_group(keys, bg, rule, w)
@@ -1151,8 +1159,7 @@ def cached_lists_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr)
     """
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     b = bg // rule.G
-    n = bg * w.h * rule.T  # rows of the groups before
-    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
+    a = queries_of_row(q, bg, row, ok, rule, w)
     keys = of_group(keys, bg, rule, w)
     lists = rule.lists + (bg // w.FAN * rule.T + i) * rule.n
     filled = tl.minimum(tl.load(rule.length + b), rule.S).to(tl.int32)
@@ -1234,7 +1241,7 @@ def read_slots(kernel, q, keys, scale, rule, cut):
     """Launches a kernel, and combines what its programs leave -> o (B, H, T, Dv)."""
     grid, to, w, tile, warps = cut
     slots = kv_of(keys.k, keys.k2, keys.v)
-    kernel[grid](q.contiguous(), slots, to, scale * LOG2_E, rule, w, tile, num_warps=warps)
+    kernel[grid](q, slots, to, scale * LOG2_E, rule, w, tile, num_warps=warps)
     if grid[2] > 1 and to.raw is None:
         rows = (*grid[:2], tile.BQ * w.HP)
         combine_kernel[rows](to, rule, w, tile, num_warps=4 if grid[2] > 16 else 1)
@@ -1242,10 +1249,12 @@ def read_slots(kernel, q, keys, scale, rule, cut):
 
 
 def slots_rule(kind, q, q_pos, keys, cut, *rest):
+    """-> what kernels know of queries and slots, and the queries: each row dense, (H, T, D + P)."""
     T, S, _, G2 = numbers_of(q, keys)
     _, groups, splits = cut[0]  # with a FAN there are more groups than the keys have
     q_pos = q_pos.expand(len(q), T).contiguous()
-    return kind(T, S, groups // len(q), G2, splits, keys.length, q_pos, *rest)
+    q = q if q[0].is_contiguous() else q.contiguous()
+    return kind(T, S, groups // len(q), G2, splits, keys.length, q_pos, q.stride(0), *rest), q
 
 
 def cached_attention(q, q_pos, keys, scale, window=None):
@@ -1257,7 +1266,7 @@ def cached_attention(q, q_pos, keys, scale, window=None):
     rows = min(128, 2**15 // power(keys.k.shape[3]))  # that fit on the chip
     cut = shares_of(q, keys, min(T, max(1, rows // power(h))), keys.k.shape[2])
     rest = (keys.pos, keys.pos.shape[1], window or 2**31 - 1)
-    rule = slots_rule(Slots, q, q_pos, keys, cut, *rest)
+    rule, q = slots_rule(Slots, q, q_pos, keys, cut, *rest)
     return read_slots(cached_kernel, q, keys, scale, rule, cut)
 
 
@@ -1266,7 +1275,7 @@ def cached_lists(q, q_pos, keys, lists, block, scale):
     check(q, keys, q.shape[2], most=128, width=2**16, block=block)
     n = lists.shape[3]
     cut = shares_of(q, keys, 1, n * block, block, n)
-    rule = slots_rule(SlotLists, q, q_pos, keys, cut, lists, n)
+    rule, q = slots_rule(SlotLists, q, q_pos, keys, cut, lists, n)
     return read_slots(cached_lists_kernel, q, keys, scale, rule, cut)
 
 
@@ -1324,7 +1333,7 @@ def cached_entries(q, q_pos, keys, tokens, sizes, scale):
     lists = q.new_empty(B, G, T, n, dtype=torch.int32)
     cut = shares_of(q, keys, T, S, raw=raw)
     rest = (keys.pos, keys.pos.shape[1], 2**31 - 1)
-    rule = slots_rule(Slots, q, q_pos, keys, cut, *rest)
+    rule, q = slots_rule(Slots, q, q_pos, keys, cut, *rest)
     o = read_slots(cached_kernel, q, keys, scale, rule, cut)
     (_, _, splits), to, w, tile, _ = cut
     many = min(2**13, power(raw.numel() // (8 * SMS)))  # scores of a program: fewer where these fill no GPU
@@ -1457,6 +1466,60 @@ def write_slots(length, buffers, new, count, ring):
     count = count.contiguous()  # it may be one number, expanded
     padded = tuple(power(width) for width in widths)
     write_slots_kernel[grid](tuple(parts), length, count, S, widths, padded, ring)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 11) Stream
+
+
+@jit
+def add_norm_kernel(x, y, weight, total, normed, eps, C: constexpr, P: constexpr):
+    """One program: one row of C numbers."""
+    row = tl.program_id(0).to(tl.int64) * C
+    i = tl.arange(0, P)
+    z = tl.load(x + row + i, mask=i < C, other=0).to(tl.float32) + tl.load(y + row + i, mask=i < C, other=0)
+    z = z.to(total.dtype.element_ty)
+    tl.store(total + row + i, z, mask=i < C)
+    z = z.to(tl.float32)
+    z *= tl.rsqrt(tl.sum(z * z, 0) / C + eps)
+    z *= tl.load(weight + i, mask=i < C, other=0)
+    tl.store(normed + row + i, z.to(normed.dtype.element_ty), mask=i < C)
+
+
+def add_norm(x, y, norm):
+    """x, y (B, T, C), norm an RMSNorm -> x + y, norm(x + y). Without gradients."""
+    if torch.is_grad_enabled():
+        raise Refused("no gradients")
+    x = x.contiguous()
+    y = y.contiguous()
+    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
+    normed = torch.empty_like(total)
+    C = x.shape[-1]
+    add_norm_kernel[(x[..., 0].numel(),)](x, y, norm.weight, total, normed, norm.eps, C, power(C))
+    return total, normed
+
+
+@jit
+def swiglu_kernel(x, out, F: constexpr, P: constexpr):
+    """One program: P numbers of a row of F."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * P + tl.arange(0, P)
+    gate = tl.load(x + row * 2 * F + i, mask=i < F, other=0).to(tl.float32)
+    up = tl.load(x + row * 2 * F + F + i, mask=i < F, other=0)
+    silu = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty)
+    tl.store(out + row * F + i, silu * up, mask=i < F)
+
+
+def swiglu(x):
+    """x = [gate ; up], (.., 2 F) -> silu(gate) * up (.., F). Without gradients."""
+    if torch.is_grad_enabled():
+        raise Refused("no gradients")
+    x = x.contiguous()
+    width = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], width)
+    P = min(1024, power(width))
+    swiglu_kernel[x[..., 0].numel(), triton.cdiv(width, P)](x, out, width, P)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------

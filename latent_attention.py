@@ -41,6 +41,34 @@ class RMSNorm(nn.RMSNorm):
 
 
 @fast_path
+def add_norm(x, y, norm):
+    """A step of the residual stream: x, y (B, T, C), norm an RMSNorm -> x + y, norm(x + y)."""
+    x = x + y
+    return x, norm(x)
+
+
+@fast_path
+def swiglu(x):
+    """silu(gate) * up of x = [gate ; up], (.., 2 F) -> (.., F)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def joins(module, name, parts):
+    """`module.name` is one matrix for what reads the same input: one product instead of several.
+
+    Checkpoints from before it was one hold its rows under the names of `parts`; they still load.
+    """
+
+    def read(module, state, prefix, *rest):
+        old = [f"{prefix}{part}.weight" for part in parts]
+        if all(key in state for key in old):
+            state[f"{prefix}{name}.weight"] = torch.cat([state.pop(key) for key in old])
+
+    module.register_load_state_dict_pre_hook(read)
+
+
+@fast_path
 def rope(x, pos, base=10000.0):
     """Rotary position embedding, half-split: channels i and i + P/2 turn together by pos * base^(-2i/P).
 
@@ -308,22 +336,25 @@ class GQA(nn.Module):
         self.groups = groups
         self.head_width = head_width
         self.base = base
-        self.q = nn.Linear(width, heads * head_width, bias=False)
-        self.k = nn.Linear(width, groups * head_width, bias=False)
-        self.v = nn.Linear(width, groups * head_width, bias=False)
+        self.qkv = nn.Linear(width, (heads + 2 * groups) * head_width, bias=False)
         self.out = nn.Linear(heads * head_width, width, bias=False)
+        joins(self, "qkv", "qkv")
 
     def new_cache(self, batch, max_len, margin=8, **kind):
         widths = {"k": (self.groups, self.head_width), "v": (self.groups, self.head_width)}
         return {"tokens": SlotCache(batch, max_len, widths, margin=margin, **kind)}
 
+    def project(self, x, source):
+        """-> queries, keys and values side by side, (B, H + 2 G, T, D)."""
+        if source is None:
+            return split_heads(self.qkv(x), self.heads + 2 * self.groups)
+        q, kv = self.qkv.weight.tensor_split([self.heads * self.head_width])
+        qkv = torch.cat([F.linear(x, q), F.linear(source, kv)], dim=-1)  # (B, T, (H + 2 G) D)
+        return split_heads(qkv, self.heads + 2 * self.groups)
+
     def forward(self, x, pos, cache=None, count=None, source=None):
-        q = rope(split_heads(self.q(x), self.heads), pos, self.base)  # (B, H, T, D)
-        k = v = None  # a query with count None only reads
-        if cache is None or count is not None:
-            source = x if source is None else source
-            k = rope(split_heads(self.k(source), self.groups), pos, self.base)  # (B, G, T, D)
-            v = split_heads(self.v(source), self.groups)  # (B, G, T, D)
+        qk, v = self.project(x, source).split([self.heads + self.groups, self.groups], dim=1)
+        q, k = rope(qk, pos, self.base).split([self.heads, self.groups], dim=1)  # (B, H or G, T, D)
         if cache is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
         else:

@@ -155,17 +155,18 @@ def depth_masks(mask, K):
     return masks
 
 
-def depths(states, head, p, mask):
+def depths(states, head, p, mask, weight=None):
     """Of each depth what it is measured by -> logits (B, rows, V), target law (B, rows, V), mask (B, rows).
 
     states of MTP.unroll, head (V, C), p (B, T, V) the trunk's law, mask (B, T) 1 on tokens that count: the
-    answer, its stop token included. The trunk gets no gradient: head and p are detached.
+    answer, its stop token included; weight (B, T) of the places, which the masks take on. The trunk gets no
+    gradient: head and p are detached.
     """
     masks = depth_masks(mask.to(p.dtype), len(states))
     for k, (h, m) in enumerate(zip(states, masks), 1):
         rows = m.shape[1]  # T - k - 1: those with a target
         z = F.linear(h[:, :rows], head.detach()).to(p.dtype)  # (B, rows, V)
-        yield z, p[:, k : k + rows].detach(), m
+        yield z, p[:, k : k + rows].detach(), m if weight is None else m * weight[:, :rows]
 
 
 def soft_loss(states, head, p, mask, temperature=1.0, decay=0.6):
@@ -177,15 +178,16 @@ def soft_loss(states, head, p, mask, temperature=1.0, decay=0.6):
     return total
 
 
-def e2e_loss(states, head, p, mask, temperature=1.0):
+def e2e_loss(states, head, p, mask, temperature=1.0, weight=None):
     """End-to-end TV, one number: 1 - the expected share of accepted drafts (Bebop).
 
     1 - 1/K sum_k prod_{i<=k} (1 - TV_i), each product of one row. The depths' weights come out by themselves.
+    weight (B, T) of the places: the mean over them is a weighted one.
     """
     lost = 0.0
     count = 0.0
     alive = torch.ones_like(p[:, :, 0])  # (B, T)
-    for z, target, m in depths(states, head, p, mask):
+    for z, target, m in depths(states, head, p, mask, weight):
         alive = alive[:, : m.shape[1]] * (1 - tv(z / temperature, target))  # (B, rows)
         lost = lost + (m * (1 - alive)).sum()
         count = count + m.sum()
@@ -264,6 +266,14 @@ class State(NamedTuple):
     active: torch.Tensor  # (B,) bool: it has not ended
     counts: torch.Tensor  # (B, 3, K) drafts reached, accepted, expected to be accepted: sum of min(p, q)
     reads: torch.Tensor  # (B, 2) rounds that read no prompt, and the tokens that they yielded
+
+
+class Answers(NamedTuple):
+    """N prompts with what a model wrote behind them; T tokens of the longest."""
+
+    text: torch.Tensor  # (N, T), padded with 0
+    logp: torch.Tensor  # (N, T) log-probabilities of the answers' tokens, under the target; else 0
+    mask: torch.Tensor  # (N, T) bool: the answers' tokens
 
 
 @kernels.fast_path
@@ -368,32 +378,42 @@ class Drafter:
 
 
 class Pace:
-    """Whether drafts pay: 0 or K of them, whichever gives more tokens per millisecond; or always `fixed`."""
+    """How many drafts pay: 0, K / 2 or K, whichever gives a row most tokens per millisecond; or `fixed`.
 
-    RETRY = 128  # every so many segments the other choice is tried again, since acceptance and timings change
+    Every segment counts alike, however few rows are left in it: where a list has no more prompts than there
+    are rows, it ends with its slowest row.
+    """
+
+    RETRY = 64  # after so many segments another choice is tried again, since acceptance and timings change
 
     def __init__(self, K, fixed=None):
-        self.K = K
+        self.choices = sorted({0, (K + 1) // 2, K})
         self.fixed = fixed
         self.segments = 0
-        self.ms = {0: 0.0, K: 0.0}  # of a round; what has not been timed yet counts as fast
-        self.rounds = 1e-9  # a fading count of each row's rounds with drafts
-        self.tokens = 1e-9 * (K + 1)  # and of the tokens that they yielded; before the first we hope for all
+        self.ms = dict.fromkeys(self.choices, 0.0)  # of a round; what has not been timed yet counts as fast
+        self.seen = dict.fromkeys(self.choices, 1e-9)  # a fading count of segments
+        self.tokens = {g: 1e-9 * (g + 1) for g in self.choices}  # of a row in their rounds; we hope for all
 
     def choose(self):
         """Drafts of the next segment."""
         if self.fixed is not None:
             return self.fixed
-        best = self.K if self.tokens * self.ms[0] > self.rounds * self.ms[self.K] else 0
         self.segments += 1
-        return self.K - best if self.segments % self.RETRY == 0 else best
+        turn, rest = divmod(self.segments, self.RETRY)
+        if rest == 0:
+            return self.choices[turn % len(self.choices)]
+        return max(self.choices, key=lambda g: self.tokens[g] / self.seen[g] / max(self.ms[g], 1e-9))
 
     def update(self, g, ms, rounds, tokens):
         """After a segment with g drafts: milliseconds of a round; rounds of all rows, tokens they yielded."""
-        old = self.ms.get(g) or ms
-        self.ms[g] = min(ms, 0.7 * old + 0.3 * ms)  # disturbances only ever make it longer
-        self.rounds = 0.95 * self.rounds + (rounds if g else 0)
-        self.tokens = 0.95 * self.tokens + (tokens if g else 0)
+        if g not in self.choices or not rounds:
+            return
+        self.ms[g] = min(ms, 0.7 * (self.ms[g] or ms) + 0.3 * ms)  # disturbances only ever make it longer
+        for choice in self.choices:
+            self.seen[choice] *= 0.95
+            self.tokens[choice] *= 0.95
+        self.seen[g] += 1
+        self.tokens[g] += tokens / rounds
 
 
 class Decoder:
@@ -581,16 +601,28 @@ class Decoder:
                 raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
             yield self.state.text[0, start:known].clone()
 
-    @torch.no_grad()
     def generate(self, prompts, new):
-        """Continue each of the prompts, 1-D tensors of tokens, by at most `new` tokens.
+        """`answer`, cut up -> of each prompt the new tokens and their log-probabilities, both 1-D."""
+        if not prompts:
+            return []
+        text, logp, mask = self.answer(prompts, new)  # (N, T) each
+        starts = [len(p) for p in prompts]
+        parts = [slice(a, a + n) for a, n in zip(starts, mask.sum(-1).tolist())]
+        return [(text[i, part], logp[i, part]) for i, part in enumerate(parts)]
 
-        -> of each prompt the new tokens and their log-probabilities, both 1-D. Raises ValueError for a prompt
-        that is empty or too long, FloatingPointError if the model's probabilities are not finite.
+    @torch.no_grad()
+    def answer(self, prompts, new):
+        """Continue each of N prompts, 1-D tensors of tokens, by at most `new` tokens -> Answers.
+
+        Raises ValueError for a prompt that is empty or too long, FloatingPointError if the model's
+        probabilities are not finite.
         """
         self.check(prompts, new)
         todo = list(range(len(prompts)))[::-1]
-        answers = [None] * len(prompts)
+        state = self.state
+        text = state.text.new_zeros(len(prompts), state.text.shape[1])  # (N, width)
+        logp = state.logp.new_zeros(text.shape)  # (N, width)
+        lengths = torch.zeros(len(prompts), dtype=torch.long, pin_memory=self.cuda)  # (N,)
         owner = {}  # row -> the prompt that it answers
         looks = []  # at segments that were started, each with the owners of its time
         self.restart()
@@ -610,17 +642,24 @@ class Decoder:
                 then, look = looks.pop(0)
                 active, known = look()
                 ended = [row for row, i in then.items() if owner.get(row) == i and not active[row]]
-                which = torch.tensor(ended, dtype=torch.long, pin_memory=self.cuda)
-                which = which.to(self.device, non_blocking=True)  # (ended,)
-                text = self.state.text[which]  # (ended, width), a copy: the row will hold another text
-                logp = self.state.logp[which]  # (ended, width)
-                for n, row in enumerate(ended):
-                    i = owner.pop(row)
-                    part = slice(len(prompts[i]), int(known[row]))
-                    answers[i] = (text[n, part], logp[n, part])
-        if answers and not torch.cat([logp for _, logp in answers]).isfinite().all():
+                if not ended:
+                    continue
+                pairs = [[row, owner.pop(row)] for row in ended]
+                pairs = torch.tensor(pairs, pin_memory=self.cuda)  # (ended, 2)
+                lengths[pairs[:, 1]] = torch.tensor([int(known[row]) for row in ended])
+                row, i = pairs.to(self.device, non_blocking=True).unbind(1)  # (ended,) each
+                text[i] = state.text[row]  # the row will hold another text
+                logp[i] = state.logp[row]
+        T = int(lengths.max())
+        lengths = lengths.to(self.device, non_blocking=True)[:, None]  # (N, 1)
+        given = torch.tensor([[len(p)] for p in prompts], pin_memory=self.cuda)
+        given = given.to(self.device, non_blocking=True)  # (N, 1)
+        at = torch.arange(T, device=self.device)
+        mask = (at >= given) & (at < lengths)  # (N, T)
+        logp = logp[:, :T].masked_fill(~mask, 0)  # (N, T)
+        if not logp.isfinite().all():
             raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
-        return answers
+        return Answers(text[:, :T].masked_fill(at >= lengths, 0), logp, mask)
 
     def restart(self):
         """Before a new list of prompts. The weights may have changed."""

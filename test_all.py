@@ -597,11 +597,9 @@ def test_everything_selected_is_dense_attention():
     layer = lm("nsa", layers=1, nsa_blocks=99).blocks[0].attn
     only_branch(layer, -99.0, 99.0, -99.0)
     dense = GQA(32, 4, 2, 8).double()
-    dense.q = layer.q
     dense.out = layer.out
     kv = layer.kv.weight.view(6, 2 * 8, 32)
-    dense.k.weight.copy_(kv[2])
-    dense.v.weight.copy_(kv[3])
+    dense.qkv.weight.copy_(torch.cat([layer.q.weight, kv[2], kv[3]]))
     close(layer(x, pos), dense(x, pos), 1e-12, "NSA, all blocks selected")
     layer = lm("asa", layers=2, blocks=99).blocks[1].attn
     only_branch(layer, -99.0, 99.0)
@@ -957,6 +955,7 @@ def test_kernels_refuse_what_they_cannot_do():
         ("128 rows", nsa.selected_attention, new(64), pos, keys(1), lists, sizes(share=4), 1.0),
         ("blocks of 24", nsa.compressed_attention, new(2), pos, keys(2), 8, sizes(block=24), 1.0),
         ("side by side", la.cached_attention, new(2), pos, keys(2), 1.0),
+        ("no gradients", la.swiglu, new(2)),
     )
     for what, f, *args in cases:
         raises(kernels.Refused, what, kernels.PAIRS[f.__name__][1], *args)
@@ -1280,7 +1279,11 @@ def pair_arguments():
     drafts = to(torch.randint(11, (2, 3)))
     chance = [torch.rand(2, 3, device=DEVICE), torch.rand(2, 11, device=DEVICE)]
     chosen = (latents.pos, latents.tokens, latents.lists, latents.sizes, latents.scale)
+    norm = la.RMSNorm(40, 1e-3).to(DEVICE)
+    torch.nn.init.normal_(norm.weight)
     return {
+        "add_norm": (new(2, 5, 40), new(2, 5, 40), norm),
+        "swiglu": (new(2, 5, 2 * 1200),),
         "rope": (new(2, 3, 31, 12), to(torch.randint(4096, (2, 31)))),
         "write_slots": (to([7, 2]), buffers, rows, to([4, 3]), True),
         "window_attention": (text.q, text.tokens, 20, text.scale),
@@ -1321,10 +1324,10 @@ def every_pair_gives_one_result(only=None):
     assert set(arguments) == set(kernels.PAIRS), "a pair without a case, or a case without a pair"
     for name, (definition, f) in kernels.PAIRS.items():
         if only in (None, name):
-            learns = name != "cached_attention"  # nothing is trained from a cache
-            with kernels_in_use():
+            learns = name not in ("cached_attention", "add_norm", "swiglu")  # these serve decoding
+            with kernels_in_use(), torch.set_grad_enabled(learns):
                 ours = outcome(f, arguments[name], learns)
-            with kernels_in_use(False):
+            with kernels_in_use(False), torch.set_grad_enabled(learns):
                 want = outcome(definition, arguments[name], learns)
             assert len(ours) == len(want) > 0, name
             for i, (a, b) in enumerate(zip(ours, want)):
@@ -1342,7 +1345,7 @@ def test_every_pair_gives_one_result():
     every_pair_gives_one_result()
     x = torch.randn(1, 2, 5, 8)
     close(rope(x=x, pos=torch.arange(5)[None]), rope(x, torch.arange(5)[None]), 0, "arguments by name")
-    for name in ("rope", "write_slots", "window_attention", "mix"):
+    for name in ("rope", "write_slots", "window_attention", "mix", "add_norm", "swiglu"):
         f = kernels.PAIRS[name][1]
         doubled = lambda x, *rest, f=f: f(x + 1, *rest)
         with fast(name, doubled):
@@ -1795,7 +1798,7 @@ def test_weights_may_change_between_calls():
 def test_any_number_of_drafts_at_any_time():
     """Drafts change between segments, long stretches have none, looks are late, windows are very short."""
     draw = random.Random(0)
-    late = mutant(mtp.Decoder.generate, "self.cuda and bool(todo)", "True")  # as on a GPU
+    late = mutant(mtp.Decoder.answer, "self.cuda and bool(todo)", "True")  # as on a GPU
     for attn in KINDS:
         model = drafter(attn, 6, vocab=5, layers=2, window=2, context=400)
         prompts = prompts_of(model, 1, 2, 70, 17, 1, 40)
@@ -1809,7 +1812,7 @@ def test_any_number_of_drafts_at_any_time():
                 plan.extend([0] * draw.choice([0, 1, 17, 33]))
             return plan.pop()
 
-        with swapped(decoder.pace, "choose", choose), swapped(mtp.Decoder, "generate", late):
+        with swapped(decoder.pace, "choose", choose), swapped(mtp.Decoder, "answer", late):
             for again in range(2):
                 for (got, _), want in zip(decoder.generate(prompts, 80), plain):
                     what = f"{attn}, call {again + 1}: {got.tolist()} instead of {want.tolist()}"
@@ -1876,12 +1879,12 @@ def test_the_number_of_drafts_follows_measurements():
         pace = mtp.Pace(K)
         disturbed = {odd}  # the first time of one choice
 
-        def play(rate, segments):
+        def play(rate, segments, cost=0.5):  # of K drafts
             used = []
             for _ in range(segments):
                 g = pace.choose()
                 tokens = 100 * sum(rate**k for k in range(g + 1))
-                pace.update(g, (1 + g / K / 2) * (5 if g in disturbed else 1), 100, tokens)
+                pace.update(g, (1 + cost * g / K) * (5 if g in disturbed else 1), 100, tokens)
                 disturbed.discard(g)
                 used.append(g)
             return used[-100:]
@@ -1890,6 +1893,19 @@ def test_the_number_of_drafts_follows_measurements():
         assert play(0.99, 400).count(K) > 90, f"{what}: accepted drafts pay"
         assert play(0.02, 400).count(0) > 90, f"{what}: refused drafts do not, and are tried now and then"
         assert play(0.99, 400).count(K) > 90, f"{what}: they are used again when they pay again"
+        if K > 3:
+            assert play(0.8, 800, cost=1.6).count(K // 2) > 90, f"{what}: half of them, where these pay most"
+    pace = mtp.Pace(4)
+    for _ in range(100):
+        for g, rounds, tokens in ((4, 512, 2048), (4, 2, 2), (0, 512, 512)):
+            pace.update(g, 2.9 if g else 1.0, rounds, tokens)
+    assert pace.choose() == 2, "not yet timed"
+    for _ in range(100):
+        pace.update(2, 2.9, 2, 2)
+        pace.update(4, 2.9, 2, 2)
+        pace.update(4, 2.9, 512, 2048)
+        pace.update(0, 1.0, 512, 512)
+    assert pace.choose() == 0, "4 tokens while all rows are at work, 1 in the tail of a list: 2.5, not 4"
     fixed = mtp.Pace(4, fixed=2)
     assert [fixed.choose() for _ in range(9)] == [2] * 9
 
@@ -2046,19 +2062,44 @@ def test_gqa_is_a_llama_model():
         x = model.embed.weight[text[0]]
         for block in model.blocks:
             y = norm(x, block.attn_norm.weight)
-            q = rotate((y @ block.attn.q.weight.T).view(T, H, D))
-            k = rotate((y @ block.attn.k.weight.T).view(T, G, D)).repeat_interleave(2, 1)
-            v = (y @ block.attn.v.weight.T).view(T, G, D).repeat_interleave(2, 1)
+            w_q, w_k, w_v = block.attn.qkv.weight.split([H * D, G * D, G * D])
+            q = rotate((y @ w_q.T).view(T, H, D))
+            k = rotate((y @ w_k.T).view(T, G, D)).repeat_interleave(2, 1)
+            v = (y @ w_v.T).view(T, G, D).repeat_interleave(2, 1)
             s = torch.einsum("thd,shd->hts", q, k) / D**0.5
             w = s.masked_fill(~past, -torch.inf).softmax(-1)
             o = torch.einsum("hts,shd->thd", w, v).reshape(T, H * D)
             x = x + o @ block.attn.out.weight.T
             y = norm(x, block.ffn_norm.weight)
-            inner = F.silu(y @ block.gate.weight.T) * (y @ block.up.weight.T)
+            gate, up = block.gate_up.weight.chunk(2)
+            inner = F.silu(y @ gate.T) * (y @ up.T)
             x = x + inner @ block.down.weight.T
         head = model.embed.weight if tied else model.head.weight
         want = norm(x, model.norm.weight) @ head.T
         close(model(text)[0], want, 1e-12, f"Llama's forward pass, tied {tied}")
+
+
+@torch.no_grad()
+def test_checkpoints_from_before_matrices_were_joined_load():
+    """q, k, v and gate, up were matrices of their own: their rows go where they belong, or nowhere."""
+    model = lm("gqa", layers=2, mtp=2)
+    now = model.state_dict()
+    before = {}
+    for name, value in now.items():
+        kinds = {"qkv": (("q", "k", "v"), [32, 16, 16]), "gate_up": (("gate", "up"), [len(value) // 2] * 2)}
+        base, kind = name.rsplit(".", 2)[:-1] if name.count(".") > 1 else (name, "")
+        names, rows = kinds.get(kind, ((kind,), [len(value)]))
+        if kind in kinds:
+            before.update({f"{base}.{part}.weight": x for part, x in zip(names, value.split(rows))})
+        else:
+            before[name] = value
+    assert len(before) == len(now) + 3 * 3, "two matrices more for each q, k, v, one for each gate, up"
+    other = lm("gqa", layers=2, mtp=2)
+    other.load_state_dict(before)
+    assert all_equal(other.state_dict().values(), now.values())
+    assert "blocks.0.attn.q.weight" in before, "the checkpoint itself stays as it is"
+    del before["blocks.0.attn.k.weight"]
+    raises(train_lm.UserError, "another shape", train_lm.load_state, "run", other, before)
 
 
 def test_recompute_changes_nothing():
@@ -3338,7 +3379,7 @@ def replay_equals_record(name="rkv"):
 
     def forward(self, x, pos, cache=None, count=None, source=None):
         q, k = queries_and_keys(self, x)
-        v = la.split_heads(self.v(x), 2)
+        v = self.project(x, None)[:, 6:]
         return self.out(la.merge_heads(attend(q, k, v, next(layers), 8**-0.5)))
 
     with swapped(GQA, "forward", forward):
@@ -3368,7 +3409,7 @@ def drafts_from_a_compressed_cache(name, K, buffer, draws=24_000, rows=6_000):
     compress = Compressor(name, 4, buffer, 1, queries=2)
     model = speculator(V)
     model.head.weight *= 4  # what is evicted matters
-    model.blocks[0].attn.q.weight *= 6
+    model.blocks[0].attn.qkv.weight[: model.cfg.width] *= 6  # the queries
     prompts = prompts_of(model, 3, 5, 6)
     texts = torch.cartesian_prod(*[torch.arange(V)] * new)  # (V^new, new)
     plain = mtp.Decoder(model, len(texts), 12, compress=compress)
@@ -3466,8 +3507,7 @@ def test_h2o_mass_and_its_grace():
 def queries_and_keys(layer, x):
     """Of a GQA layer with 4 heads in 2 groups -> q (B, 4, T, 8), k (B, 2, T, 8)."""
     pos = torch.arange(x.shape[1])[None]
-    turn = lambda y, heads: rope(la.split_heads(y, heads), pos)
-    return turn(layer.q(x), 4), turn(layer.k(x), 2)
+    return rope(layer.project(x, None)[:, :6], pos).split([4, 2], dim=1)
 
 
 def attention_of(layer, x):

@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 import kernels
 import mtp
-from latent_attention import GQA, LatentAttention, RMSNorm, SlotCache, cache_bytes
+from latent_attention import GQA, LatentAttention, RMSNorm, SlotCache, add_norm, cache_bytes, joins, swiglu
 from nsa import ASA_BLOCK, NSA, ASAGlobal
 
 # ------------------------------------------------------------------------------------------------------------
@@ -521,15 +521,15 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.attn = ATTENTION[cfg.attn]["build"](cfg, layer)
         self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.gate = nn.Linear(cfg.width, ffn, bias=False)
-        self.up = nn.Linear(cfg.width, ffn, bias=False)
+        self.gate_up = nn.Linear(cfg.width, 2 * ffn, bias=False)
         self.down = nn.Linear(ffn, cfg.width, bias=False)
+        joins(self, "gate_up", ("gate", "up"))
 
     def forward(self, x, pos, cache=None, count=None, source=None):  # x, source (B, T, C), pos (B or 1, T)
         source = source if source is None else self.attn_norm(source)  # (B, T, C)
-        x = x + self.attn(self.attn_norm(x), pos, cache, count, source)  # (B, T, C)
-        y = self.ffn_norm(x)  # (B, T, C)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        y = self.attn(self.attn_norm(x), pos, cache, count, source)  # (B, T, C)
+        x, y = add_norm(x, y, self.ffn_norm)  # (B, T, C) each
+        return x + self.down(swiglu(self.gate_up(y)))
 
 
 class LM(nn.Module):

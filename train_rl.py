@@ -31,7 +31,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -436,20 +435,13 @@ def rollout(decoder, task, prompts):
     """Answer all prompts at once, one row each."""
     start = time.perf_counter()
     asked = [torch.tensor(task.encode(prompt)) for prompt in prompts]  # N of (tokens,)
-    tokens, logp = zip(*decoder.generate(asked, task.room[1]))  # N of (tokens,) each
+    text, logp, mask = decoder.answer(asked, task.room[1])  # (N, T) each
+    rows = torch.cat([mask.sum(-1, keepdim=True), text], dim=1).tolist()  # one transfer, the host waits here
     seconds = time.perf_counter() - start
-    device = logp[0].device
-    tokens = torch.cat(tokens).cpu().split([len(answer) for answer in tokens])  # one transfer
-    text = pad_sequence([torch.cat(pair) for pair in zip(asked, tokens)], batch_first=True)  # (N, T)
-    given = torch.tensor([len(prompt) for prompt in prompts])  # (N,)
-    known = given + torch.tensor([len(answer) for answer in tokens])  # (N,)
-    at = torch.arange(1, text.shape[1])  # (T - 1,)
-    mask = ((at >= given[:, None]) & (at < known[:, None])).to(device)  # (N, T - 1)
-    sampler = torch.zeros(mask.shape, dtype=logp[0].dtype, device=device)  # (N, T - 1)
-    sampler[mask] = torch.cat(logp)
-    answers = [task.decode(answer.tolist()) for answer in tokens]
-    reward = torch.tensor([task.reward(*pair) for pair in zip(prompts, answers)], device=device)  # (N,)
-    return Rollout(text.to(device), sampler, mask.float(), answers, reward, seconds)
+    ends = [len(prompt) + length for prompt, (length, *_) in zip(prompts, rows)]
+    answers = [task.decode(row[1 + len(p) : 1 + end]) for p, row, end in zip(prompts, rows, ends)]
+    reward = torch.tensor([task.reward(*pair) for pair in zip(prompts, answers)], device=text.device)  # (N,)
+    return Rollout(text, logp[:, 1:], mask[:, 1:].float(), answers, reward, seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,17 +22,19 @@ def as_llama(model):
     """Our LM with --attn gqa -> transformers' LlamaForCausalLM with the same weights."""
     cfg = model.cfg
     config = transformers.LlamaConfig(
-        vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=model.blocks[0].up.out_features, num_hidden_layers=cfg.layers,
+        vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=model.blocks[0].down.in_features, num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads, num_key_value_heads=cfg.groups, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tied,
         max_position_embeddings=cfg.context, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     llama = transformers.LlamaForCausalLM(config).to(model.embed.weight)
-    state = {"model.embed_tokens": model.embed, "model.norm": model.norm, "lm_head": model.head}
+    state = {"model.embed_tokens": model.embed.weight, "model.norm": model.norm.weight, "lm_head": model.head.weight}
     for i, b in enumerate(model.blocks):
-        parts = {"self_attn.q_proj": b.attn.q, "self_attn.k_proj": b.attn.k, "self_attn.v_proj": b.attn.v, "self_attn.o_proj": b.attn.out,
-                 "mlp.gate_proj": b.gate, "mlp.up_proj": b.up, "mlp.down_proj": b.down,
-                 "input_layernorm": b.attn_norm, "post_attention_layernorm": b.ffn_norm}
+        q, k, v = b.attn.qkv.weight.split([part * b.attn.head_width for part in (cfg.heads, cfg.groups, cfg.groups)])
+        gate, up = b.gate_up.weight.chunk(2)
+        parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": b.attn.out.weight,
+                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": b.down.weight,
+                 "input_layernorm": b.attn_norm.weight, "post_attention_layernorm": b.ffn_norm.weight}
         state.update({f"model.layers.{i}.{name}": part for name, part in parts.items()})
-    llama.load_state_dict({f"{name}.weight": part.weight for name, part in state.items()})
+    llama.load_state_dict({f"{name}.weight": weight for name, weight in state.items()})
     return llama.eval()
 
 
