@@ -213,7 +213,7 @@ PRESETS = {
 }
 
 
-DRAFTS = ("off", "frozen", "ce", "soft", "e2e")
+DRAFTS = ("off", "frozen", "ce", "soft", "e2e", "advantage")
 
 
 @dataclass
@@ -249,7 +249,8 @@ class Config:
     draft: str = option(
         "off",
         "drafts for rollouts: none, from a frozen module, or from one that goes on learning: by the tokens "
-        "(ce), by the policy's law (soft) or by expected acceptance (e2e)",
+        "(ce), by the policy's law (soft), by expected acceptance (e2e), or by that in answers as the next "
+        "policies will write them (advantage)",
         group="drafts",
         choices=DRAFTS,
         fixed=True,
@@ -416,6 +417,7 @@ class Rollout:
     answers: list  # of N strings
     reward: torch.Tensor  # (N,)
     seconds: float
+    old: torch.Tensor = None  # (N, T - 1) log pi_o, when the learner has read the answers
 
 
 def engine(model, task, cfg, rows, temperature, sparse, module=None):
@@ -469,6 +471,8 @@ def learn(model, optimizer, r, cfg, recorder=None):
     with torch.no_grad():
         for reads in dict.fromkeys(("full", *how.reads)):
             old[reads] = torch.cat([answer_logp(model, r, part, reads, recorder) for part in parts])
+
+    r.old = old["full"]
 
     # 2) the corrections, once for all updates
     views = {}  # what is read -> what PPO's ratio is taken against, weight, counted, (N, T - 1) each
@@ -545,8 +549,29 @@ def equip(module, model, task, cfg, decoder, say, rollouts=4):
     say(f"equip    {cfg.equip_steps} updates in {took:.0f} s: {1 + rate.sum():.2f} tokens per read expected")
 
 
+def weights_of(advantage, moved, ahead=1.0, least=0.5):
+    """How much each answer counts for a module that will draft for the next policies -> (n,), and eta.
+
+    What a module is worth is what the next rollouts accept, E_{y ~ p'} [accepted(y)], but the answers at hand
+    were written by p. So an answer counts p'(y) / p(y). That ratio is mostly noise: of what an update does to
+    a single answer, hardly anything lasts. What it does on purpose is to raise answers by their advantage: the
+    policy that is best for E[A] - KL / eta is p' ~ p exp(eta A). eta is read off the update just made, by least
+    squares over the answers: log p'(y) / p(y) = eta A(y). If the policy goes on like this, it is `ahead` such
+    updates away when the module has caught up: an answer counts exp(ahead eta A).
+
+    Where all A are 0 the weights are 1, and the loss is the plain one. Weights are never negative, so that no
+    answer is unlearned without end; they stay within `least` and 1 / least, and their mean is 1. The target
+    of a place is not weighted: it is the policy's law, whatever the reward. (Ours: MTP-RL's body is not
+    available to us.)
+    advantage (n,) A; moved (n,) log p'(y) / p(y) by the update.
+    """
+    eta = (advantage * moved).sum() / advantage.square().sum().clamp(min=1e-9)
+    weight = (ahead * eta * advantage).exp().clamp(least, 1 / least)  # (n,)
+    return weight / weight.mean(), eta
+
+
 def teach(module, model, optimizer, r, cfg, step, most=128):
-    """One update of the module, on `most` answers of a step, after the policy's -> its loss.
+    """One update of the module, on `most` answers of a step, after the policy's -> what there is to log.
 
     The target is the policy that the next rollout will verify with, read with the full cache. The policy gets
     no gradient.
@@ -555,18 +580,33 @@ def teach(module, model, optimizer, r, cfg, step, most=128):
     rows = torch.arange(step % every, len(r.text), every, device=r.text.device)
     text = r.text[rows]  # (n, T)
     mask = nn.functional.pad(r.mask[rows], (1, 0))  # (n, T)
+    with torch.no_grad():
+        h = model.hidden(text)  # (n, T, C)
+        z = model.head(h)  # (n, T, V)
+    p = mtp.law(z, 1.0)  # (n, T, V)
+    weight = None
+    found = {}
+    if cfg.draft == "ce":  # the law of place s becomes the token x_{s+1} itself
+        p = nn.functional.one_hot(text.roll(-1, 1), p.shape[-1]).to(p.dtype)  # (n, T, V)
+    if cfg.draft == "advantage":
+        moved = (sparse_rl.token_logp(z[:, :-1], text[:, 1:]) - r.old[rows]) * r.mask[rows]  # (n, T - 1)
+        advantage = sparse_rl.group_advantage(r.reward, cfg.group_size)[rows]  # (n,)
+        weight, found["draft_eta"] = weights_of(advantage, moved.sum(-1))
+        weight = weight[:, None].expand_as(text)  # (n, T)
     with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(text.device)):
-        states, head, p = mtp.lesson(model, module, text, cfg.depths)
-        if cfg.draft == "ce":  # the law of place s becomes the token x_{s+1} itself
-            p = nn.functional.one_hot(text.roll(-1, 1), p.shape[-1]).to(p.dtype)  # (n, T, V)
-        loss = (mtp.e2e_loss if cfg.draft == "e2e" else mtp.soft_loss)(states, head, p, mask)
+        states = module.unroll(h, text, model.embed.weight, cfg.depths)
+        if cfg.draft in ("ce", "soft"):
+            loss = mtp.soft_loss(states, model.head.weight, p, mask)
+        else:
+            loss = mtp.e2e_loss(states, model.head.weight, p, mask, weight=weight)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    found = dict(zip(("draft loss", "its gradient"), torch.stack([loss.detach(), norm]).tolist()))
+    found = {"draft_loss": loss.detach(), "draft_norm": norm, **found}
+    found = dict(zip(found, torch.stack(list(found.values())).tolist()))
     train_lm.look("in an update of the module", **found)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return found["draft loss"]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -670,7 +710,7 @@ def train(cfg, given):
         r = rollout(sampler, task, [prompt for prompt in asked for _ in range(cfg.group_size)])
         log = learn(model, optimizer, r, cfg, sampler.compress)
         if module and cfg.draft != "frozen":
-            log["draft_loss"] = teach(module, model, pupil, r, cfg, run.step)
+            log.update(teach(module, model, pupil, r, cfg, run.step))
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])
