@@ -67,6 +67,7 @@ except ImportError:  # no Triton, no fast path: the kernels are defined and neve
         return kernel
 
 
+EXACT = constexpr and constexpr("tf32x3")  # fp32 products: three of tf32, as exact as one (bf16: as it is)
 SMS = 132  # multiprocessors of an H100 or H200
 L2 = 2**25  # bytes of queries that find room in its L2 cache of 50 MB, beside all else
 BYTES = 40 * 2**10  # of keys and values that a decoding program multiplies at once
@@ -87,6 +88,24 @@ class Refused(ValueError):
 def has_bf16(device):
     """Whether a device is a GPU that computes in bf16: from compute capability 8.0 (2020) on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def tensor_cores(f):
+    """Decorator: f's fp32 products are of TF32 on a GPU, several times as fast, with 10 bits of mantissa.
+
+    For what need not be exact to stay right: a draft is verified, whatever law it was drawn from.
+    """
+
+    @functools.wraps(f)
+    def inexact(*args):
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return f(*args)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return inexact
 
 
 def usable(x):
@@ -334,9 +353,9 @@ def load_values(keys, b, s, ok, w, ALL=False):
 @jit
 def dot(a, b, w):
     """[a ; a2] [b ; b2]^T, in fp32 without tf32."""
-    c = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    c = tl.dot(a[0], tl.trans(b[0]), input_precision=EXACT)
     if w.D2 > 0:
-        c = tl.dot(a[1], tl.trans(b[1]), c, input_precision="ieee")
+        c = tl.dot(a[1], tl.trans(b[1]), c, input_precision=EXACT)
     return c
 
 
@@ -392,7 +411,7 @@ def softmax_step(a, keys, s, ok, see, scale, o, w, ALL):
         p = tl.where(see, p, 0.0)
     fade = tl.exp2(top - new)
     values = load_values(keys, b, s, ok, w, ALL)  # (BN, PV)
-    mean = tl.dot(p.to(values.dtype), values, mean * fade[:, None], input_precision="ieee")
+    mean = tl.dot(p.to(values.dtype), values, mean * fade[:, None], input_precision=EXACT)
     return (new, total * fade + tl.sum(p, 1), mean), score
 
 
@@ -416,7 +435,7 @@ def slopes(a, b, x, y, norm, inner, key, low, high, scale, unit, w, ALL):
     p = tl.exp2(dot(a, b, w) * scale - norm)
     if not ALL:
         p = tl.where((key >= low) & (key < high), p, 0.0)
-    return p, p * unit * (tl.dot(x, tl.trans(y), input_precision="ieee") - inner)
+    return p, p * unit * (tl.dot(x, tl.trans(y), input_precision=EXACT) - inner)
 
 
 @jit
@@ -439,9 +458,9 @@ def query_step(a, r, keys, s, ok, low, high, scale, grads, w, ALL):
     key = s[None, :]
     _, ds = slopes(a, b, r[0], values, r[1], r[2], key, low, high, scale, 1.0, w, ALL)  # (BM, BN)
     ds = ds.to(values.dtype)
-    gq = tl.dot(ds, b[0], gq, input_precision="ieee")
+    gq = tl.dot(ds, b[0], gq, input_precision=EXACT)
     if w.D2 > 0:
-        gq2 = tl.dot(ds, b[1], gq2, input_precision="ieee")
+        gq2 = tl.dot(ds, b[1], gq2, input_precision=EXACT)
     return gq, gq2
 
 
@@ -471,12 +490,12 @@ def key_step(b, values, x, row, ok, key, low, high, scale, grads, w, ALL):
     p, ds = slopes(b, a, values, douts, norm, inner, key, low, high, scale, unit, w, ALL)  # (BN, BM)
     ds = ds.to(douts.dtype)
     if w.SHARED:
-        gk = tl.dot(p.to(douts.dtype), douts, gk, input_precision="ieee")
+        gk = tl.dot(p.to(douts.dtype), douts, gk, input_precision=EXACT)
     else:
-        gv = tl.dot(p.to(douts.dtype), douts, gv, input_precision="ieee")
-    gk = tl.dot(ds, a[0], gk, input_precision="ieee")
+        gv = tl.dot(p.to(douts.dtype), douts, gv, input_precision=EXACT)
+    gk = tl.dot(ds, a[0], gk, input_precision=EXACT)
     if w.D2 > 0:
-        gk2 = tl.dot(ds, a[1], gk2, input_precision="ieee")
+        gk2 = tl.dot(ds, a[1], gk2, input_precision=EXACT)
     return gk, gk2, gv
 
 
@@ -992,7 +1011,7 @@ def score_kernel(q, keys, lse, own, over, scale, rule, x, w: constexpr, tile: co
             p = tl.exp2(dot(b, a, w) * scale - norm[None, :])  # (BN, BM)
             if phase == 1:
                 p = tl.where(s[:, None] < high, p, 0.0)
-            p = tl.dot(p.to(half), heads_of, input_precision="ieee")  # (BN, LISTS)
+            p = tl.dot(p.to(half), heads_of, input_precision=EXACT)  # (BN, LISTS)
             live = ok_r[None, :] & (start // FOLD + j < x.blocks)[:, None]
             store_scores(own, over, to + start // FOLD, live, p, BN, LISTS, sizes)
 

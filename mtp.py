@@ -352,6 +352,7 @@ class Drafter:
             part.rollback(self.seen.masked_fill(fresh, 0))
         self.seen.masked_fill_(fresh, 0)
 
+    @kernels.tensor_cores
     def draft(self, g, noise):
         """noise (> g, B, 1, V) ~ Exp(1) -> drafts (B, g), and the laws they were drawn from (B, g, V)."""
         drafts = []
@@ -366,6 +367,7 @@ class Drafter:
             laws.append(q)
         return torch.cat(drafts, dim=1), torch.cat(laws, dim=1)
 
+    @kernels.tensor_cores
     def catch_up(self, text, h, count):
         """Make entries of the next count[b] tokens of text (B, width) from the trunk's states h (B, T, C)."""
         row = self.seen[:, None] + torch.arange(h.shape[1], device=h.device)  # (B, T)
@@ -749,6 +751,40 @@ def percent(rates):
 # Equipping a model that has none
 
 
+class Captured:
+    """f, a function of tensors on one device -> a tensor; on a GPU one CUDA graph from the third call on.
+
+    An update of a small module is mostly launches: captured it is several times as fast. f must leave no
+    gradients behind, shapes must stay, and an optimizer must be `capturable`.
+    """
+
+    def __init__(self, f):
+        self.f = f
+        self.calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        if not args[0].is_cuda:
+            return self.f(*args)
+        if self.calls <= 2:  # a capture needs a warm-up, on a stream of its own
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.f(*args)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if self.calls == 3:
+            self.args = [x.clone() for x in args]
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.f(*self.args)
+        for mine, x in zip(self.args, args):
+            mine.copy_(x)
+        self.graph.replay()
+        return self.result.clone()
+
+
 def lesson(trunk, module, text, K, temperature=1.0):
     """text (B, T) -> what losses compare: states of MTP.unroll, head (V, C), the trunk's law (B, T, V)."""
     with torch.no_grad():
@@ -764,34 +800,46 @@ def equip(trunk, module, samples, mask, K, steps, rows=32, lr=1e-3, temperature=
     (N, T) 1 at `temperature`; the first `rows` texts are kept for testing. -> expected_acceptance (K,) on
     those. FloatingPointError if a loss or a gradient is not finite: the module is then of no use.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     device = samples.device
+    cuda = device.type == "cuda"
+    first = torch.tensor(lr, device=device) if cuda else lr  # a graph reads it from memory
+    optimizer = torch.optim.AdamW(module.parameters(), first, (0.9, 0.95), weight_decay=0.0, capturable=cuda)
+    rate_of = lambda step: min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_of)
+    amp = partial(torch.autocast, "cuda", torch.bfloat16, kernels.has_bf16(device), cache_enabled=False)
     rng = torch.Generator().manual_seed(0)
     start = time.time()
     seen = torch.zeros((), device=device)  # the sum of all losses and norms: one look in many steps
 
+    def update(objective, text, mask):
+        with amp():
+            loss = objective(*lesson(trunk, module, text, K, temperature), mask, temperature)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return torch.stack([loss.detach(), norm])
+
+    updates = {"soft": Captured(partial(update, soft_loss)), "e2e": Captured(partial(update, e2e_loss))}
     for step in range(steps):
-        kind, objective = ("soft", soft_loss) if step < 0.4 * steps else ("e2e", e2e_loss)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (1 - 0.95 * step / steps)
+        kind = "soft" if step < 0.4 * steps else "e2e"
         some = torch.randint(rows, len(samples), (rows,), generator=rng).to(device)  # (rows,)
-        with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(device)):
-            loss = objective(*lesson(trunk, module, samples[some], K, temperature), mask[some], temperature)
-            loss.backward()
-            seen += loss.detach() + nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
-                held = samples[:rows]  # (rows, T)
-                found = lesson(trunk, module, held, K, temperature)
-                rate = expected_acceptance(*found, held, mask[:rows], temperature)  # (K,)
-                if not seen.isfinite():
-                    raise FloatingPointError(f"the loss of the module is not finite by step {step + 1}")
-                left = (time.time() - start) / (step + 1) * (steps - step - 1)
-                say(
-                    f"step {step + 1:5d}/{steps} | {kind:4} {loss.item():.3f} | "
-                    f"length per read {1 + rate.sum():.2f} | depths {percent(rate)} | eta {left / 60:.1f} min"
-                )
+        found = updates[kind](samples[some], mask[some])  # (2,)
+        seen += found.sum()
+        schedule.step()
+        if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
+            held = samples[:rows]  # (rows, T)
+            with amp():
+                rate = expected_acceptance(
+                    *lesson(trunk, module, held, K, temperature), held, mask[:rows], temperature
+                )  # (K,)
+            if not seen.isfinite():
+                raise FloatingPointError(f"the loss of the module is not finite by step {step + 1}")
+            left = (time.time() - start) / (step + 1) * (steps - step - 1)
+            say(
+                f"step {step + 1:5d}/{steps} | {kind:4} {found[0].item():.3f} | "
+                f"length per read {1 + rate.sum():.2f} | depths {percent(rate)} | eta {left / 60:.1f} min"
+            )
     return rate
 
 

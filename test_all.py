@@ -4073,7 +4073,7 @@ def test_rl_resumed_equals_uninterrupted():
 def test_rl_with_drafts_resumed_equals_uninterrupted():
     module = lambda run: train_lm.load_checkpoint(run / "ckpt.pt", ("module", "pupil"))["module"]
     with folder() as tmp:
-        drafts = ["--draft", "e2e", "--depths", 3, "--buffer", 4, "--equip-steps", 4]
+        drafts = ["--draft", "advantage", "--depths", 3, "--buffer", 4, "--equip-steps", 4]
         out = ["--out", tmp, "--save-every", 3, *drafts]
         succeeds(in_rl(*out, "--steps", 6, "--name", "whole"), "tokens per read expected")
         succeeds(in_rl(*out, "--steps", 3, "--name", "half"))
@@ -4088,14 +4088,15 @@ def test_rl_with_drafts_resumed_equals_uninterrupted():
 @slow
 def test_the_module_learns_beside_the_policy():
     """On the same answers each loss falls; the policy's weights and gradients are never touched."""
-    model, r, cfg, _ = answered(depths=2)
+    model, r, cfg, _ = answered(depths=2, draft_lr=1e-2)
+    r.old = r.sampler
     before = {name: p.clone() for name, p in model.named_parameters()}
-    for draft in ("ce", "soft", "e2e"):
+    for draft in ("ce", "soft", "e2e", "advantage"):
         cfg.draft = draft
         torch.manual_seed(0)
-        module = train_rl.new_module(model, "cpu").double()
-        pupil = torch.optim.AdamW(module.parameters(), 1e-2)
-        loss = [train_rl.teach(module, model, pupil, r, cfg, step) for step in range(60)]
+        teacher = train_rl.Teacher(model, train_rl.Sums(3), cfg)
+        module = teacher.module
+        loss = [teacher.teach(r, step)["draft_loss"] for step in range(60)]
         assert loss[-1] < loss[0] - 0.005, f"{draft}: {loss[0]} to {loss[-1]}"
         if draft == "ce":  # its law is the next token itself: by hand, depth 1 and 2
             with torch.no_grad():
@@ -4110,9 +4111,46 @@ def test_the_module_learns_beside_the_policy():
                         if r.mask[i, s : s + k + 1].all()  # mask[t] is about token t + 1
                     ]
                     want += share * torch.stack(terms).mean()
-            close(torch.tensor(train_rl.teach(module, model, pupil, r, cfg, 0)), want, 1e-6, "ce")
+            close(torch.tensor(teacher.teach(r, 0)["draft_loss"]), want, 1e-6, "ce")
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None, f"{name} is the policy's"
+
+
+def test_weights_of_answers():
+    """No advantage or no move: all count alike, and the loss is the plain one, gradients included; bounded."""
+    A = torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0]).double()
+    moved = torch.tensor([0.3, -0.1, -0.1, -0.1, 0.4, -0.3, 0.2, -0.1]).double()
+    weight, eta = train_rl.weights_of(A, moved)
+    close(eta, torch.tensor(0.2), 1e-7, "eta, where A moves answers by 0.2 A and the others at random")
+    want = (0.2 * A).exp()
+    close(weight, want / want.mean(), 1e-12, "exp(eta A), mean 1")
+    close(train_rl.weights_of(A, -moved)[1], -0.2, 1e-12, "an update that goes the other way")
+    close(
+        train_rl.weights_of(A, 1e6 * moved)[0].amax() / train_rl.weights_of(A, 1e6 * moved)[0].amin(),
+        4,
+        1e-12,
+        "bounds",
+    )
+    for nothing in ((0 * A, moved), (A, 0 * moved)):
+        assert torch.equal(train_rl.weights_of(*nothing)[0], torch.ones(8).double())
+    model, r, cfg, _ = answered(depths=2)
+    text, mask = r.text, F.pad(r.mask, (1, 0))
+    losses = []
+    for weight in (None, torch.ones_like(mask), 1 + r.reward[:, None] * torch.ones_like(mask)):
+        torch.manual_seed(0)
+        teacher = train_rl.Teacher(model, train_rl.Sums(3), cfg)
+        states, head, p = mtp.lesson(model, teacher.module, text, 2)
+        loss = mtp.e2e_loss(states, head, p, mask, weight=weight)
+        losses.append([loss, *torch.autograd.grad(loss, teacher.module.parameters())])
+    assert all_equal(losses[0], losses[1]), "weights of 1"
+    right = r.reward > 0
+    parts = []  # of a weighted mean over places: right answers count twice
+    for rows in (right, ~right):
+        own = [h[rows] for h in states]
+        places = sum(m.sum() for m in mtp.depth_masks(mask[rows], 2))
+        parts.append((mtp.e2e_loss(own, head, p[rows], mask[rows]), places * (2 if rows is right else 1)))
+    want = sum(loss * n for loss, n in parts) / sum(n for _, n in parts)
+    close(losses[2][0], want, 1e-12, "right answers count twice")
 
 
 def test_rl_runs_every_task_and_attention():

@@ -524,31 +524,6 @@ def learn(model, optimizer, r, cfg, recorder=None):
 # 5) drafter
 
 
-def new_module(model, device):
-    """A module that drafts for the policy, whose embeddings and head it only reads."""
-    return mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(device)
-
-
-def equip(module, model, task, cfg, decoder, say, rollouts=4):
-    """Train the module on the warm policy's own answers, before RL."""
-    start = time.time()
-    model.requires_grad_(False)
-    texts = []
-    masks = []
-    for i in range(rollouts):
-        r = rollout(decoder, task, problems(task, decoder.batch, cfg.seed, "equip", i))
-        room = sum(task.room)
-        texts.append(nn.functional.pad(r.text, (0, room - r.text.shape[1])))  # (N, room)
-        masks.append(nn.functional.pad(r.mask, (1, room - r.text.shape[1])))  # (N, room)
-    rows = min(32, decoder.batch)
-    quiet = lambda line: None
-    settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": quiet}
-    rate = mtp.equip(model, module, torch.cat(texts), torch.cat(masks), **settings)  # (K,)
-    model.requires_grad_(True)
-    took = time.time() - start
-    say(f"equip    {cfg.equip_steps} updates in {took:.0f} s: {1 + rate.sum():.2f} tokens per read expected")
-
-
 def weights_of(advantage, moved, ahead=1.0, least=0.5):
     """How much each answer counts for a module that will draft for the next policies -> (n,), and eta.
 
@@ -570,43 +545,105 @@ def weights_of(advantage, moved, ahead=1.0, least=0.5):
     return weight / weight.mean(), eta
 
 
-def teach(module, model, optimizer, r, cfg, step, most=128):
-    """One update of the module, on `most` answers of a step, after the policy's -> what there is to log.
+class Teacher:
+    """A module that drafts for the policy, and what teaches it while the policy moves (--draft).
 
-    The target is the policy that the next rollout will verify with, read with the full cache. The policy gets
-    no gradient.
+    After each update of the policy the module learns from some of the step's answers. The target is the policy
+    as it now is, read with the full cache: what the next rollout will verify with. With `advantage` it learns
+    from the last rollouts too: most of what it has forgotten or not yet learned is in those (results/mtp.md).
+    The policy gets no gradient.
     """
-    every = max(1, len(r.text) // most)
-    rows = torch.arange(step % every, len(r.text), every, device=r.text.device)
-    text = r.text[rows]  # (n, T)
-    mask = nn.functional.pad(r.mask[rows], (1, 0))  # (n, T)
-    with torch.no_grad():
-        h = model.hidden(text)  # (n, T, C)
-        z = model.head(h)  # (n, T, V)
-    p = mtp.law(z, 1.0)  # (n, T, V)
-    weight = None
-    found = {}
-    if cfg.draft == "ce":  # the law of place s becomes the token x_{s+1} itself
-        p = nn.functional.one_hot(text.roll(-1, 1), p.shape[-1]).to(p.dtype)  # (n, T, V)
-    if cfg.draft == "advantage":
-        moved = (sparse_rl.token_logp(z[:, :-1], text[:, 1:]) - r.old[rows]) * r.mask[rows]  # (n, T - 1)
-        advantage = sparse_rl.group_advantage(r.reward, cfg.group_size)[rows]  # (n,)
-        weight, found["draft_eta"] = weights_of(advantage, moved.sum(-1))
-        weight = weight[:, None].expand_as(text)  # (n, T)
-    with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(text.device)):
-        states = module.unroll(h, text, model.embed.weight, cfg.depths)
-        if cfg.draft in ("ce", "soft"):
-            loss = mtp.soft_loss(states, model.head.weight, p, mask)
-        else:
-            loss = mtp.e2e_loss(states, model.head.weight, p, mask, weight=weight)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    found = {"draft_loss": loss.detach(), "draft_norm": norm, **found}
-    found = dict(zip(found, torch.stack(list(found.values())).tolist()))
-    train_lm.look("in an update of the module", **found)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return found
+
+    ROLLOUTS = 4  # that --draft advantage learns from in a step
+    MOST = 128  # answers of each
+
+    def __init__(self, model, task, cfg):
+        weight = model.embed.weight
+        self.model = model
+        self.cfg = cfg
+        self.room = sum(task.room)
+        self.module = mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0, capturable=weight.is_cuda
+        )
+        self.recent = []  # what `update` takes, of the last rollouts, newest first
+        self.update = mtp.Captured(self.one_update)
+
+    def equip(self, decoder, task, say, rollouts=4):
+        """Train the module on the warm policy's own answers, before RL."""
+        start = time.time()
+        cfg = self.cfg
+        parts = []  # of (text, mask)
+        for i in range(rollouts):
+            r = rollout(decoder, task, problems(task, decoder.batch, cfg.seed, "equip", i))
+            parts.append(self.padded(r.text, nn.functional.pad(r.mask, (1, 0))))
+        text, mask = (torch.cat(x) for x in zip(*parts))  # (rollouts N, room) each
+        rows = min(32, decoder.batch)
+        quiet = lambda line: None
+        self.model.requires_grad_(False)
+        settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": quiet}
+        rate = mtp.equip(self.model, self.module, text, mask, **settings)  # (K,)
+        self.model.requires_grad_(True)
+        took = f"{cfg.equip_steps} updates in {time.time() - start:.0f} s"
+        say(f"equip    {took}: {1 + rate.sum():.2f} tokens per read expected")
+
+    def padded(self, *columns):
+        """(n, T) each -> (n, room), which is the same in every step."""
+        return [nn.functional.pad(x, (0, self.room - x.shape[1])) for x in columns]
+
+    def teach(self, r, step):
+        """After the policy's update, from its answers -> what there is to log."""
+        N = len(r.text)
+        every = max(1, N // self.MOST)
+        rows = every * torch.arange(N // every, device=r.text.device) + step % every  # (n,)
+        mask, old = (nn.functional.pad(x[rows], (1, 0)) for x in (r.mask, r.old))  # (n, T) each
+        advantage = sparse_rl.group_advantage(r.reward, self.cfg.group_size)[rows]  # (n,)
+        lesson = (*self.padded(r.text[rows], mask, old), advantage)
+        most = self.ROLLOUTS if self.cfg.draft == "advantage" else 1
+        self.recent = [lesson, *self.recent][:most]
+        found = torch.stack([self.update(*lesson) for lesson in self.recent])  # (updates, 3)
+        loss, norm, eta = found.mean(0).tolist()
+        train_lm.look("in an update of the module", **{"draft loss": loss, "gradient": norm})
+        return {"draft_loss": loss, "draft_norm": norm, "draft_eta": found[0, 2].item()}
+
+    def one_update(self, text, mask, old, advantage):
+        """text, mask, old (n, room), advantage (n,) -> loss, gradient's norm, eta of weights_of: (3,).
+
+        mask and old, the log-probabilities of the policy that wrote the text, are about the tokens themselves.
+        """
+        cfg = self.cfg
+        head = self.model.head.weight
+        with torch.no_grad():
+            h = self.model.hidden(text)  # (n, room, C)
+            z = self.model.head(h)  # (n, room, V)
+        moved = (sparse_rl.token_logp(z[:, :-1], text[:, 1:]) - old[:, 1:]) * mask[:, 1:]  # (n, room - 1)
+        weight, eta = weights_of(advantage, moved.sum(-1))  # (n,)
+        p = mtp.law(z, 1.0)  # (n, room, V)
+        if cfg.draft == "ce":  # the law of place s becomes the token x_{s+1} itself
+            p = nn.functional.one_hot(text.roll(-1, 1), p.shape[-1]).to(p.dtype)
+        amp = kernels.has_bf16(text.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=False):
+            states = self.module.unroll(h, text, self.model.embed.weight, cfg.depths)
+            if cfg.draft in ("ce", "soft"):
+                loss = mtp.soft_loss(states, head, p, mask)
+            else:
+                weight = weight[:, None].expand_as(mask) if cfg.draft == "advantage" else None
+                loss = mtp.e2e_loss(states, head, p, mask, weight=weight)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([loss.detach(), norm, eta])
+
+    def state(self):
+        """What a checkpoint keeps."""
+        recent = [list(lesson) for lesson in self.recent]
+        return {"module": self.module.state_dict(), "pupil": self.optimizer.state_dict(), "recent": recent}
+
+    def load(self, folder, saved):
+        train_lm.load_state(folder, self.module, saved.get("module"))
+        train_lm.load_state(folder, self.optimizer, saved.get("pupil"))
+        self.recent = [tuple(lesson) for lesson in saved.get("recent", ())]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -635,8 +672,8 @@ def train(cfg, given):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=cuda)
     N = cfg.problems * cfg.group_size
     sparse = cfg.rollout == "sparse"
-    module = None if cfg.draft == "off" else new_module(model, device)
-    pupil = module and torch.optim.AdamW(module.parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0)
+    teacher = None if cfg.draft == "off" else Teacher(model, task, cfg)
+    module = teacher and teacher.module
     sampler = engine(model, task, cfg, N, 1.0, sparse, module)
     greedy = {"dense": engine(model, task, cfg, cfg.held_out, 0.0, False)}
     if ATTENTION[cfg.attn]["evicts"]:
@@ -671,9 +708,8 @@ def train(cfg, given):
         train_lm.load_state(run.folder, model, saved["model"])
         train_lm.load_state(run.folder, optimizer, saved["optimizer"])
         solved = list(saved.get("solved", ()))
-        if module:
-            train_lm.load_state(run.folder, module, saved.get("module"))
-            train_lm.load_state(run.folder, pupil, saved.get("pupil"))
+        if teacher:
+            teacher.load(run.folder, saved)
     elif warm:
         train_lm.load_state(cfg.warm, model, warm["model"])
     else:
@@ -684,14 +720,13 @@ def train(cfg, given):
         made = {name: getattr(cfg, name) for name in MADE}
         train_lm.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
 
-    if module and not saved:
+    if teacher and not saved:
         torch.manual_seed(cfg.seed)
-        equip(module, model, task, cfg, engine(model, task, cfg, N, 1.0, sparse), run.say)
+        teacher.equip(engine(model, task, cfg, N, 1.0, sparse), task, run.say)
 
     def save():
-        more = {"module": module.state_dict(), "pupil": pupil.state_dict()} if module else {}
         run.look(**{"norm of the module": train_lm.norm_of(module) if module else 0.0})
-        run.save(model, optimizer, solved=solved, **more)
+        run.save(model, optimizer, solved=solved, **(teacher.state() if teacher else {}))
 
     # 3) rollouts, 4) learner, 5) drafter, 6) evaluation; a checkpoint is the last thing that a step does, so
     # that a killed run loses nothing
@@ -709,8 +744,8 @@ def train(cfg, given):
         asked = problems(task, cfg.problems, cfg.seed, "train", run.step)
         r = rollout(sampler, task, [prompt for prompt in asked for _ in range(cfg.group_size)])
         log = learn(model, optimizer, r, cfg, sampler.compress)
-        if module and cfg.draft != "frozen":
-            log.update(teach(module, model, pupil, r, cfg, run.step))
+        if teacher and cfg.draft != "frozen":
+            log.update(teacher.teach(r, run.step))
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])

@@ -149,8 +149,9 @@ def run(given):
     N = cfg.problems * cfg.group_size
     sampler = train_rl.engine(model, task, cfg, N, 1.0, False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
-    first = train_rl.new_module(model, device)
-    train_rl.equip(first, model, task, cfg, sampler, print)
+    teacher = train_rl.Teacher(model, task, cfg)
+    teacher.equip(sampler, task, print)
+    first = teacher.module
     modules = {name: copy.deepcopy(first) for name in ("frozen", *ARMS)}
     pupils = {name: torch.optim.AdamW(modules[name].parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0) for name in ARMS}
     K = cfg.depths
@@ -212,7 +213,7 @@ def table(files):
                 some = [e for e in lines if (e["task"], e["seed"]) == (name, seed)]
                 if some:
                     runs[name].append(some)
-    mean = lambda entries, key: sum(e[key] for e in entries) / len(entries)
+    mean = lambda entries, key: sum(e.get(key, float("nan")) for e in entries) / len(entries)
     for name, of in runs.items():
         some = [e[:10] for e in of], [e[-10:] for e in of]
         average = lambda part, key: sum(mean(e, key) for e in part) / len(part)
