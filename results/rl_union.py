@@ -1,7 +1,7 @@
 """The three ideas in one loop: RL from a full, a compressed and a latent cache, each without and with drafts.
 
-    python results/rl_union.py warm                      warm starts, 3 seeds of each kind of model, in out/union: two GPUs, 2 minutes
-    python results/rl_union.py cells --out FILE          the table: 3 seeds of 6 cells
+    python results/rl_union.py warm                      a warm start of each kind of model, in out/union
+    python results/rl_union.py cells --out FILE          the table: 6 cells, each 3 seeds of RL from its warm start
     python results/rl_union.py batches --out FILE        off, frozen, e2e, advantage with 64, 512 and 4096 answers a step; one at a time on a GPU
     python results/rl_union.py measure --out FILE        seconds of rollouts of the cells' last policies, on a quiet GPU
     python results/rl_union.py table FILE FILE ...       what they found
@@ -40,9 +40,9 @@ KEPT = ("step solved entropy length tokens_per_read tokens_per_second rollout_s 
 def jobs_of(stage, folder, seeds):
     """-> [(name, options)]"""
     if stage == "warm":
-        return [(f"warm-{kind}-{seed}", [*words, "--steps", 0, "--seed", seed]) for seed in seeds for kind, words in MODELS.items()]
+        return [(f"warm-{kind}-0", [*words, "--steps", 0]) for kind, words in MODELS.items()]
     if stage == "cells":
-        return [(f"{cache}-{drafts}-{seed}", ["--warm", folder / f"warm-{kind}-{seed}", "--seed", seed, "--depths", K, *words, *more])
+        return [(f"{cache}-{drafts}-{seed}", ["--warm", folder / f"warm-{kind}-0", "--seed", seed, "--depths", K, *words, *more])
                 for seed in seeds for drafts, more in DRAFTS.items() for cache, (kind, words, K) in CACHES.items()]  # fmt: skip
     return [(f"batch{N}-{arm}-0", ["--warm", folder / "warm-gqa-0", "--rollout", "dense", "--depths", 8, "--draft", arm,
                                    "--problems", problems, "--steps", steps, "--eval-every", steps])
@@ -159,7 +159,8 @@ def main():
     queue = context.SimpleQueue()
     each = given.processes or (1 if given.stage == "batches" else 5)
     workers = each * max(1, torch.cuda.device_count())
-    processes = [context.Process(target=work, args=(queue, given.runs, n // each), daemon=True) for n in range(workers)]
+    daemon = given.stage != "warm"  # whose batches come from processes of its own
+    processes = [context.Process(target=work, args=(queue, given.runs, n // each), daemon=daemon) for n in range(workers)]
     for p in processes:
         p.start()
     for job in [*jobs, *[None] * workers]:
