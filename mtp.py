@@ -380,21 +380,37 @@ class Drafter:
 
 
 class Pace:
-    """How many drafts pay: 0, K / 2 or K, whichever gives a row most tokens per millisecond; or `fixed`.
+    """Whether drafts pay, by the clock; or `fixed`.
 
-    Every segment counts alike, however few rows are left in it: where a list has no more prompts than there
-    are rows, it ends with its slowest row.
+    For each list of prompts: does the module take part? Whole lists are compared, since it reads the prompts
+    too. If it does, for each segment: 0, K / 2 or K drafts, whichever gives a row most tokens per millisecond.
+    Segments count alike, however few rows are left: a list ends with its slowest row.
     """
 
     RETRY = 64  # after so many segments another choice is tried again, since acceptance and timings change
+    RETRY_LIST = 16  # and after so many lists
 
     def __init__(self, K, fixed=None):
         self.choices = sorted({0, (K + 1) // 2, K})
         self.fixed = fixed
+        self.lists = 0
+        self.list_ms = {True: 0.0, False: 0.0}  # a token of a list, with the module and without
         self.segments = 0
         self.ms = dict.fromkeys(self.choices, 0.0)  # of a round; what has not been timed yet counts as fast
         self.seen = dict.fromkeys(self.choices, 1e-9)  # a fading count of segments
         self.tokens = {g: 1e-9 * (g + 1) for g in self.choices}  # of a row in their rounds; we hope for all
+
+    def takes_part(self):
+        """Whether the module takes part in the next list."""
+        if self.fixed is not None or self.choices == [0]:
+            return self.choices != [0]
+        self.lists += 1
+        best = self.list_ms[True] <= self.list_ms[False]  # what has not been timed yet is tried
+        return not best if self.lists % self.RETRY_LIST == 0 else best
+
+    def end(self, part, ms):
+        """After a list, in which the module took part or not: milliseconds a token."""
+        self.list_ms[part] = 0.7 * (self.list_ms[part] or ms) + 0.3 * ms
 
     def choose(self):
         """Drafts of the next segment."""
@@ -465,6 +481,7 @@ class Decoder:
         self.pace = Pace(K, drafts)
         self.graphs = {}
         self.pool = None
+        self.cold = False  # a list in which something ran for the first time, or was captured
         self.looked = 0.0  # when the host looked at a segment
 
         weight = trunk.embed.weight  # (V, C)
@@ -477,7 +494,8 @@ class Decoder:
             self.PIECE = compress.buffer
         evicts = {"compress": compress} if compress else {}  # a trunk need not know of it
         self.cache = trunk.new_cache(batch, room, K + 1, dtype=weight.dtype, **evicts)
-        self.drafter = Drafter(mtp, trunk, batch, room, K + 1, temperature, compress) if K else None
+        self.module = Drafter(mtp, trunk, batch, room, K + 1, temperature, compress) if K else None
+        self.drafter = self.module  # None in a list in which it takes no part
         one = torch.ones(batch, dtype=torch.long, device=self.device)  # (B,)
         width = max_len + K + 2  # a round may write behind the limit
         self.fresh = one < 1  # (B,) rows that were filled last
@@ -495,7 +513,7 @@ class Decoder:
     @property
     def nbytes(self):
         """Bytes of the caches, the module's included."""
-        own = self.drafter.cache.values() if self.drafter else ()
+        own = self.module.cache.values() if self.module else ()
         return self.cache.nbytes + sum(part.nbytes for part in own)
 
     # -- what a GPU captures: static shapes, no look from the host
@@ -563,11 +581,14 @@ class Decoder:
         self.compress.record(self.cache.groups)
 
     def run(self, work, *args):
-        """work(*args); on a GPU it is captured the second time, and replayed from then on."""
-        key = (work.__name__, *args)
+        """work(*args); on a GPU it is captured the second time, and replayed from then on -> is it that far?"""
+        key = (work.__name__, self.drafter is None, *args)
+        replayed = not self.cuda or self.graphs.get(key) is not None
+        self.cold |= not replayed
         if not self.cuda or key not in self.graphs:
             self.graphs[key] = None  # the first time is the warm-up that a capture needs
-            return work(*args)
+            work(*args)
+            return replayed
         if self.graphs[key] is None:
             torch.cuda.synchronize()
             self.graphs[key] = torch.cuda.CUDAGraph()
@@ -576,6 +597,7 @@ class Decoder:
                 work(*args)
             self.pool = self.graphs[key].pool()
         self.graphs[key].replay()
+        return replayed
 
     # -- what the host does
 
@@ -593,7 +615,7 @@ class Decoder:
         All but the last of a round were drafts.
         """
         self.check([prompt], new)
-        self.restart()
+        self.restart(self.module)
         self.fill([0], [prompt], [min(len(prompt) + new, self.max_len)])
         known = len(prompt)
         while self.state.active[0]:
@@ -627,7 +649,10 @@ class Decoder:
         lengths = torch.zeros(len(prompts), dtype=torch.long, pin_memory=self.cuda)  # (N,)
         owner = {}  # row -> the prompt that it answers
         looks = []  # at segments that were started, each with the owners of its time
-        self.restart()
+        part = self.pace.takes_part()
+        self.cold = False
+        began = time.perf_counter()
+        self.restart(self.module if part else None)
         while todo or owner:
             free = [row for row in range(self.batch) if row not in owner][: len(todo)]
             if free:
@@ -661,13 +686,18 @@ class Decoder:
         logp = logp[:, :T].masked_fill(~mask, 0)  # (N, T)
         if not logp.isfinite().all():
             raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
+        if not self.cold:
+            self.pace.end(part, 1e3 * (time.perf_counter() - began) / max(1, int(mask.sum())))
         return Answers(text[:, :T].masked_fill(at >= lengths, 0), logp, mask)
 
-    def restart(self):
-        """Before a new list of prompts. The weights may have changed."""
+    def restart(self, drafter=None):
+        """Before a new list of prompts, with a drafter or None. The weights may have changed."""
         self.state.active.zero_()
-        if self.drafter:
-            self.drafter.restart()
+        self.state.known.fill_(1)
+        self.drafter = drafter
+        if drafter:
+            drafter.restart()
+            drafter.forget(~self.state.active)
 
     @torch.no_grad()
     def fill(self, rows, prompts, limits, at_once=True):
@@ -701,12 +731,11 @@ class Decoder:
 
     def segment(self):
         """Start a few rounds -> a function that waits for them: which rows are active, how long each is."""
-        g = self.pace.choose()
+        g = self.pace.choose() if self.drafter else 0
         n = (self.SEGMENT + 1) // 2 if g else self.SEGMENT  # with drafts it is longer, and rows end sooner
-        timed = not self.cuda or self.graphs.get(("rounds", g, n)) is not None  # no warm-up, no capture
         before = self.state.reads.clone()  # (B, 2)
         began = time.perf_counter()
-        self.run(self.rounds, g, n)
+        timed = self.run(self.rounds, g, n) and self.drafter
         reads = (self.state.reads - before).sum(0)  # (2,)
         result = torch.cat([self.state.active, self.state.known, reads])  # (2 B + 2,)
         host = torch.empty(result.shape, pin_memory=self.cuda).copy_(result, non_blocking=True)

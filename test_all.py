@@ -1796,7 +1796,10 @@ def test_weights_may_change_between_calls():
 @slow
 @torch.no_grad()
 def test_any_number_of_drafts_at_any_time():
-    """Drafts change between segments, long stretches have none, looks are late, windows are very short."""
+    """Drafts change between segments, long stretches have none, looks are late, windows are very short.
+
+    The module takes part in some lists and not in others, which may be shorter than the batch.
+    """
     draw = random.Random(0)
     late = mutant(mtp.Decoder.answer, "self.cuda and bool(todo)", "True")  # as on a GPU
     for attn in KINDS:
@@ -1812,9 +1815,10 @@ def test_any_number_of_drafts_at_any_time():
                 plan.extend([0] * draw.choice([0, 1, 17, 33]))
             return plan.pop()
 
-        with swapped(decoder.pace, "choose", choose), swapped(mtp.Decoder, "answer", late):
-            for again in range(2):
-                for (got, _), want in zip(decoder.generate(prompts, 80), plain):
+        some = swapped(decoder.pace, "takes_part", lambda: draw.random() < 0.6)
+        with some, swapped(decoder.pace, "choose", choose), swapped(mtp.Decoder, "answer", late):
+            for again, few in enumerate((6, 1, 6, 2, 6, 6)):
+                for (got, _), want in zip(decoder.generate(prompts[-few:], 80), plain[-few:], strict=True):
                     what = f"{attn}, call {again + 1}: {got.tolist()} instead of {want.tolist()}"
                     assert torch.equal(got, want), what
 
@@ -1906,6 +1910,16 @@ def test_the_number_of_drafts_follows_measurements():
         pace.update(4, 2.9, 512, 2048)
         pace.update(0, 1.0, 512, 512)
     assert pace.choose() == 0, "4 tokens while all rows are at work, 1 in the tail of a list: 2.5, not 4"
+    for ms in ({True: 3.0, False: 2.0}, {True: 2.0, False: 3.0}):
+        pace = mtp.Pace(4)
+        parts = []
+        for _ in range(200):
+            parts.append(pace.takes_part())
+            pace.end(parts[-1], ms[parts[-1]])
+        assert parts[:2] == [True, False] and parts[100:].count(ms[True] < 3) in (93, 94), (
+            "whole lists decide"
+        )
+    assert not mtp.Pace(0).takes_part() and mtp.Pace(4, fixed=2).takes_part()
     fixed = mtp.Pace(4, fixed=2)
     assert [fixed.choose() for _ in range(9)] == [2] * 9
 
