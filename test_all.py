@@ -4222,11 +4222,18 @@ def test_rl_learns_or_says_not():
             said_not("--name", "still", "--steps", 3, "--lr", 0, steps=3, lr=0.0)
     cfg = train_rl.Config(preset="small", **train_rl.PRESETS["small"])
     rising = [0.2] * 30 + [0.7] * 30
-    for solved, greedy, ok in ((rising, 0.95, True), ([0.2] * 60, 0.95, False), (rising, 0.5, False)):
-        line, got = train_rl.verdict(cfg, greedy, solved)
+    cases = (
+        (rising, 0.95, 2.4, "e2e", True),
+        ([0.2] * 60, 0.95, 2.4, "e2e", False),
+        (rising, 0.5, 2.4, "e2e", False),
+        (rising, 0.95, 1.2, "e2e", False),  # drafts that are refused
+        (rising, 0.95, 1.0, "off", True),
+    )
+    for solved, greedy, reads, draft, ok in cases:
+        line, got = train_rl.verdict(dataclasses.replace(cfg, draft=draft), greedy, solved, reads)
         assert got is ok and line.endswith("OK" if ok else "NOT"), line
     for other in ({"correct": "none"}, {"task": "words"}, {"seed": 7}, {"lr": 1.0}, {"steps": 0}):
-        _, got = train_rl.verdict(dataclasses.replace(cfg, **other), 0.0, [])
+        _, got = train_rl.verdict(dataclasses.replace(cfg, **other), 0.0, [], 1.0)
         assert got is None, f"{other}: no expectation, no verdict"
 
 

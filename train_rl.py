@@ -1,6 +1,6 @@
 """Reinforcement learning: GRPO on tasks with exact rewards, with rollouts from a full or a compressed cache.
 
-    python train_rl.py --small --name small       sums on a CPU, offline, under 2 minutes, warm start included
+    python train_rl.py --small --name small       sums on a CPU, offline, under 3 minutes: compressed, with drafts
     python train_rl.py                            the same at full size on one GPU, in 3 minutes
     python train_rl.py --warm out/rl-sums-both --correct none     another arm from the same warm start
     python train_rl.py --resume --name NAME       go on with out/NAME
@@ -206,8 +206,8 @@ def problems(task, count, *seed):
 PRESETS = {
     "small": dict(
         **dict(size=4, largest=9, layers=2, width=64, heads=4, groups=4, held_out=256, eval_every=20),
-        **dict(warm_steps=2500, warm_batch=32, warm_lr=8e-3, problems=32, steps=60, lr=5e-4),
-        **dict(budget=18, buffer=4, recent=4, queries=4),
+        **dict(warm_steps=2500, warm_batch=32, warm_lr=8e-3, problems=32, steps=40, lr=5e-4),
+        **dict(budget=18, buffer=4, recent=4, queries=4, draft="e2e", depths=3, equip_steps=400),
     ),
     "base": dict(),
 }
@@ -218,7 +218,7 @@ DRAFTS = ("off", "frozen", "ce", "soft", "e2e", "advantage")
 
 @dataclass
 class Config:
-    preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
+    preset: str = option("base", "sets what is not given: small takes 3 minutes on a CPU", choices=PRESETS)
     task: str = option("sums", "what is to be learned", group="task", choices=TASKS, fixed=True)
     size: int = option(6, "operations in a problem", least=1, most=64, fixed=True)
     largest: int = option(99, "largest number in a sum", least=1, most=10**9, fixed=True)
@@ -291,16 +291,17 @@ class Config:
 
 
 # What a run with a preset's own settings reaches, by arm and seed, since warm starts differ: the share of
-# held-out problems solved with the full cache, greedy; the gain in right rollouts, first to last 10 steps.
+# held-out problems solved with the full cache, greedy; the gain in right rollouts, first to last 10 steps;
+# with drafts, the share of rounds that they save.
 EXPECTED = {
-    ("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6)},
-    ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.3, 0.7)},
+    ("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6), "rounds": (0.5, 0.7)},
+    ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6), "rounds": (0.5, 0.75)},
     ("base", "both", 0): {"greedy": (0.65, 1.0), "gain": (0.25, 0.55)},
     ("base", "twin", 0): {"greedy": (0.9, 1.0), "gain": (0.38, 0.58)},
     ("base", "dense", 0): {"greedy": (0.9, 1.0), "gain": (0.38, 0.58)},
 }
 # What may differ from a preset all the same.
-FREE = "preset rollout correct seed device out name eval_every save_every resume check".split()
+FREE = "preset rollout correct draft seed device out name eval_every save_every resume check".split()
 MODEL = "attn layers width heads groups window".split()
 MADE = ["task", "size", "largest", *MODEL]  # what a warm start was made for
 
@@ -663,7 +664,7 @@ def train(cfg, given):
     device = train_lm.pick_device(cfg)
     cuda = device.type == "cuda"
     if not cuda:
-        torch.set_num_threads(1)  # threads of so small a model mostly wait for each other
+        torch.set_num_threads(2)  # more threads of so small a model mostly wait for each other
     run, saved = train_lm.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", validate)
     cfg = run.cfg
 
@@ -772,43 +773,82 @@ def train(cfg, given):
             save()
         if stopping:
             return run.stopped()
-    return report(run, found or test(log=False), solved, held, full, device)
+    report = savings(model, task, cfg, sampler)
+    return finish(run, found or test(log=False), solved, report, device)
 
 
-def verdict(cfg, greedy, solved):
+def savings(model, task, cfg, sampler):
+    """What the cache and the drafts save in a rollout -> {figure: number}. Bytes are counted, seconds measured.
+
+    bytes of the policy's and the module's caches, of the full cache of gqa, of the cache of asa in its place;
+    tokens per read and seconds of a rollout, with the sampler and without its drafts, by the last policy.
+    """
+    N = cfg.problems * cfg.group_size
+    found = {"policy": sampler.cache.nbytes, "module": sampler.nbytes - sampler.cache.nbytes}
+    for attn in ("gqa", "asa"):
+        with torch.device("meta"):  # nothing is allocated
+            other = LM(dataclasses.replace(model.cfg, attn=attn))
+            found[attn] = N * other.new_cache(1, sum(task.room), 1, torch.float32, "meta").nbytes
+    asked = problems(task, cfg.problems, cfg.seed, "savings")
+    asked = [prompt for prompt in asked for _ in range(cfg.group_size)]
+    plain = engine(model, task, cfg, N, 1.0, cfg.rollout == "sparse")
+    for name, decoder in {"drafts": sampler, "plain": plain}.items():
+        for _ in range(4 if decoder.cuda else 1):  # compiled, then captured as a graph
+            decoder.forget_counts()
+            found[f"{name}_seconds"] = rollout(decoder, task, asked).seconds
+        rounds, tokens = decoder.state.reads.sum(0).tolist()
+        found[f"{name}_reads"] = tokens / max(rounds, 1)
+    return found
+
+
+def verdict(cfg, greedy, solved, reads):
     """What was expected of the run, and whether it came -> (a line, True or False; None if nothing was)."""
     expected = EXPECTED.get((cfg.preset, cfg.arm, cfg.seed))
     if not expected or not train_lm.usual(cfg, PRESETS, FREE):
         return "expected nothing in particular: no run with these options has been measured", None
-    got = {"greedy": greedy, "gain": np.mean(solved[-10:] or [0]) - np.mean(solved[:10] or [0])}
-    words = {"greedy": "solved when greedy with the full cache", "gain": "gained when sampling"}
+    expected = {k: v for k, v in expected.items() if k != "rounds" or cfg.draft != "off"}
+    gain = np.mean(solved[-10:] or [0]) - np.mean(solved[:10] or [0])
+    got = {"greedy": greedy, "gain": gain, "rounds": 1 - 1 / reads}
+    words = {"greedy": "solved when greedy", "gain": "gained when sampling", "rounds": "of the rounds saved"}
     ok = bool(all(low <= got[name] <= high for name, (low, high) in expected.items()))
     parts = [f"{low:.0%} to {high:.0%} {words[k]}, got {got[k]:.1%}" for k, (low, high) in expected.items()]
     return f"expected {'; '.join(parts)}: {'OK' if ok else 'NOT'}", ok
 
 
-def report(run, found, solved, held, full, device):
+def finish(run, found, solved, saved, device):
     """The figures that the run claims, counted and measured, and what was expected -> exit code."""
     cfg = run.cfg
     greedy = ", ".join(f"{share:.1%} with the {name.split('_')[0]} cache" for name, share in found.items())
-    peak = train_lm.peak_memory(device) if device.type == "cuda" else 0
-    cache = f"{held / 2**20:.1f} MiB, counted; dense {full / 2**20:.1f} MiB"
-    if held < full:
-        cache += f": {1 - held / full:.0%} saved"
-    if peak:
-        cache += f"; the allocator's peak, learner and all: {peak / 2**20:.0f} MiB"
     first, last = (np.mean(part or [0]) for part in (solved[:10], solved[-10:]))
-    line, ok = verdict(cfg, found["dense_greedy"], solved)
+    MiB = {name: f"{saved[name] / 2**20:.1f} MiB" for name in ("policy", "module", "gqa", "asa")}
+    lines = [
+        f"bytes    {1 - saved['policy'] / saved['gqa']:.0%} of the full cache's {MiB['gqa']}: {MiB['policy']}"
+    ]
+    if cfg.attn == "gqa":
+        lines[0] += f"; asa in its place: {MiB['asa']}"
+    if cfg.draft != "off":
+        lines[0] += f"; the module that drafts has {MiB['module']}"
+        seconds, plain = saved["drafts_seconds"], saved["plain_seconds"]
+        pays = "" if seconds < plain else "; on this machine drafts do not pay"
+        lines.append(
+            f"rounds   {1 - 1 / saved['drafts_reads']:.0%}: {saved['drafts_reads']:.2f} tokens per read"
+        )
+        lines.append(
+            f"seconds  {1 - seconds / plain:.0%}: a rollout in {seconds:.2f}, without drafts {plain:.2f}{pays}"
+        )
+    peak = train_lm.peak_memory(device) if device.type == "cuda" else 0
+    if peak:
+        lines.append(f"(the allocator's peak, learner and all: {peak / 2**20:.0f} MiB)")
+    line, ok = verdict(cfg, found["dense_greedy"], solved, saved["drafts_reads"])
     return run.finished(
         f"\nresult   {cfg.task}, {cfg.rollout} rollouts, correction {cfg.correct}: "
         f"{cfg.steps} steps of RL in {run.seconds:.0f} s",
         f"  solved when sampling   {last:.0%} in the last 10 steps, {first:.0%} in the first",
         f"  solved when greedy     {greedy}",
-        f"  cache of the rollouts  {cache}",
+        *[f"  {'' if i else 'saved':5}  {text}" for i, text in enumerate(lines)],
         line,
         ok=ok,
-        cache_bytes=held,
-        dense_bytes=full,
+        saved=saved,
         peak_bytes=peak,
         **found,
     )
