@@ -664,7 +664,7 @@ def train(cfg, given):
     device = train_lm.pick_device(cfg)
     cuda = device.type == "cuda"
     if not cuda:
-        torch.set_num_threads(2)  # more threads of so small a model mostly wait for each other
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would mostly wait for each other
     run, saved = train_lm.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", validate)
     cfg = run.cfg
 
