@@ -13,9 +13,9 @@
     6) evaluation greedy answers to held-out problems, from the full and from the compressed cache
 
 A step depends on weights, optimizer, seed and step alone: runs can be resumed, and arms of a seed get the
-same problems. Does NOT include: a KL term, several GPUs, advantages in the drafter's loss, rollouts that go on
-while the learner learns. Read first: sparse_rl.py; mtp.py for the decoding engine and the module that drafts;
-train_lm.py for options and runs. Letters as there; N answers in a step, T tokens of the longest prompt with its answer.
+same problems. Does NOT include: a KL term, several GPUs, rollouts that go on while the learner learns. Read
+first: sparse_rl.py; mtp.py for the decoding engine and the module that drafts; train_lm.py for options and
+runs. Letters as there; N answers in a step, T tokens of the longest prompt with its answer.
 """
 
 import dataclasses
@@ -529,17 +529,17 @@ def weights_of(advantage, moved, ahead=1.0, least=0.5):
     """How much each answer counts for a module that will draft for the next policies -> (n,), and eta.
 
     What a module is worth is what the next rollouts accept, E_{y ~ p'} [accepted(y)], but the answers at hand
-    were written by p. So an answer counts p'(y) / p(y). That ratio is mostly noise: of what an update does to
-    a single answer, hardly anything lasts. What it does on purpose is to raise answers by their advantage: the
-    policy that is best for E[A] - KL / eta is p' ~ p exp(eta A). eta is read off the update just made, by least
-    squares over the answers: log p'(y) / p(y) = eta A(y). If the policy goes on like this, it is `ahead` such
-    updates away when the module has caught up: an answer counts exp(ahead eta A).
+    were written by p. So an answer counts p'(y) / p(y). Of one answer that ratio is noisy. What updates do on
+    purpose is to raise answers by their advantage: the policy that is best for E[A] - KL / eta is
+    p' ~ p exp(eta A). eta is read off the updates since then, by least squares over the answers:
+    log p'(y) / p(y) = eta A(y). An answer counts exp(ahead eta A); `ahead` 1 is the policy as it now is, more
+    is one that goes on in the same direction.
 
     Where all A are 0 the weights are 1, and the loss is the plain one. Weights are never negative, so that no
     answer is unlearned without end; they stay within `least` and 1 / least, and their mean is 1. The target
     of a place is not weighted: it is the policy's law, whatever the reward. (Ours: MTP-RL's body is not
     available to us.)
-    advantage (n,) A; moved (n,) log p'(y) / p(y) by the update.
+    advantage (n,) A; moved (n,) log p'(y) / p(y).
     """
     eta = (advantage * moved).sum() / advantage.square().sum().clamp(min=1e-9)
     weight = (ahead * eta * advantage).exp().clamp(least, 1 / least)  # (n,)
@@ -551,8 +551,8 @@ class Teacher:
 
     After each update of the policy the module learns from some of the step's answers. The target is the policy
     as it now is, read with the full cache: what the next rollout will verify with. With `advantage` it learns
-    from the last rollouts too: most of what it has forgotten or not yet learned is in those (results/mtp.md).
-    The policy gets no gradient.
+    from the last rollouts once more, each answer weighted by what the updates since have made of its like
+    (weights_of). The policy gets no gradient.
     """
 
     ROLLOUTS = 4  # that --draft advantage learns from in a step
