@@ -191,13 +191,18 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
 
 
 @jit
-def rope_kernel(x, out, pos, H, T, strides, sign, log2_base, P: constexpr, HALF: constexpr, BT: constexpr):
+def rope_kernel(
+    x, out, pos, H, T, strides, sign, log2_base, factor, P: constexpr, HALF: constexpr, BT: constexpr
+):
     """One program: BT tokens of one head. x (B, H, T, P) has strides but for its last axis; out is dense."""
     bh = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
     i = tl.arange(0, HALF)
     power_of_2 = i.to(tl.float64) * (-2.0 / P) * log2_base
-    freq = tl.exp2(power_of_2).to(tl.float32)  # (HALF,) base^(-2i/P)
+    freq = tl.exp2(power_of_2)  # (HALF,) base^(-2i/P)
+    turns = freq * 1303.7972938088067  # in 8192 tokens
+    keep = tl.minimum(tl.maximum((turns - 1) / 3, 0.0), 1.0)
+    freq = (freq * (keep + (1 - keep) / factor)).to(tl.float32)
     pos += bh // H * strides[3] + t * strides[4]
     p = tl.load(pos, mask=t < T, other=0).to(tl.float32)  # (BT,)
     angle = sign * p[:, None] * freq[None, :]  # (BT, HALF)
@@ -217,9 +222,9 @@ class Rope(torch.autograd.Function):
     """rope, below; sign -1 turns backwards, which is its gradient."""
 
     @staticmethod
-    def forward(ctx, x, pos, base, sign):
+    def forward(ctx, x, pos, base, factor, sign):
         ctx.save_for_backward(pos)
-        ctx.rest = (base, -sign)
+        ctx.rest = (base, factor, -sign)
         B, H, T, P = x.shape
         x = x if x.stride(3) == 1 else x.contiguous()
         out = x.new_empty(B, H, T, P)
@@ -227,17 +232,18 @@ class Rope(torch.autograd.Function):
         log2_base = torch.tensor(float(base), dtype=torch.float64).log2().item()
         BT = min(64, power(T))
         grid = (B * H, triton.cdiv(T, BT))
-        rope_kernel[grid](x, out, pos, H, T, strides, float(sign), log2_base, P, power(P // 2), BT)
+        rest = (float(sign), log2_base, float(factor), P, power(P // 2), BT)
+        rope_kernel[grid](x, out, pos, H, T, strides, *rest)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return Rope.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+        return Rope.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
-def rope(x, pos, base=10000.0):
+def rope(x, pos, base=10000.0, factor=1.0):
     """x (B, H, T, P), pos (B or 1, T) -> (B, H, T, P); angles in fp32."""
-    return Rope.apply(x, pos, base, 1)
+    return Rope.apply(x, pos, base, factor, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------

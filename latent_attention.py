@@ -23,6 +23,7 @@ value's. The layout is (B, H, T, D). RoPE is half-split.
 """
 
 import copy
+import math
 import sys
 from typing import NamedTuple
 
@@ -61,24 +62,29 @@ def joins(module, name, parts):
     """
 
     def read(module, state, prefix, *rest):
-        old = [f"{prefix}{part}.weight" for part in parts]
-        if all(key in state for key in old):
-            state[f"{prefix}{name}.weight"] = torch.cat([state.pop(key) for key in old])
+        for kind in ("weight", "bias"):
+            old = [f"{prefix}{part}.{kind}" for part in parts]
+            if all(key in state for key in old):
+                state[f"{prefix}{name}.{kind}"] = torch.cat([state.pop(key) for key in old])
 
     module.register_load_state_dict_pre_hook(read)
 
 
 @fast_path
-def rope(x, pos, base=10000.0):
+def rope(x, pos, base=10000.0, factor=1.0):
     """Rotary position embedding, half-split: channels i and i + P/2 turn together by pos * base^(-2i/P).
 
     x (B, H, T, P), P even; pos (B or 1, T) in tokens, fractions allowed (nsa.py turns to the middle of a
     block) -> like x. Angles are computed in fp32, or in fp64 for fp64 input. Llama pairs channels like this.
+    factor is Llama 3's: channels that turn less than once in 8192 tokens turn so many times slower, those that
+    turn 4 times or more as ever, and between the two a mixture.
     """
     P = x.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     fp64 = "cpu" if x.device.type == "mps" else x.device  # an Apple GPU has none
     freq = base ** (-torch.arange(0, P, 2, device=fp64, dtype=torch.float64) / P)  # (P/2,)
+    keep = ((8192 * freq / (2 * math.pi) - 1) / 3).clamp(0, 1)  # (P/2,)
+    freq = freq * (keep + (1 - keep) / factor)
     angle = pos[:, None, :, None].to(dtype) * freq.to(dtype).to(x.device)  # (B, 1, T, P/2)
     cos = angle.cos()
     sin = angle.sin()
@@ -322,6 +328,8 @@ def merge_heads(x):
 class GQA(nn.Module):
     """Dense grouped-query attention, exactly a Llama layer's: MHA with G = H, MQA with G = 1.
 
+    factor: see rope; bias: q, k and v have one (Qwen2); eps: queries and keys are normed (Qwen3), None: not.
+
     It caches 2 G D numbers a token. Every attention layer of this project has these two methods:
     new_cache(batch, max_len, ..) -> a dict of SlotCaches
     forward(x (B, T, C), pos (B or 1, T), cache, count (B,)) -> (B, T, C). Without a cache x is a whole text,
@@ -330,14 +338,17 @@ class GQA(nn.Module):
     made of it instead of x, and row t of x reads rows up to t of it.
     """
 
-    def __init__(self, width, heads, groups, head_width, base=10000.0):
+    def __init__(self, width, heads, groups, head_width, base=10000.0, factor=1.0, bias=False, eps=None):
         super().__init__()
         self.heads = heads
         self.groups = groups
         self.head_width = head_width
         self.base = base
-        self.qkv = nn.Linear(width, (heads + 2 * groups) * head_width, bias=False)
+        self.factor = factor
+        self.qkv = nn.Linear(width, (heads + 2 * groups) * head_width, bias=bias)
         self.out = nn.Linear(heads * head_width, width, bias=False)
+        self.q_norm = None if eps is None else RMSNorm(head_width, eps)
+        self.k_norm = None if eps is None else RMSNorm(head_width, eps)
         joins(self, "qkv", "qkv")
 
     def new_cache(self, batch, max_len, margin=8, **kind):
@@ -348,13 +359,18 @@ class GQA(nn.Module):
         """-> queries, keys and values side by side, (B, H + 2 G, T, D)."""
         if source is None:
             return split_heads(self.qkv(x), self.heads + 2 * self.groups)
-        q, kv = self.qkv.weight.tensor_split([self.heads * self.head_width])
-        qkv = torch.cat([F.linear(x, q), F.linear(source, kv)], dim=-1)  # (B, T, (H + 2 G) D)
+        rows = [self.heads * self.head_width, 2 * self.groups * self.head_width]
+        q, kv = zip(*[p.split(rows) for p in self.qkv.parameters()])  # (weight, bias if there is one) each
+        qkv = torch.cat([F.linear(x, *q), F.linear(source, *kv)], dim=-1)  # (B, T, (H + 2 G) D)
         return split_heads(qkv, self.heads + 2 * self.groups)
 
     def forward(self, x, pos, cache=None, count=None, source=None):
         qk, v = self.project(x, source).split([self.heads + self.groups, self.groups], dim=1)
-        q, k = rope(qk, pos, self.base).split([self.heads, self.groups], dim=1)  # (B, H or G, T, D)
+        if self.q_norm is not None:
+            q, k = qk.split([self.heads, self.groups], dim=1)  # (B, H or G, T, D)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)  # (B, H + G, T, D)
+        qk = rope(qk, pos, self.base, self.factor)  # (B, H + G, T, D)
+        q, k = qk.split([self.heads, self.groups], dim=1)  # (B, H or G, T, D)
         if cache is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
         else:

