@@ -192,13 +192,15 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
 
 @jit
 def rope_kernel(
-    x, out, pos, H, T, strides, sign, log2_base, factor, P: constexpr, HALF: constexpr, BT: constexpr
+    x, out, pos, H, T, strides, sign, log2_base, more, factor, P: constexpr, HALF: constexpr, BT: constexpr
 ):
     """One program: BT tokens of one head. x (B, H, T, P) has strides but for its last axis; out is dense."""
     bh = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
     i = tl.arange(0, HALF)
-    power_of_2 = i.to(tl.float64) * (-2.0 / P) * log2_base
+    # Numbers arrive in fp32. At position 4096 their last bit is an angle of 1e-4, so `more` brings the rest.
+    part = i.to(tl.float64) * (-2.0 / P)
+    power_of_2 = part * log2_base + part * more
     freq = tl.exp2(power_of_2)  # (HALF,) base^(-2i/P)
     turns = freq * 1303.7972938088067  # in 8192 tokens
     keep = tl.minimum(tl.maximum((turns - 1) / 3, 0.0), 1.0)
@@ -229,10 +231,11 @@ class Rope(torch.autograd.Function):
         x = x if x.stride(3) == 1 else x.contiguous()
         out = x.new_empty(B, H, T, P)
         strides = (*x.stride()[:3], *pos.expand(B, T).stride())
-        log2_base = torch.tensor(float(base), dtype=torch.float64).log2().item()
+        log2_base = torch.tensor(float(base), dtype=torch.float64).log2()
+        most = log2_base.float().item()
         BT = min(64, power(T))
         grid = (B * H, triton.cdiv(T, BT))
-        rest = (float(sign), log2_base, float(factor), P, power(P // 2), BT)
+        rest = (float(sign), most, log2_base.item() - most, float(factor), P, power(P // 2), BT)
         rope_kernel[grid](x, out, pos, H, T, strides, *rest)
         return out
 
