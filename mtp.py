@@ -783,8 +783,8 @@ def percent(rates):
 class Captured:
     """f, a function of tensors on one device -> a tensor; on a GPU one CUDA graph from the third call on.
 
-    An update of a small module is mostly launches: captured it is several times as fast. f must leave no
-    gradients behind, shapes must stay, and an optimizer must be `capturable`.
+    An update of a small module is mostly launches, which a graph spares. f must leave no gradients behind,
+    shapes must stay, and an optimizer must be `capturable`.
     """
 
     def __init__(self, f):

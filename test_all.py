@@ -966,6 +966,17 @@ def test_kernels_refuse_what_they_cannot_do():
             assert torch.equal(got[0], want[0]), f"{what}: what is refused is left to the definition"
 
 
+def test_inexact_products_stay_where_they_are_allowed():
+    """TF32 is on within what is decorated, and as before behind it, also behind an error."""
+    flags = torch.backends.cuda.matmul
+    now = flags.allow_tf32
+    assert kernels.tensor_cores(lambda: flags.allow_tf32)() and flags.allow_tf32 == now
+    raises(ZeroDivisionError, "division", kernels.tensor_cores(lambda: 1 / 0))
+    assert flags.allow_tf32 == now
+    inexact = [name for name, f in vars(mtp.Drafter).items() if hasattr(f, "__wrapped__")]
+    assert inexact == ["draft", "catch_up"], "nothing that the trunk computes"
+
+
 def test_kernels_compiled_in_bf16():
     """Against fp64, beside SDPA in bf16 on the same data; two runs have the same bits."""
     needs_cuda()

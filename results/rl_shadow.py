@@ -158,6 +158,7 @@ def run(given):
     recent = collections.deque(maxlen=max(arm.replay for arm in ARMS.values()))
     fixed = None
     start = time.time()
+    pathlib.Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     with open(given.out, "w", buffering=1) as out:
         for step in range(given.steps):
             torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
@@ -234,7 +235,7 @@ def table(files):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", nargs="+")
-    parser.add_argument("--out", default="shadow.jsonl")
+    parser.add_argument("--out", default="out/shadow.jsonl")
     parser.add_argument("--task", default="sums", choices=train_rl.TASKS)
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)

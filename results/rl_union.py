@@ -2,7 +2,7 @@
 
     python results/rl_union.py warm                      a warm start of each kind of model, in out/union
     python results/rl_union.py cells --out FILE          the table: 6 cells, each 3 seeds of RL from its warm start
-    python results/rl_union.py batches --out FILE        off, frozen, e2e, advantage with 64, 512 and 4096 answers a step; one at a time on a GPU
+    python results/rl_union.py batches --out FILE        off, frozen, e2e, advantage with 64, 512 and 4096 answers a step; one at a time on a GPU; not run yet
     python results/rl_union.py measure --out FILE        seconds of rollouts of the cells' last policies, on a quiet GPU
     python results/rl_union.py table FILE FILE ...       what they found
 
@@ -140,7 +140,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("stage", choices=("warm", "cells", "batches", "measure", "table"))
     parser.add_argument("files", nargs="*", help="of table")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("union.jsonl"), help="the file")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/union.jsonl"), help="the file")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("out/union"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=0, help="runs at a time on each GPU (default: 1 for batches, else 5)")
