@@ -380,58 +380,33 @@ class Drafter:
 
 
 class Pace:
-    """Whether drafts pay, by the clock; or `fixed`.
+    """How many drafts pay: K, K / 2 or none, by the clock, list of prompts by list; or `fixed`.
 
-    For each list of prompts: does the module take part? Whole lists are compared, since it reads the prompts
-    too. If it does, for each segment: 0, K / 2 or K drafts, whichever gives a row most tokens per millisecond.
-    Segments count alike, however few rows are left: a list ends with its slowest row.
+    Whole lists are compared: with drafts the module reads the prompts too, and a list ends with its slowest
+    row, so that single rounds promise more than a list keeps.
     """
 
-    RETRY = 64  # after so many segments another choice is tried again, since acceptance and timings change
-    RETRY_LIST = 16  # and after so many lists
+    RETRY = 16  # after so many lists another choice is tried again, since acceptance and timings change
 
     def __init__(self, K, fixed=None):
-        self.choices = sorted({0, (K + 1) // 2, K})
+        self.ms = dict.fromkeys((K, (K + 1) // 2, 0), 0.0)  # of a token; what is not timed yet counts as fast
         self.fixed = fixed
         self.lists = 0
-        self.list_ms = {True: 0.0, False: 0.0}  # a token of a list, with the module and without
-        self.segments = 0
-        self.ms = dict.fromkeys(self.choices, 0.0)  # of a round; what has not been timed yet counts as fast
-        self.seen = dict.fromkeys(self.choices, 1e-9)  # a fading count of segments
-        self.tokens = {g: 1e-9 * (g + 1) for g in self.choices}  # of a row in their rounds; we hope for all
-
-    def takes_part(self):
-        """Whether the module takes part in the next list."""
-        if self.fixed is not None or self.choices == [0]:
-            return self.choices != [0]
-        self.lists += 1
-        best = self.list_ms[True] <= self.list_ms[False]  # what has not been timed yet is tried
-        return not best if self.lists % self.RETRY_LIST == 0 else best
-
-    def end(self, part, ms):
-        """After a list, in which the module took part or not: milliseconds a token."""
-        self.list_ms[part] = 0.7 * (self.list_ms[part] or ms) + 0.3 * ms
 
     def choose(self):
-        """Drafts of the next segment."""
+        """Drafts in the rounds of the next list."""
         if self.fixed is not None:
             return self.fixed
-        self.segments += 1
-        turn, rest = divmod(self.segments, self.RETRY)
+        self.lists += 1
+        turn, rest = divmod(self.lists, self.RETRY)
         if rest == 0:
-            return self.choices[turn % len(self.choices)]
-        return max(self.choices, key=lambda g: self.tokens[g] / self.seen[g] / max(self.ms[g], 1e-9))
+            return list(self.ms)[turn % len(self.ms)]
+        return min(self.ms, key=self.ms.get)
 
-    def update(self, g, ms, rounds, tokens):
-        """After a segment with g drafts: milliseconds of a round; rounds of all rows, tokens they yielded."""
-        if g not in self.choices or not rounds:
-            return
-        self.ms[g] = min(ms, 0.7 * (self.ms[g] or ms) + 0.3 * ms)  # disturbances only ever make it longer
-        for choice in self.choices:
-            self.seen[choice] *= 0.95
-            self.tokens[choice] *= 0.95
-        self.seen[g] += 1
-        self.tokens[g] += tokens / rounds
+    def update(self, g, ms):
+        """After a list with g drafts: milliseconds a token. A disturbance, which only ever adds, counts little."""
+        if g in self.ms:
+            self.ms[g] = min(ms, 1.1 * (self.ms[g] or ms))
 
 
 class Decoder:
@@ -443,7 +418,7 @@ class Decoder:
     K            most drafts in a round
     temperature  of the target and of the drafts; at 0 both are the best tokens
     stop         a token that ends a row, or None
-    drafts       None: none, K / 2 or K, whichever is fastest; else always so many
+    drafts       None: none, K / 2 or K, whichever is fastest in whole lists of prompts; else always so many
     compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache
                  then has compress.slots slots a row, and no text is too long for it; the module's likewise.
                  A round takes a row no further than its next eviction, so it has at most buffer - 1 drafts
@@ -453,7 +428,7 @@ class Decoder:
     Rows are ragged: each accepts, ends and starts anew on its own. Between two rounds each row has `known`
     tokens, and the trunk has read all but the last, which is pending. A round appends 1 + g tokens to the
     trunk's cache; `commit` takes some of them, and the others are taken back. The module has seen what the
-    trunk has seen, except within a segment without drafts. A row that has ended reads 0 tokens in a round.
+    trunk has seen; in a list without drafts it takes no part. A row that has ended reads 0 tokens in a round.
     """
 
     SEGMENT = 4  # rounds without drafts between two looks of the host
@@ -482,7 +457,6 @@ class Decoder:
         self.graphs = {}
         self.pool = None
         self.cold = False  # a list in which something ran for the first time, or was captured
-        self.looked = 0.0  # when the host looked at a segment
 
         weight = trunk.embed.weight  # (V, C)
         self.device = weight.device
@@ -519,7 +493,7 @@ class Decoder:
     # -- what a GPU captures: static shapes, no look from the host
 
     def round(self, g):
-        """Draft g tokens, verify, commit -> drafts (B, g), the trunk's states at the g + 1 tokens it read."""
+        """Draft g tokens, verify, commit -> drafts (B, g)."""
         state = self.state
         V = len(self.trunk.embed.weight)
         pending = state.text.gather(1, state.known[:, None] - 1)  # (B, 1)
@@ -551,21 +525,14 @@ class Decoder:
         if g:
             self.cache.rollback(state.known - 1)
             self.drafter.catch_up(state.text, h, take)
-        return drafts, h
+        return drafts
 
     def rounds(self, g, n):
-        """n rounds. Without drafts the module waits for the end, and then reads all n tokens in one pass.
-
-        Full rows evict before a round; without drafts before the first, which brings rows into step.
-        """
-        states = []
+        """n rounds. Full rows evict before a round; without drafts before the first: rows come into step."""
         for i in range(n):
             if self.compress and (g or i == 0):
                 self.evict()
-            states.append(self.round(g)[1])
-        if self.drafter and g == 0:
-            behind = self.state.known - 1 - self.drafter.seen  # (B,): n, less where a row has ended
-            self.drafter.catch_up(self.state.text, torch.cat(states, dim=1), behind)
+            self.round(g)
 
     def read(self, start, stop):
         """A piece of the prompts of the fresh rows, for trunk and module."""
@@ -581,14 +548,13 @@ class Decoder:
         self.compress.record(self.cache.groups)
 
     def run(self, work, *args):
-        """work(*args); on a GPU it is captured the second time, and replayed from then on -> is it that far?"""
+        """work(*args); on a GPU it is captured the second time, and replayed from then on."""
         key = (work.__name__, self.drafter is None, *args)
-        replayed = not self.cuda or self.graphs.get(key) is not None
-        self.cold |= not replayed
+        self.cold |= self.cuda and self.graphs.get(key) is None
         if not self.cuda or key not in self.graphs:
             self.graphs[key] = None  # the first time is the warm-up that a capture needs
             work(*args)
-            return replayed
+            return
         if self.graphs[key] is None:
             torch.cuda.synchronize()
             self.graphs[key] = torch.cuda.CUDAGraph()
@@ -597,7 +563,6 @@ class Decoder:
                 work(*args)
             self.pool = self.graphs[key].pool()
         self.graphs[key].replay()
-        return replayed
 
     # -- what the host does
 
@@ -615,11 +580,12 @@ class Decoder:
         All but the last of a round were drafts.
         """
         self.check([prompt], new)
-        self.restart(self.module)
+        g = self.K if self.pace.fixed is None else self.pace.fixed
+        self.restart(self.module if g else None)
         self.fill([0], [prompt], [min(len(prompt) + new, self.max_len)])
         known = len(prompt)
         while self.state.active[0]:
-            self.run(self.rounds, self.K if self.pace.fixed is None else self.pace.fixed, 1)
+            self.run(self.rounds, g, 1)
             start, known = known, int(self.state.known[0])
             if not self.state.logp[0, start:known].isfinite().all():
                 raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
@@ -649,10 +615,10 @@ class Decoder:
         lengths = torch.zeros(len(prompts), dtype=torch.long, pin_memory=self.cuda)  # (N,)
         owner = {}  # row -> the prompt that it answers
         looks = []  # at segments that were started, each with the owners of its time
-        part = self.pace.takes_part()
+        g = self.pace.choose()
         self.cold = False
         began = time.perf_counter()
-        self.restart(self.module if part else None)
+        self.restart(self.module if g else None)
         while todo or owner:
             free = [row for row in range(self.batch) if row not in owner][: len(todo)]
             if free:
@@ -661,7 +627,7 @@ class Decoder:
                 owner.update((row, todo.pop()) for row in free)
                 chosen = [prompts[owner[row]] for row in free]
                 self.fill(free, chosen, [min(len(p) + new, self.max_len) for p in chosen], at_once)
-            looks.append((dict(owner), self.segment()))
+            looks.append((dict(owner), self.segment(g)))
             # A look one segment late spares a GPU the wait for the host. Where no prompt waits for a row, it
             # would only keep all rows at work for nothing.
             late = self.cuda and bool(todo)
@@ -687,7 +653,7 @@ class Decoder:
         if not logp.isfinite().all():
             raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
         if not self.cold:
-            self.pace.end(part, 1e3 * (time.perf_counter() - began) / max(1, int(mask.sum())))
+            self.pace.update(g, 1e3 * (time.perf_counter() - began) / max(1, int(mask.sum())))
         return Answers(text[:, :T].masked_fill(at >= lengths, 0), logp, mask)
 
     def restart(self, drafter=None):
@@ -729,15 +695,11 @@ class Decoder:
                 self.run(self.evict)
             self.run(self.read, start, stop)
 
-    def segment(self):
+    def segment(self, g):
         """Start a few rounds -> a function that waits for them: which rows are active, how long each is."""
-        g = self.pace.choose() if self.drafter else 0
         n = (self.SEGMENT + 1) // 2 if g else self.SEGMENT  # with drafts it is longer, and rows end sooner
-        before = self.state.reads.clone()  # (B, 2)
-        began = time.perf_counter()
-        timed = self.run(self.rounds, g, n) and self.drafter
-        reads = (self.state.reads - before).sum(0)  # (2,)
-        result = torch.cat([self.state.active, self.state.known, reads])  # (2 B + 2,)
+        self.run(self.rounds, g, n)
+        result = torch.cat([self.state.active, self.state.known])  # (2 B,)
         host = torch.empty(result.shape, pin_memory=self.cuda).copy_(result, non_blocking=True)
         if self.cuda:
             done = torch.cuda.Event()
@@ -746,12 +708,8 @@ class Decoder:
         def look():
             if self.cuda:
                 done.synchronize()
-            start = max(began, self.looked)  # until the look before, a GPU was at work on the segment before
-            self.looked = time.perf_counter()
-            *rows, rounds, tokens = host.tolist()
-            if timed:
-                self.pace.update(g, 1e3 * (self.looked - start) / n, rounds, tokens)
-            return rows[: self.batch], rows[self.batch :]
+            active, known = host.view(2, self.batch).tolist()
+            return active, known
 
         return look
 
@@ -983,7 +941,7 @@ def demo():
         while decoder.state.active.item():
             known = decoder.state.known.item()
             reads += 1
-            drafts, _ = decoder.round(cfg.mtp)
+            drafts = decoder.round(cfg.mtp)
             new = written[known : decoder.state.known.item()]
             print(f"{reads:4}  {show(drafts[0]):10} {show(new[:-1]):10} {show(new[-1:])}")
     print(f"\nwritten  {show(written[: decoder.state.known.item()])}\n\n{decoder.summary()}")

@@ -1586,14 +1586,11 @@ def drafts_see_what_training_saw(attn, K=4):
         return laws[-1]
 
     for number in range(20):
-        g = (K, 2, 0, 1)[number % 4]
-        if g == 0:  # while there are no drafts the module falls behind, and catches up at once
-            decoder.rounds(0, 3)
-            continue
+        g = (K, 2, K, 1)[number % 4]
         known = decoder.state.known.clone()
         laws.clear()
         with swapped(mtp, "draw", heard):
-            drafts, _ = decoder.round(g)
+            drafts = decoder.round(g)
         for b in range(3):
             text = torch.cat([decoder.state.text[b, : known[b]], drafts[b]])[None]
             states = model.mtp.unroll(model.hidden(text), text, model.embed.weight, g)
@@ -1602,7 +1599,7 @@ def drafts_see_what_training_saw(attn, K=4):
                 what = f"{attn}: row {b} at {int(known[b])}, draft {k + 1} of {g}"
                 close(laws[k][0][b, 0], want, 1e-12, what)
                 seen.append(k)
-    assert seen.count(K - 1) == 15 and decoder.state.known.min() > 30, "a test of many rounds"
+    assert seen.count(K - 1) == 30 and decoder.state.known.min() > 20, "a test of many rounds"
 
 
 def test_drafts_see_what_training_saw():
@@ -1807,10 +1804,7 @@ def test_weights_may_change_between_calls():
 @slow
 @torch.no_grad()
 def test_any_number_of_drafts_at_any_time():
-    """Drafts change between segments, long stretches have none, looks are late, windows are very short.
-
-    The module takes part in some lists and not in others, which may be shorter than the batch.
-    """
+    """Drafts change between lists, some have none or are shorter than the batch; looks are late."""
     draw = random.Random(0)
     late = mutant(mtp.Decoder.answer, "self.cuda and bool(todo)", "True")  # as on a GPU
     for attn in KINDS:
@@ -1818,17 +1812,9 @@ def test_any_number_of_drafts_at_any_time():
         prompts = prompts_of(model, 1, 2, 70, 17, 1, 40)
         plain = [t for t, _ in mtp.Decoder(model, 6, 160, temperature=0).generate(prompts, 80)]
         decoder = mtp.Decoder(model, 3, 160, model.mtp, 6, temperature=0)
-        plan = []
-
-        def choose():
-            if not plan:
-                plan.extend([draw.randint(1, 6)] * draw.choice([1, 2]))
-                plan.extend([0] * draw.choice([0, 1, 17, 33]))
-            return plan.pop()
-
-        some = swapped(decoder.pace, "takes_part", lambda: draw.random() < 0.6)
-        with some, swapped(decoder.pace, "choose", choose), swapped(mtp.Decoder, "answer", late):
-            for again, few in enumerate((6, 1, 6, 2, 6, 6)):
+        some = swapped(decoder.pace, "choose", lambda: draw.choice((0, 0, 1, 2, 3, 5, 6)))
+        with some, swapped(mtp.Decoder, "answer", late):
+            for again, few in enumerate((6, 1, 6, 2, 6, 6, 3, 6)):
                 for (got, _), want in zip(decoder.generate(prompts[-few:], 80), plain[-few:], strict=True):
                     what = f"{attn}, call {again + 1}: {got.tolist()} instead of {want.tolist()}"
                     assert torch.equal(got, want), what
@@ -1894,12 +1880,12 @@ def test_the_number_of_drafts_follows_measurements():
         pace = mtp.Pace(K)
         disturbed = {odd}  # the first time of one choice
 
-        def play(rate, segments, cost=0.5):  # of K drafts
+        def play(rate, lists, cost=0.5):  # of K drafts
             used = []
-            for _ in range(segments):
+            for i in range(lists):
                 g = pace.choose()
-                tokens = 100 * sum(rate**k for k in range(g + 1))
-                pace.update(g, (1 + cost * g / K) * (5 if g in disturbed else 1), 100, tokens)
+                ms = (1 + cost * g / K) / sum(rate**k for k in range(g + 1))
+                pace.update(g, ms * (5 if g in disturbed or i % 50 == 40 else 1))
                 disturbed.discard(g)
                 used.append(g)
             return used[-100:]
@@ -1909,35 +1895,21 @@ def test_the_number_of_drafts_follows_measurements():
         assert play(0.02, 400).count(0) > 90, f"{what}: refused drafts do not, and are tried now and then"
         assert play(0.99, 400).count(K) > 90, f"{what}: they are used again when they pay again"
         if K > 3:
-            assert play(0.8, 800, cost=1.6).count(K // 2) > 90, f"{what}: half of them, where these pay most"
+            assert play(0.8, 800, cost=2.4).count(K // 2) > 90, f"{what}: half of them, where these pay most"
     pace = mtp.Pace(4)
-    for _ in range(100):
-        for g, rounds, tokens in ((4, 512, 2048), (4, 2, 2), (0, 512, 512)):
-            pace.update(g, 2.9 if g else 1.0, rounds, tokens)
-    assert pace.choose() == 2, "not yet timed"
-    for _ in range(100):
-        pace.update(2, 2.9, 2, 2)
-        pace.update(4, 2.9, 2, 2)
-        pace.update(4, 2.9, 512, 2048)
-        pace.update(0, 1.0, 512, 512)
-    assert pace.choose() == 0, "4 tokens while all rows are at work, 1 in the tail of a list: 2.5, not 4"
-    for ms in ({True: 3.0, False: 2.0}, {True: 2.0, False: 3.0}):
-        pace = mtp.Pace(4)
-        parts = []
-        for _ in range(200):
-            parts.append(pace.takes_part())
-            pace.end(parts[-1], ms[parts[-1]])
-        assert parts[:2] == [True, False] and parts[100:].count(ms[True] < 3) in (93, 94), (
-            "whole lists decide"
-        )
-    assert not mtp.Pace(0).takes_part() and mtp.Pace(4, fixed=2).takes_part()
+    first = []
+    for _ in range(3):
+        first.append(pace.choose())
+        pace.update(first[-1], 1.0)
+    assert first == [4, 2, 0], "each choice is timed first"
+    assert mtp.Pace(0).choose() == 0
     fixed = mtp.Pace(4, fixed=2)
-    assert [fixed.choose() for _ in range(9)] == [2] * 9
+    assert [fixed.choose() for _ in range(40)] == [2] * 40
 
 
 @torch.no_grad()
 def test_counts_are_of_what_was_taken():
-    """Tokens per read are those that were kept; forgetting the counts leaves the pace's figures right."""
+    """Tokens per read are those that were kept."""
     model = drafter("gqa", 3, vocab=11)
     nothing = lambda h, e, pos, cache=None, count=None, source=None: (torch.zeros_like(h), h)
     model.mtp.forward = nothing  # drafts that mean nothing
@@ -1946,11 +1918,9 @@ def test_counts_are_of_what_was_taken():
     rounds, tokens = decoder.state.reads.sum(0).tolist()
     assert tokens == sum(len(t) for t, _ in texts) == 8 and rounds <= 8, (rounds, tokens)
     decoder.forget_counts()
-    heard = []
-    with swapped(decoder.pace, "update", lambda g, ms, rounds, tokens: heard.append((rounds, tokens))):
-        decoder.generate(prompts_of(model, 4) * 2, 20)
-    assert all(0 <= rounds <= tokens <= 16 for rounds, tokens in heard), heard
-    assert sum(tokens for _, tokens in heard) == 40, heard
+    decoder.generate(prompts_of(model, 4) * 2, 20)
+    rounds, tokens = decoder.state.reads.sum(0).tolist()
+    assert tokens == 40 >= rounds, (rounds, tokens)
     for drafts in (-1, 4):
         raises(ValueError, "drafts must be", mtp.Decoder, model, 2, 60, model.mtp, 3, drafts=drafts)
     model.norm.weight.fill_(math.nan)

@@ -94,7 +94,7 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
             decoder = Decoder(model, batch, prompt + new, model.mtp, cfg.mtp, drafts=drafts)
             for _ in range(12):  # warm-up: graphs, and whether drafts pay
                 decoder.generate(prompts, 256 if drafts is None else 64)
-                if drafts is not None or all(decoder.pace.list_ms.values()):
+                if drafts is not None or all(decoder.pace.ms.values()):
                     break
             decoder.forget_counts()
             seconds = []

@@ -13,7 +13,8 @@ An arm: the loss (ce, soft or e2e), and
     prefix        places weigh what the policy has made of their prefix since it was written, p(prefix) now / then, from 1/2 to 2
     ahead F       the target is the policy F updates ahead: logits go on as in the last update
     all           four updates a step instead of one, from all 512 answers instead of 128
-    replay        four updates a step, from 128 answers of each of the last four rollouts
+    replay        four updates a step, from 128 answers of each of the last four rollouts; `replay 8`: eight of the last eight
+    rate F        the learning rate is F times as high: does one update a step with larger steps do as well as four?
 
 At the end, what a module is worth on texts that stay the same (those of step 0), so that only policy and module have changed: with the
 policy's own law, and with both tempered until the policy has the entropy of step 0. The first tells whether drafts grow stale, the second
@@ -45,6 +46,7 @@ class Arm(NamedTuple):
     ahead: float = 0.0  # F
     all: int = 1  # updates in a step, from so many parts of the fresh rollout
     replay: int = 1  # and from so many rollouts
+    rate: float = 1.0  # F
 
 
 ARMS = {
@@ -60,6 +62,9 @@ ARMS = {
     "replay": Arm(replay=4),
     "replay, advantage 1": Arm(replay=4, advantage=1),
     "replay, prefix": Arm(replay=4, prefix=True),
+    "rate 4": Arm(rate=4),
+    "replay, rate 3": Arm(replay=4, rate=3),
+    "replay 8": Arm(replay=8),
 }
 
 
@@ -153,7 +158,8 @@ def run(given):
     teacher.equip(sampler, task, print)
     first = teacher.module
     modules = {name: copy.deepcopy(first) for name in ("frozen", *ARMS)}
-    pupils = {name: torch.optim.AdamW(modules[name].parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0) for name in ARMS}
+    made = lambda name, arm: torch.optim.AdamW(modules[name].parameters(), arm.rate * cfg.draft_lr, (0.9, 0.95), weight_decay=0.0)
+    pupils = {name: made(name, arm) for name, arm in ARMS.items()}
     K = cfg.depths
     recent = collections.deque(maxlen=max(arm.replay for arm in ARMS.values()))
     fixed = None
@@ -206,30 +212,33 @@ def run(given):
 
 def table(files):
     """Means over the runs of each task; against e2e the mean difference and its standard error over runs."""
-    runs = collections.defaultdict(list)  # task -> runs, each a list of entries
+    tasks = collections.defaultdict(list)  # its runs, each a list of entries
     for file in files:
         lines = [json.loads(line) for line in open(file)]
         for seed in sorted({e["seed"] for e in lines}):
             for name in sorted({e["task"] for e in lines}):
                 some = [e for e in lines if (e["task"], e["seed"]) == (name, seed)]
                 if some:
-                    runs[name].append(some)
+                    tasks[name].append(some)
     mean = lambda entries, key: sum(e.get(key, float("nan")) for e in entries) / len(entries)
-    for name, of in runs.items():
-        some = [e[:10] for e in of], [e[-10:] for e in of]
-        average = lambda part, key: sum(mean(e, key) for e in part) / len(part)
-        print(f"\n{name}, {len(of)} seeds, {len(of[0])} steps. entropy {average(some[0], 'entropy'):.4f} -> {average(some[1], 'entropy'):.4f}, "
-              f"solved {average(some[0], 'solved'):.2f} -> {average(some[1], 'solved'):.2f}, "
-              f"eta {average(some[0], 'eta'):.3f} -> {average(some[1], 'eta'):.3f}")  # fmt: skip
-        print("| arm | first 10 | all | last 10 | last 10, against e2e | texts of step 0 | the same, tempered |\n|---|---|---|---|---|---|---|")
+    for name, of in tasks.items():
+        average = lambda runs, part, key: sum(mean(e[part], key) for e in runs) / len(runs)
+        first, last, whole = slice(10), slice(-10, None), slice(None)
+        change = lambda key, form: " -> ".join(format(average(of, part, key), form) for part in (first, last))
+        print(f"\n{name}, {len(of)} seeds, {len(of[0])} steps. entropy {change('entropy', '.4f')}, solved {change('solved', '.2f')}, "
+              f"eta {change('eta', '.3f')}")  # fmt: skip
+        print("| arm | seeds | first 10 | all | last 10 | last 10, against e2e | texts of step 0 | the same, tempered |\n" + "|---" * 8 + "|")
         for arm in ("frozen", *ARMS):
-            gaps = torch.tensor([mean(e[-10:], arm) - mean(e[-10:], "e2e") for e in of])
+            runs = [e for e in of if arm in e[0]]
+            if not runs:
+                continue
+            gaps = torch.tensor([mean(e[-10:], arm) - mean(e[-10:], "e2e") for e in runs])
             error = gaps.std().item() / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-            ends = [e[-1] for e in of]
-            print(f"| {arm} | {average(some[0], arm):.2f} | {average(of, arm):.2f} | {average(some[1], arm):.2f} | {gaps.mean():+.3f} ± {error:.3f} "
+            ends = [e[-1] for e in runs]
+            print(f"| {arm} | {len(runs)} | {average(runs, first, arm):.2f} | {average(runs, whole, arm):.2f} | {average(runs, last, arm):.2f} | {gaps.mean():+.3f} ± {error:.3f} "
                   f"| {mean(ends, 'fixed ' + arm):.2f} | {mean(ends, 'tempered ' + arm):.2f} |")  # fmt: skip
         starts = [e[0] for e in of]
-        print(f"| (step 0) | | | | | {mean(starts, 'fixed frozen'):.2f} | {mean(starts, 'tempered frozen'):.2f} |")
+        print(f"| (step 0) | | | | | | {mean(starts, 'fixed frozen'):.2f} | {mean(starts, 'tempered frozen'):.2f} |")
 
 
 def main():

@@ -2,7 +2,7 @@
 
     python results/rl_union.py warm                      a warm start of each kind of model, in out/union
     python results/rl_union.py cells --out FILE          the table: 6 cells, each 3 seeds of RL from its warm start
-    python results/rl_union.py batches --out FILE        off, frozen, e2e, advantage with 64, 512 and 4096 answers a step; one at a time on a GPU; not run yet
+    python results/rl_union.py batches --out FILE        off, frozen, e2e, advantage with 64, 512 and 4096 answers a step; one at a time on a GPU
     python results/rl_union.py measure --out FILE        seconds of rollouts of the cells' last policies, on a quiet GPU
     python results/rl_union.py table FILE FILE ...       what they found
 
@@ -30,23 +30,23 @@ CACHES = {
     "asa": ("asa", ["--rollout", "dense"], 8),
 }  # its model, its options, drafts in a round
 DRAFTS = {"off": ["--draft", "off"], "drafts": ["--draft", "advantage"]}
-BATCHES = {64: (8, 60), 512: (64, 60), 4096: (512, 24)}  # answers in a step: problems, steps
+BATCHES = {64: (8, 60, 2), 512: (64, 60, 2), 4096: (512, 24, 4)}  # answers in a step: problems, steps, minibatches
 ARMS = ("off", "frozen", "e2e", "advantage")
 # what is kept of a run's log
 KEPT = ("step solved entropy length tokens_per_read tokens_per_second rollout_s seconds draft_loss draft_eta dense_greedy sparse_greedy final "
         "cache_bytes dense_bytes peak_bytes hardware said").split()  # fmt: skip
 
 
-def jobs_of(stage, folder, seeds):
-    """-> [(name, options)]"""
+def jobs_of(stage, folder, seeds, answers):
+    """-> [(name, options)]; answers: of the stage `batches`."""
     if stage == "warm":
         return [(f"warm-{kind}-0", [*words, "--steps", 0]) for kind, words in MODELS.items()]
     if stage == "cells":
         return [(f"{cache}-{drafts}-{seed}", ["--warm", folder / f"warm-{kind}-0", "--seed", seed, "--depths", K, *words, *more])
                 for seed in seeds for drafts, more in DRAFTS.items() for cache, (kind, words, K) in CACHES.items()]  # fmt: skip
     return [(f"batch{N}-{arm}-0", ["--warm", folder / "warm-gqa-0", "--rollout", "dense", "--depths", 8, "--draft", arm,
-                                   "--problems", problems, "--steps", steps, "--eval-every", steps])
-            for N, (problems, steps) in BATCHES.items() for arm in ARMS]  # fmt: skip
+                                   "--problems", problems, "--steps", steps, "--minibatches", parts, "--eval-every", steps])
+            for N, (problems, steps, parts) in BATCHES.items() if N in answers for arm in ARMS]  # fmt: skip
 
 
 def gather(folder, names, out):
@@ -90,7 +90,7 @@ def measure(folder, names, out):
                     seconds, reads, tokens = (statistics.median(x) for x in zip(*found[8:]))
                     entry = {"measured": name, "answers": N, "drafts": drafts, "seconds": seconds, "tokens_per_read": reads,
                              "tokens_per_second": tokens / seconds, "cache_bytes": engine.nbytes, "hardware": torch.cuda.get_device_name(),
-                             "chosen": max(engine.pace.choices, key=lambda g: engine.pace.seen[g])}  # fmt: skip
+                             "chosen": min(engine.pace.ms, key=engine.pace.ms.get)}  # fmt: skip
                     f.write(json.dumps(entry) + "\n")
                     print(entry, flush=True)
 
@@ -143,6 +143,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/union.jsonl"), help="the file")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("out/union"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--answers", type=int, nargs="+", default=list(BATCHES), help="in a step of batches")
     parser.add_argument("--processes", type=int, default=0, help="runs at a time on each GPU (default: 1 for batches, else 5)")
     parser.add_argument("--limit", type=float, default=3600, help="seconds")
     given = parser.parse_args(own)
@@ -153,7 +154,7 @@ def main():
     if given.stage == "measure":
         names = [f"{cache}-drafts-{given.seeds[0]}" for cache in CACHES]
         return measure(given.runs, [name for name in names if (given.runs / name / "ckpt.pt").exists()], given.out)
-    jobs = [(name, [*words, *extra]) for name, words in jobs_of(given.stage, given.runs, given.seeds) if not (given.runs / name).exists()]
+    jobs = [(name, [*words, *extra]) for name, words in jobs_of(given.stage, given.runs, given.seeds, given.answers) if not (given.runs / name).exists()]
     began = time.time()
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
