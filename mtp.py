@@ -422,6 +422,8 @@ class Decoder:
     compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache
                  then has compress.slots slots a row, and no text is too long for it; the module's likewise.
                  A round takes a row no further than its next eviction, so it has at most buffer - 1 drafts
+    share        None; or (which rows these are, of how many): several engines with one seed write what one engine
+                 of all rows would
     Weights may change between calls (in place, as optimizers do): graphs stay valid. Raises ValueError for
     settings that do not go together.
 
@@ -435,7 +437,17 @@ class Decoder:
     PIECE = 64  # tokens of a prompt that are read at once
 
     def __init__(
-        self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None, drafts=None, compress=None
+        self,
+        trunk,
+        batch,
+        max_len,
+        mtp=None,
+        K=0,
+        temperature=1.0,
+        stop=None,
+        drafts=None,
+        compress=None,
+        share=None,
     ):
         K = K if mtp is not None else 0
         if not 0 <= temperature < math.inf:
@@ -472,6 +484,8 @@ class Decoder:
         self.drafter = self.module  # None in a list in which it takes no part
         one = torch.ones(batch, dtype=torch.long, device=self.device)  # (B,)
         width = max_len + K + 2  # a round may write behind the limit
+        own, self.total = share or (range(batch), batch)
+        self.own = torch.tensor(list(own), device=self.device)  # (B,)
         self.fresh = one < 1  # (B,) rows that were filled last
         self.state = State(
             text=one.new_zeros(batch, width),
@@ -497,8 +511,10 @@ class Decoder:
         state = self.state
         V = len(self.trunk.embed.weight)
         pending = state.text.gather(1, state.known[:, None] - 1)  # (B, 1)
-        noise = state.logp.new_empty(g + 1, self.batch, 1, V).exponential_()
-        u = torch.rand(self.batch, g, device=self.device, dtype=state.logp.dtype)
+        noise = state.logp.new_empty(g + 1, self.total, 1, V).exponential_()
+        u = torch.rand(self.total, g, device=self.device, dtype=state.logp.dtype)
+        if self.total > self.batch:
+            noise, u = noise[:, self.own], u[self.own]  # (g + 1, B, 1, V), (B, g)
 
         # 1) draft
         drafts = pending[:, :0]  # (B, 0)

@@ -3,6 +3,8 @@
     python train_rl.py --small --name small       sums on a CPU, offline, under 3 minutes: compressed, with drafts
     python train_rl.py                            the same at full size on one GPU, in 3 minutes
     python train_rl.py --warm out/rl-sums-both --correct none     another arm from the same warm start
+    python train_rl.py --init smollm2 --task words                a model that others trained: a folder, or smollm2
+    torchrun --nproc_per_node=2 train_rl.py ...   the same run, the same problems, on 2 GPUs or CPU processes
     python train_rl.py --resume --name NAME       go on with out/NAME
 
     1) task       problems, demonstrations that are often wrong, an exact reward
@@ -12,14 +14,17 @@
     5) drafter    with --draft a module of mtp.py drafts the rollouts, and learns as the policy moves
     6) evaluation greedy answers to held-out problems, from the full and from the compressed cache
 
-A step depends on weights, optimizer, seed and step alone: runs can be resumed, and arms of a seed get the
-same problems. Does NOT include: a KL term, several GPUs, rollouts that go on while the learner learns. Read
+A step depends on weights, optimizer, seed and step alone: runs can be resumed, on any number of processes
+that divides the problems of a minibatch, and arms of a seed get the same problems. Does NOT include: a KL
+term, chat templates, rollouts that go on while the learner learns. Read
 first: sparse_rl.py; mtp.py for the decoding engine and the module that drafts; train_lm.py for options and
 runs. Letters as there; N answers in a step, T tokens of the longest prompt with its answer.
 """
 
+import copy
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import random
@@ -30,6 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -47,24 +53,48 @@ from train_lm import ATTENTION, DEVICES, LM, UserError, option
 
 
 class Task:
-    """Problems in few characters, one token each. An answer ends in a result and a full stop: reward 1 or 0.
+    """Problems whose answers end in a result and a full stop: reward 1 or 0.
 
     problem(rng) -> a prompt. work(prompt, rng) -> the right answer; with rng a demonstration, each step of
-    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer).
+    which goes wrong with probability 0.1. letters = (most characters of a prompt, of an answer); room the same
+    in tokens.
+    A model of ours reads characters, one token each. One that others trained has a tokenizer `enc`, and reads
+    `shots` solved problems, one a line, before each prompt.
     Held-out problems come from a seed of their own. Of 99^7 sums hardly one is met in training too; of
     --small's 256 held-out ones 19 are.
     """
 
-    def __init__(self, size, largest=99):
+    end = "."  # of an answer
+
+    def __init__(self, size, largest=99, enc=None, shots=0):
         self.size = size
         self.largest = largest
-        self.stop = self.symbols.index(".")
+        self.enc = enc
+        self.prepare(shots)
+
+    def prepare(self, shots):
+        """What follows from the tokenizer."""
+        solved = [self.problem(random.Random(f"shot {i}")) for i in range(shots)]
+        self.lead = "".join(f"{prompt}{self.work(prompt).rstrip()}\n" for prompt in solved)
+        self.stop = self.encode(self.end)[-1]
+        self.room = self.measured() if self.enc else self.letters
+
+    def measured(self):
+        """Of 1000 problems the longest prompt and, with a half more, the longest answer, in tokens."""
+        rng = random.Random("room")
+        asked = [self.problem(rng) for _ in range(1000)]
+        longest = max(len(self.encode(self.work(prompt))) for prompt in asked)
+        return max(len(self.asked(prompt)) for prompt in asked), longest + longest // 2
 
     def encode(self, text):
-        return [self.symbols.index(c) for c in text]
+        return self.enc.encode_ordinary(text) if self.enc else [self.symbols.index(c) for c in text]
+
+    def asked(self, prompt):
+        """-> the tokens that a model is given."""
+        return self.encode(self.lead + prompt)
 
     def decode(self, tokens):
-        return "".join(self.symbols[t] for t in tokens)
+        return train_lm.decoded(self.enc, tokens) if self.enc else "".join(self.symbols[t] for t in tokens)
 
     def number(self, rng):
         return rng.randint(1, self.largest)
@@ -73,17 +103,22 @@ class Task:
         return rng.choice((-1, 1)) * rng.choice((1, 2, 3, 10)) if rng and rng.random() < chance else 0
 
     def reward(self, prompt, answer):
-        return float(result(answer) == self.right(prompt))
+        return float(self.result(answer) == self.right(prompt))
 
     @functools.lru_cache(1024)  # a whole group answers the same prompt
     def right(self, prompt):
-        return result(self.work(prompt))
+        return self.result(self.work(prompt))
 
+    @staticmethod
+    def result(answer):
+        """The number that ends an answer, behind `=`, a letter or alone, as text; None: there is none."""
+        found = re.fullmatch(r"\s*(?:.*[=a-z])?(-?\d+)\.", answer)
+        return found and found[1]
 
-def result(answer):
-    """The number that ends an answer, behind `=` or a letter or alone, as text; None where there is none."""
-    found = re.fullmatch(r"(?:.*[=a-z])?(-?\d+)\.", answer)
-    return found and found[1]
+    @property
+    def held_out(self):
+        """The task whose problems are held out: itself, where problems are as many as one likes."""
+        return self
 
 
 class Sums(Task):
@@ -97,7 +132,7 @@ class Sums(Task):
     symbols = "0123456789+-=."
 
     @property
-    def room(self):
+    def letters(self):
         operand = 1 + len(str(self.largest))  # with its sign
         total = 1 + len(str((self.largest + 10) * (self.size + 1)))
         return operand * (self.size + 1), sum(total + operand * left + 1 for left in range(self.size))
@@ -125,7 +160,7 @@ class Ledger(Task):
     symbols = "0123456789abcdefgh:=-."
 
     @property
-    def room(self):
+    def letters(self):
         return 16 + 1 + 2 * self.size + 1, 4 * 2 * self.size + 1
 
     def problem(self, rng):
@@ -156,7 +191,7 @@ class Words(Task):
     things = ("pens", "nuts", "eggs", "keys", "caps")
 
     @property
-    def room(self):
+    def letters(self):
         # the longest event is `he buys 9 bags of 9. `, its equations `9*9=81;999+81=999;`
         return len("tom has 99 pens. how many=") + 21 * self.size, 19 * self.size
 
@@ -191,13 +226,79 @@ class Words(Task):
         return ";".join(steps) + "."
 
 
-TASKS = {"sums": Sums, "ledger": Ledger, "words": Words}
+class Lines(Task):
+    """Questions and answers of a file, one a line: {"question": .., "answer": ..}, as GSM8K has them.
+
+    Right is an answer whose last number is that of the file's answer. It ends with its line. Every tenth
+    question is held out.
+    """
+
+    end = "\n"
+
+    def __init__(self, file, enc, shots=0, most=0):
+        self.enc = enc
+        pairs = read_lines(file)
+        self.most = most  # tokens of an answer, or 0
+        self.answers = dict(pairs)
+        self.questions = [q for i, (q, _) in enumerate(pairs) if i % 10]
+        self.others = [q for i, (q, _) in enumerate(pairs) if i % 10 == 0]
+        self.prepare(shots)
+
+    def problem(self, rng):
+        return rng.choice(self.questions)
+
+    def work(self, prompt, rng=None):
+        return self.answers[prompt]
+
+    def measured(self):
+        prompt, answer = (max(len(f(q)) for q in self.answers) for f in (self.asked, self.answer_tokens))
+        return prompt, self.most or answer + answer // 2
+
+    def answer_tokens(self, prompt):
+        return self.encode(self.answers[prompt])
+
+    @staticmethod
+    def result(answer):
+        found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)
+        return float(found[-1].replace(",", "")) if found else None
+
+    @property
+    def held_out(self):
+        other = copy.copy(self)
+        other.questions = self.others
+        return other
+
+
+def read_lines(file):
+    """-> [(prompt, answer)], each answer in one line. UserError for what is no such file."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            said = [json.loads(line) for line in f if line.strip()]
+        pairs = [("Question: " + " ".join(x["question"].split()) + "\nAnswer: ", x["answer"]) for x in said]
+        pairs = [(prompt, " ".join(answer.split()) + "\n") for prompt, answer in pairs]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"--data {file}: no lines with a question and an answer ({str(e)[:120]})") from e
+    wrong = [answer for _, answer in pairs if Lines.result(answer) is None]
+    if wrong or len(pairs) < 20:
+        what = (
+            f"an answer has no number: {wrong[0][:60]!r}" if wrong else f"{len(pairs)} questions, 20 at least"
+        )
+        raise UserError(f"--data {file}: {what}")
+    return pairs
+
+
+TASKS = {"sums": Sums, "ledger": Ledger, "words": Words, "jsonl": Lines}
 
 
 def problems(task, count, *seed):
-    """The same problems for the same seed, on every computer."""
+    """The same problems for the same seed, on every computer; of a text's tokens no more than its room."""
     rng = random.Random(" ".join(map(str, seed)))
-    return [task.problem(rng) for _ in range(count)]
+    found = []
+    while len(found) < count:
+        prompt = task.problem(rng)
+        if not task.enc or len(task.asked(prompt)) <= task.room[0]:
+            found.append(prompt)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -222,14 +323,28 @@ class Config:
     task: str = option("sums", "what is to be learned", group="task", choices=TASKS, fixed=True)
     size: int = option(6, "operations in a problem", least=1, most=64, fixed=True)
     largest: int = option(99, "largest number in a sum", least=1, most=10**9, fixed=True)
+    data: str = option("", "of --task jsonl: a file of question / answer lines, as GSM8K has", fixed=True)
+    answer: int = option(
+        0, "most tokens of its answers; 0 = half more than the longest there", least=0, most=2**16, fixed=True
+    )
     attn: str = option("gqa", "all but gqa: dense rollouts", group="model", choices=ATTENTION, fixed=True)
     layers: int = option(4, "Transformer blocks", least=1, most=512, fixed=True)
     width: int = option(256, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
     groups: int = option(8, "key-value heads of gqa, latents of asa's global layers", least=1, fixed=True)
     window: int = option(16, "tokens in the window of asa's local layers", least=1, fixed=True)
-    warm: str = option("", "a run: its warm start, task and model are used", group="warm start")
-    warm_steps: int = option(6000, "steps of imitation", least=1, fixed=True)
+    init: str = option(
+        "",
+        "instead of a new model: a run of train_lm.py, a folder in the Hugging Face layout, or smollm2; without "
+        "imitation unless --warm-steps is given",
+        group="warm start",
+        fixed=True,
+    )
+    shots: int = option(
+        4, "with --init, without imitation: solved problems before each", least=0, most=64, fixed=True
+    )
+    warm: str = option("", "a run: its warm start, task and model are used")
+    warm_steps: int = option(6000, "steps of imitation", least=0, fixed=True)
     warm_batch: int = option(256, "demonstrations in such a step", least=1, most=2**16, fixed=True)
     warm_lr: float = option(1e-3, "its highest learning rate", least=0, fixed=True)
     rollout: str = option(
@@ -303,15 +418,27 @@ EXPECTED = {
 # What may differ from a preset all the same.
 FREE = "preset rollout correct draft seed device out name eval_every save_every resume check".split()
 MODEL = "attn layers width heads groups window".split()
-MADE = ["task", "size", "largest", *MODEL]  # what a warm start was made for
+MADE = "task size largest data answer init".split() + MODEL  # what a warm start was made for
 
 
-def validate(cfg):
+def validate(cfg, world=1):
     """UserError for options that do not fit together."""
     train_lm.check_options(cfg)
-    train_lm.check_heads(cfg)
-    if cfg.problems % cfg.minibatches:
-        raise UserError(f"--minibatches {cfg.minibatches} must divide --problems {cfg.problems}")
+    if not cfg.init:
+        train_lm.check_heads(cfg)
+    if cfg.problems % (cfg.minibatches * world):
+        by = (
+            f"{world} processes x --minibatches {cfg.minibatches}"
+            if world > 1
+            else f"--minibatches {cfg.minibatches}"
+        )
+        raise UserError(f"{by} must divide --problems {cfg.problems}")
+    if (cfg.task == "jsonl") != bool(cfg.data):
+        raise UserError("--task jsonl reads questions from --data FILE, and only it does")
+    if cfg.task == "jsonl" and not cfg.init:
+        raise UserError("--task jsonl is for a model that reads text: give --init")
+    if not (cfg.init or cfg.warm_steps):
+        raise UserError("--warm-steps must be at least 1 without --init")
     if cfg.rollout == "sparse" and not ATTENTION[cfg.attn]["evicts"]:
         raise UserError(f"--attn {cfg.attn}: its cache cannot be compressed, so give --rollout dense")
     if "kept" in cfg.correction.reads and cfg.rollout == "dense":
@@ -344,9 +471,10 @@ class Demonstrations(Dataset):
         weights = np.zeros(tokens.shape, np.float32)  # (B, T)
         for row, weight in zip(tokens, weights):
             prompt = self.task.problem(rng)
-            text = prompt + self.task.work(prompt, rng)
-            row[: len(text)] = self.task.encode(text)
-            weight[len(prompt) : len(text)] = 1
+            given = self.task.asked(prompt)
+            text = given + self.task.encode(self.task.work(prompt, rng))
+            row[: len(text)] = text
+            weight[len(given) : len(text)] = 1
         return torch.from_numpy(tokens), torch.from_numpy(weights)
 
 
@@ -381,6 +509,21 @@ def imitate(model, task, cfg, device):
 def build(cfg, device):
     """-> (model, task), the model with its first weights."""
     torch.manual_seed(cfg.seed)
+    if cfg.init:
+        model, enc = train_lm.load_model(cfg.init, device)
+        shots = 0 if cfg.warm_steps else cfg.shots
+        if cfg.task == "jsonl":
+            task = Lines(cfg.data, enc, shots, cfg.answer)
+        else:
+            task = TASKS[cfg.task](cfg.size, cfg.largest, enc, shots)
+        model.mtp = None  # Teacher makes its own
+        train_lm.fits(model.cfg, device)
+        if sum(task.room) > model.cfg.context:
+            made = f"--init {cfg.init}: its weights were made for at most {model.cfg.context} tokens"
+            raise UserError(
+                f"{made}, a problem with its answer has {sum(task.room)}: fewer --shots, or --answer"
+            )
+        return model, task
     task = TASKS[cfg.task](cfg.size, cfg.largest)
     sizes = {name: getattr(cfg, name) for name in MODEL}
     model = train_lm.Config(**sizes, vocab=len(task.symbols), context=sum(task.room))
@@ -396,12 +539,26 @@ def read_warm(cfg, given):
         raise UserError("--resume goes on from a checkpoint; --warm is for a new run")
     path = pathlib.Path(cfg.warm)
     saved = train_lm.load_checkpoint(path / "warm.pt" if path.is_dir() else path, ("model", "made"))
+    if isinstance(saved["made"], dict):
+        saved["made"] = {"init": "", "data": "", "answer": 0, **saved["made"]}  # of before
     if not isinstance(saved["made"], dict) or set(saved["made"]) != set(MADE):
         raise UserError(f"--warm {path}: the warm start of another version of train_rl.py")
     for name, value in saved["made"].items():
         if given.get(name, value) != value:
             raise UserError(f"--warm {path} was made with {train_lm.flag(name)} {value}, not {given[name]}")
     return saved, dataclasses.replace(cfg, **saved["made"])
+
+
+def read_init(cfg, given):
+    """cfg with the shape of the model that --init names; no imitation unless it was asked for."""
+    if not cfg.init or cfg.resume or cfg.warm:
+        return cfg
+    model, _ = train_lm.load_model(cfg.init)
+    shape = {name: getattr(model.cfg, name) for name in MODEL}
+    for name, value in shape.items():
+        if given.get(name, value) != value:
+            raise UserError(f"--init {cfg.init} has {train_lm.flag(name)} {value}, not {given[name]}")
+    return dataclasses.replace(cfg, **shape, warm_steps=given.get("warm_steps", 0))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -421,34 +578,75 @@ class Rollout:
     old: torch.Tensor = None  # (N, T - 1) log pi_o, when the learner has read the answers
 
 
-def engine(model, task, cfg, rows, temperature, sparse, module=None):
+def engine(model, task, cfg, rows, temperature, sparse, module=None, share=None):
     """The decoder of `rows` answers at once; the weights that it reads are the model's own.
 
-    With a module it drafts where that is faster; on a CPU always, so that a seed gives the same answers.
+    With a module it drafts where that is faster; on a CPU always, so that a seed gives the same answers. share:
+    of mtp.Decoder, where several processes answer.
     """
     compress = cfg.compress if sparse else None
     if sparse and temperature and "kept" in cfg.correction.reads:
         compress = Recorder(compress, sum(task.room))
     drafts = None if model.embed.weight.is_cuda or module is None else cfg.depths
-    more = dict(mtp=module, K=cfg.depths, drafts=drafts, stop=task.stop, compress=compress)
+    more = dict(mtp=module, K=cfg.depths, drafts=drafts, stop=task.stop, compress=compress, share=share)
     return Decoder(model, rows, sum(task.room), temperature=temperature, **more)
 
 
 def rollout(decoder, task, prompts):
     """Answer all prompts at once, one row each."""
     start = time.perf_counter()
-    asked = [torch.tensor(task.encode(prompt)) for prompt in prompts]  # N of (tokens,)
+    asked = [torch.tensor(task.asked(prompt)) for prompt in prompts]  # N of (tokens,)
     text, logp, mask = decoder.answer(asked, task.room[1])  # (N, T) each
     rows = torch.cat([mask.sum(-1, keepdim=True), text], dim=1).tolist()  # one transfer, the host waits here
     seconds = time.perf_counter() - start
-    ends = [len(prompt) + length for prompt, (length, *_) in zip(prompts, rows)]
-    answers = [task.decode(row[1 + len(p) : 1 + end]) for p, row, end in zip(prompts, rows, ends)]
+    ends = [len(prompt) + length for prompt, (length, *_) in zip(asked, rows)]
+    answers = [task.decode(row[1 + len(p) : 1 + end]) for p, row, end in zip(asked, rows, ends)]
     reward = torch.tensor([task.reward(*pair) for pair in zip(prompts, answers)], device=text.device)  # (N,)
     return Rollout(text, logp[:, 1:], mask[:, 1:].float(), answers, reward, seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 4) learner
+
+
+class World:
+    """Processes that share the problems of a step; of one process everything here is the identity.
+
+    Each has a part of every minibatch, so that the updates are those of one process up to rounding.
+    """
+
+    def __init__(self, rank=0, size=1):
+        self.rank = rank
+        self.size = size
+
+    def own(self, count, parts=1, rank=None):
+        """Which of `count` items are this process's, or another's: the same share of each of `parts`."""
+        size = count // parts
+        return [
+            i for i in range(count) if i % size * self.size // size == (self.rank if rank is None else rank)
+        ]
+
+    def mean(self, tensors):
+        """Replace each tensor by its mean over the processes."""
+        if self.size > 1:
+            flat = torch.cat([x.flatten() for x in tensors])
+            dist.all_reduce(flat)
+            for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
+                x.copy_(part.view_as(x) / self.size)
+
+    def gather(self, x, parts=1):
+        """x (n, ..), of one shape in all processes -> all of them (size n, ..), in the order of one process."""
+        if self.size == 1:
+            return x
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(found, x.contiguous())
+        order = [i for rank in range(self.size) for i in self.own(self.size * len(x), parts, rank)]
+        return torch.cat(found)[torch.tensor(order, device=x.device).argsort()]
+
+    def copy_first(self, model):
+        """All processes get the weights of process 0."""
+        for p in model.parameters() if self.size > 1 else ():
+            dist.broadcast(p.data, 0)
 
 
 def answer_logp(model, r, rows, reads="full", recorder=None):
@@ -461,7 +659,7 @@ def answer_logp(model, r, rows, reads="full", recorder=None):
     return sparse_rl.token_logp(model(text[:, :-1], cache), text[:, 1:]) * r.mask[rows]
 
 
-def learn(model, optimizer, r, cfg, recorder=None):
+def learn(model, optimizer, r, cfg, recorder=None, world=World()):
     """The updates of one step -> what there is to log. recorder: of what the sampler kept."""
     how = cfg.correction
     size = len(r.text) // cfg.minibatches
@@ -490,7 +688,9 @@ def learn(model, optimizer, r, cfg, recorder=None):
     # 4) which minibatches have a gradient: those with an answer that has weight, in a group with a signal.
     # Adam's momentum would move the weights without one. The host waits here, once, for all minibatches.
     alive = (weights.amax((0, 2)) > 0) & signal.repeat_interleave(cfg.group_size)  # (N,)
-    useful = alive.view(len(parts), -1).any(-1).tolist()
+    useful = alive.view(len(parts), -1).any(-1).float()  # (minibatches,)
+    world.mean([useful])
+    useful = (useful > 0).tolist()
 
     # 5) the updates
     updates = []  # of (loss, clipped, largest log rho, norm)
@@ -502,6 +702,7 @@ def learn(model, optimizer, r, cfg, recorder=None):
             term = sparse_rl.objective(logp, anchor, advantage[part], weight, counted, cfg.clip)
             (term[0] / len(views)).backward()
             terms.append(torch.stack(term).detach())
+        world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
         loss = torch.stack([term[0] for term in terms]).mean()
         train_lm.look("in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist())))
@@ -517,8 +718,12 @@ def learn(model, optimizer, r, cfg, recorder=None):
     found.update(solved=r.reward.mean(), length=r.mask.sum(-1).mean(), no_signal=1 - signal.float().mean())
     found.update(entropy=-r.sampler.sum() / r.mask.sum(), loss=loss, clipped=clipped, norm=norm)
     found["log_rho_max"] = updates[:, 2].max()
-    values = torch.stack(list(found.values())).tolist()
-    return {**dict(zip(found, values)), "updates": sum(useful)}
+    values = world.gather(torch.stack(list(found.values()))[None])  # (processes, values)
+    least, most, mean = (f.tolist() for f in (values.amin(0), values.amax(0), values.mean(0)))
+    pick = lambda name, i: (
+        least[i] if name.endswith("_min") else most[i] if name.endswith("_max") else mean[i]
+    )
+    return {**{name: pick(name, i) for i, name in enumerate(found)}, "updates": sum(useful)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -557,12 +762,15 @@ class Teacher:
 
     ROLLOUTS = 4  # that --draft advantage learns from in a step
     MOST = 128  # answers of each
+    LOGITS = 2**28  # of a depth, at most: fewer answers where the vocabulary is large
 
-    def __init__(self, model, task, cfg):
+    def __init__(self, model, task, cfg, world=World()):
         weight = model.embed.weight
         self.model = model
         self.cfg = cfg
+        self.world = world
         self.room = sum(task.room)
+        self.most = max(8, min(self.MOST, self.LOGITS // (self.room * len(weight))))
         self.module = mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0, capturable=weight.is_cuda
@@ -576,10 +784,11 @@ class Teacher:
         cfg = self.cfg
         parts = []  # of (text, mask)
         for i in range(rollouts):
-            r = rollout(decoder, task, problems(task, decoder.batch, cfg.seed, "equip", i))
+            asked = problems(task, decoder.batch * self.world.size, cfg.seed, "equip", i)
+            r = rollout(decoder, task, [asked[i] for i in self.world.own(len(asked))])
             parts.append(self.padded(r.text, nn.functional.pad(r.mask, (1, 0))))
-        text, mask = (torch.cat(x) for x in zip(*parts))  # (rollouts N, room) each
-        rows = min(32, decoder.batch)
+        text, mask = (self.world.gather(torch.cat(x), rollouts) for x in zip(*parts))  # (rollouts N, room) each
+        rows = min(32, self.most)
         quiet = lambda line: None
         self.model.requires_grad_(False)
         settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": quiet}
@@ -593,13 +802,16 @@ class Teacher:
         return [nn.functional.pad(x, (0, self.room - x.shape[1])) for x in columns]
 
     def teach(self, r, step):
-        """After the policy's update, from its answers -> what there is to log."""
-        N = len(r.text)
-        every = max(1, N // self.MOST)
-        rows = every * torch.arange(N // every, device=r.text.device) + step % every  # (n,)
-        mask, old = (nn.functional.pad(x[rows], (1, 0)) for x in (r.mask, r.old))  # (n, T) each
-        advantage = sparse_rl.group_advantage(r.reward, self.cfg.group_size)[rows]  # (n,)
-        lesson = (*self.padded(r.text[rows], mask, old), advantage)
+        """After the policy's update, from its answers -> what there is to log.
+
+        All processes learn the same, from answers of all.
+        """
+        mask, old = (nn.functional.pad(x, (1, 0)) for x in (r.mask, r.old))  # (n, T) each
+        advantage = sparse_rl.group_advantage(r.reward, self.cfg.group_size)  # (n,)
+        columns = [*self.padded(r.text, mask, old), advantage]
+        columns = [self.world.gather(x, self.cfg.minibatches) for x in columns]  # of all N answers
+        every = max(1, len(columns[0]) // self.most)
+        lesson = tuple(x[step % every :: every][: self.most] for x in columns)
         most = self.ROLLOUTS if self.cfg.draft == "advantage" else 1
         self.recent = [lesson, *self.recent][:most]
         found = torch.stack([self.update(*lesson) for lesson in self.recent])  # (updates, 3)
@@ -653,7 +865,7 @@ class Teacher:
 
 def evaluate(decoder, task, count):
     """Greedy answers to held-out problems -> the share solved, and the first answer in words."""
-    asked = problems(task, count, "held out")
+    asked = problems(task.held_out, count, "held out")
     r = rollout(decoder, task, asked)
     return r.reward.mean().item(), f"{asked[0]}|{r.answers[0]} {'right' if r.reward[0] else 'wrong'}"
 
@@ -661,21 +873,25 @@ def evaluate(decoder, task, count):
 def train(cfg, given):
     """One run, from its folder to its last line. Returns the exit code."""
     warm, cfg = read_warm(cfg, given)
+    cfg = read_init(cfg, given)
     device = train_lm.pick_device(cfg)
+    world = World(*train_lm.processes(device))
     cuda = device.type == "cuda"
     if not cuda:
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more would mostly wait for each other
-    run, saved = train_lm.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", validate)
+    check = lambda cfg: validate(cfg, world.size)
+    run, saved = train_lm.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", check, world.rank, world.size)
     cfg = run.cfg
 
     # 1) model, optimizer, engines
     model, task = build(cfg, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0, fused=cuda)
-    N = cfg.problems * cfg.group_size
+    N = cfg.problems * cfg.group_size // world.size  # answers of this process in a step
     sparse = cfg.rollout == "sparse"
-    teacher = None if cfg.draft == "off" else Teacher(model, task, cfg)
+    teacher = None if cfg.draft == "off" else Teacher(model, task, cfg, world)
     module = teacher and teacher.module
-    sampler = engine(model, task, cfg, N, 1.0, sparse, module)
+    share = (world.own(N * world.size, cfg.minibatches), N * world.size)
+    sampler = engine(model, task, cfg, N, 1.0, sparse, module, share)
     greedy = {"dense": engine(model, task, cfg, cfg.held_out, 0.0, False)}
     if ATTENTION[cfg.attn]["evicts"]:
         greedy["sparse"] = engine(model, task, cfg, cfg.held_out, 0.0, True)
@@ -687,7 +903,9 @@ def train(cfg, given):
         f"{torch.cuda.get_device_name()}, fp32" if cuda else "CPU, fp32",
         f"model    {cfg.attn}, {size / 1e6:.2f} M parameters; {cfg.task} of {cfg.size}, {longest} tokens",
         f"cache    {cfg.rollout} rollouts: {held / 2**20:.1f} MiB allocated for {N} answers, "
-        f"{abs(1 - held / full):.0%} {'less' if held <= full else 'more'} than dense",
+        f"{abs(1 - held / full):.0%} {'less' if held <= full else 'more'} than dense"
+        + f", in each of {world.size} processes"
+        * (world.size > 1),
         cache_bytes=held,
         dense_bytes=full,
     )
@@ -714,16 +932,20 @@ def train(cfg, given):
     elif warm:
         train_lm.load_state(cfg.warm, model, warm["model"])
     else:
-        start = time.time()
-        loss = imitate(model, task, cfg, device)
-        took = f"{time.time() - start:.0f} s, loss {loss:.3f}"
-        run.say(f"warm     {cfg.warm_steps} steps of {cfg.warm_batch} demonstrations in {took}")
-        made = {name: getattr(cfg, name) for name in MADE}
-        train_lm.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
+        if cfg.warm_steps and world.rank == 0:
+            start = time.time()
+            loss = imitate(model, task, cfg, device)
+            took = f"{time.time() - start:.0f} s, loss {loss:.3f}"
+            run.say(f"warm     {cfg.warm_steps} steps of {cfg.warm_batch} demonstrations in {took}")
+            made = {name: getattr(cfg, name) for name in MADE}
+            train_lm.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
+        world.copy_first(model)
 
     if teacher and not saved:
         torch.manual_seed(cfg.seed)
-        teacher.equip(engine(model, task, cfg, N, 1.0, sparse), task, run.say)
+        share = (world.own(N * world.size), N * world.size)
+        teacher.equip(engine(model, task, cfg, N, 1.0, sparse, share=share), task, run.say)
+        world.copy_first(module)
 
     def save():
         run.look(**{"norm of the module": train_lm.norm_of(module) if module else 0.0})
@@ -736,22 +958,23 @@ def train(cfg, given):
         torch.cuda.reset_peak_memory_stats()
     run.catch_signals()
     if not saved:
-        found = test()
+        found = test() if world.rank == 0 else None
         save()
     while run.step < cfg.steps:
         start = time.perf_counter()
         torch.manual_seed((cfg.seed * 1_000_003 + run.step) % 2**63)
         train_lm.set_rate(optimizer, cfg.lr * min(1, (run.step + 1) / 10))
         asked = problems(task, cfg.problems, cfg.seed, "train", run.step)
+        asked = [asked[i] for i in world.own(cfg.problems, cfg.minibatches)]
         r = rollout(sampler, task, [prompt for prompt in asked for _ in range(cfg.group_size)])
-        log = learn(model, optimizer, r, cfg, sampler.compress)
+        log = learn(model, optimizer, r, cfg, sampler.compress, world)
         if teacher and cfg.draft != "frozen":
             log.update(teacher.teach(r, run.step))
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])
-        log["finished"] = sum(answer.endswith(".") for answer in r.answers) / N
-        log["tokens_per_second"] = sum(map(len, r.answers)) / r.seconds
+        log["finished"] = sum(answer.endswith(task.end) for answer in r.answers) / N
+        log["tokens_per_second"] = N * world.size * log["length"] / r.seconds
         log.update(rollout_s=r.seconds, seconds=run.timed[-1])
         rounds, tokens = sampler.state.reads.sum(0).tolist()
         log["tokens_per_read"] = tokens / max(rounds, 1)
@@ -767,12 +990,16 @@ def train(cfg, given):
                 "| rollout {rollout_s:.2f} of {seconds:.2f} s"
             )
             run.progress(line.format(**log))
-        found = test() if run.due(cfg.eval_every) else None
-        stopping = bool(run.signals)
+        found = test() if run.due(cfg.eval_every) and world.rank == 0 else None
+        signals = torch.tensor([float(len(run.signals))], device=device)
+        world.mean([signals])
+        stopping = signals.item() > 0
         if stopping or run.due(cfg.save_every):
             save()
         if stopping:
             return run.stopped()
+    if world.rank:
+        return 0
     report = savings(model, task, cfg, sampler)
     return finish(run, found or test(log=False), solved, report, device)
 
@@ -783,13 +1010,13 @@ def savings(model, task, cfg, sampler):
     bytes of the policy's and the module's caches, of the full cache of gqa, of the cache of asa in its place;
     tokens per read and seconds of a rollout, with the sampler and without its drafts, by the last policy.
     """
-    N = cfg.problems * cfg.group_size
+    N = sampler.batch
     found = {"policy": sampler.cache.nbytes, "module": sampler.nbytes - sampler.cache.nbytes}
-    for attn in ("gqa", "asa"):
+    for attn in ("gqa",) if cfg.init else ("gqa", "asa"):
         with torch.device("meta"):  # nothing is allocated
             other = LM(dataclasses.replace(model.cfg, attn=attn))
             found[attn] = N * other.new_cache(1, sum(task.room), 1, torch.float32, "meta").nbytes
-    asked = problems(task, cfg.problems, cfg.seed, "savings")
+    asked = problems(task, N // cfg.group_size, cfg.seed, "savings")
     asked = [prompt for prompt in asked for _ in range(cfg.group_size)]
     plain = engine(model, task, cfg, N, 1.0, cfg.rollout == "sparse")
     for name, decoder in {"drafts": sampler, "plain": plain}.items():
@@ -820,11 +1047,11 @@ def finish(run, found, solved, saved, device):
     cfg = run.cfg
     greedy = ", ".join(f"{share:.1%} with the {name.split('_')[0]} cache" for name, share in found.items())
     first, last = (np.mean(part or [0]) for part in (solved[:10], solved[-10:]))
-    MiB = {name: f"{saved[name] / 2**20:.1f} MiB" for name in ("policy", "module", "gqa", "asa")}
+    MiB = {name: f"{saved.get(name, 0) / 2**20:.1f} MiB" for name in ("policy", "module", "gqa", "asa")}
     lines = [
         f"bytes    {1 - saved['policy'] / saved['gqa']:.0%} of the full cache's {MiB['gqa']}: {MiB['policy']}"
     ]
-    if cfg.attn == "gqa":
+    if cfg.attn == "gqa" and not cfg.init:
         lines[0] += f"; asa in its place: {MiB['asa']}"
     if cfg.draft != "off":
         lines[0] += f"; the module that drafts has {MiB['module']}"
