@@ -762,7 +762,7 @@ class Teacher:
 
     ROLLOUTS = 4  # that --draft advantage learns from in a step
     MOST = 128  # answers of each
-    LOGITS = 2**28  # of a depth, at most: fewer answers where the vocabulary is large
+    LOGITS = 2**27  # of a depth, at most: fewer answers where the vocabulary is large
 
     def __init__(self, model, task, cfg, world=World()):
         weight = model.embed.weight
@@ -788,7 +788,7 @@ class Teacher:
             r = rollout(decoder, task, [asked[i] for i in self.world.own(len(asked))])
             parts.append(self.padded(r.text, nn.functional.pad(r.mask, (1, 0))))
         text, mask = (self.world.gather(torch.cat(x), rollouts) for x in zip(*parts))  # (rollouts N, room) each
-        rows = min(32, self.most)
+        rows = min(32, self.most, decoder.batch)
         quiet = lambda line: None
         self.model.requires_grad_(False)
         settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": quiet}

@@ -59,7 +59,8 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     # 2) the module
     mask = torch.ones_like(texts)
     mask[:, :prompt] = 0
-    rate = equip_module(model, model.mtp, texts, mask, K, steps)
+    rows = max(4, min(32, 2**28 // (texts.shape[1] * cfg.vocab)))  # logits of a depth fit in 1 GiB
+    rate = equip_module(model, model.mtp, texts, mask, K, steps, rows)
     train_lm.look("after training: nothing was saved", **{"module's norm": train_lm.norm_of(model.mtp)})
     module = {"module": model.mtp.state_dict(), "depths": K, "step": step}
     train_lm.save_checkpoint(folder / "mtp.pt", module)
@@ -117,7 +118,7 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
 class Equip:
     run: str = option("", "the run's folder", flag=False)
     depths: int = option(8, "K", least=1, most=64)
-    steps: int = option(2700, "training steps, 32 texts each", least=1)
+    steps: int = option(2700, "training steps, 32 texts each, fewer where the vocabulary is large", least=1)
     samples: int = option(16384, "texts that the model writes", least=64, most=2**20)
 
 
