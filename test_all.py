@@ -3315,7 +3315,7 @@ def test_public_weights_that_are_broken():
                 assert "\n" not in str(e), e
         path.write_bytes(whole)
         (tmp / "tokenizer.json").write_text("{")
-        raises(train_lm.UserError, "not a readable tokenizer", load, tmp)
+        raises(train_lm.UserError, "no readable tokenizer", load, tmp)
 
 
 # ------------------------------------------------------------------------------------------------------------
