@@ -2325,19 +2325,26 @@ def test_resumed_training_equals_uninterrupted():
             same_run(tmp / "whole", tmp / "half", f"{attn}, resumed")
 
 
+@contextlib.contextmanager
+def two_processes(*args, script):
+    """What torchrun does, beside what the block does; both must succeed."""
+    port = str(random.randint(20000, 60000))
+    meet = {**ONE_THREAD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        start = lambda rank: run(*args, script=script, env={**meet, "RANK": str(rank)})
+        results = pool.map(start, range(2))
+        yield
+        for result in results:
+            succeeds(result)
+
+
 @slow
 def test_two_processes_equal_one():
     with folder() as tmp:
         common = [*QUICK, "--out", tmp, "--steps", 4, "--eval-every", 100]
-        port = str(random.randint(20000, 60000))
-        meet = {**ONE_THREAD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        both = lambda rank: run(*common, "--name", "two", "--micro", 1, env={**meet, "RANK": str(rank)})
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # what torchrun does
-            results = pool.map(both, range(2))
+        with two_processes(*common, "--name", "two", "--micro", 1, script="train_lm.py"):
             succeeds(in_process(*common, "--micro", 4, "--name", "one"))
             succeeds(in_process(*common, "--micro", 1, "--name", "pieces"))
-            for result in results:
-                succeeds(result)
         one = losses(tmp / "one")
         assert list(one) == [1, 2, 3, 4]
         for other in ("two", "pieces"):  # processes, accumulated gradients
@@ -3184,6 +3191,39 @@ def test_public_programs_load_our_runs():
         assert succeeds(written, "tokens; ").startswith("é")
 
 
+def test_public_model_goes_on_as_a_run():
+    """--init takes shape, weights and tokenizer of a folder; the run decodes, resumes, and goes back there."""
+    needs_package("transformers", "safetensors", "tokenizers")
+    import transformers
+
+    with folder() as tmp:
+        theirs = hub_model("Qwen2", tmp / "hub")
+        (tmp / "a.txt").write_text("A text of many words, one after the other. " * 300)
+        init = ["--init", tmp / "hub", "--data", tmp / "a.txt", "--out", tmp, "--batch", 2, "--micro", 2]
+        succeeds(in_process(*init, "--name", "zero", "--steps", 0), "bits per byte")
+        ours, enc = train_lm.load_model(tmp / "zero")
+        ids = torch.tensor([enc.encode_ordinary(PAGE)])
+        with torch.no_grad():
+            want = theirs(ids).logits
+            close(ours(ids) / want.abs().max(), want / want.abs().max(), 1e-4, "before the first step")
+        said = succeeds(
+            in_process(*init, "--name", "two", "--steps", 2, "--context", 64, "--mtp", 2), "lr 1.0e-04"
+        )
+        assert "mtp 2" in said and "recall 0.0" in said
+        succeeds(in_process("--name", "two", "--out", tmp, "--resume", "--steps", 3), "resumed at step 2")
+        succeeds(in_process("--export", tmp / "back", "--name", "two", "--out", tmp), "written")
+        ours, _ = train_lm.load_model(tmp / "two")
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp / "back").eval()
+        with torch.no_grad():
+            want = ours(ids)
+            close(back(ids).logits / want.abs().max(), want / want.abs().max(), 1e-4, "after it")
+        assert transformers.AutoTokenizer.from_pretrained(tmp / "back")(PAGE).input_ids == ids[0].tolist()
+        refused(in_process(*init, "--context", 512), "made for at most 256 tokens")
+        refused(in_process(*init, "--attn", "asa"), "has --attn gqa, not asa")
+        refused(in_process("--init", tmp / "nothing"), "there is no checkpoint")
+        refused(in_process("--export", tmp / "back", "--name", "two", "--out", tmp), "not empty")
+
+
 def gguf_file(model, path):
     """A Llama of transformers as a GGUF file, by the package's own writer; q and k in GGUF's order."""
     import gguf
@@ -4002,7 +4042,7 @@ def test_tasks_have_exact_rewards():
         rng = random.Random(0)
         assert task.work(prompt) == answer
         assert answer in task.__doc__ and prompt in task.__doc__, f"{name}: the docstring's example"
-        right = train_rl.result(answer)
+        right = task.result(answer)
         worth = dict.fromkeys([answer, f"{right}.", f"={right}."], 1)
         worth |= dict.fromkeys([answer[:-1], f"1{right}.", answer + ".", ".", ""], 0)
         worth |= dict.fromkeys([f"{right}+1.", f"={right}.."], 0)
@@ -4320,6 +4360,91 @@ def test_rl_resumed_equals_uninterrupted():
         succeeds(in_rl(*out, "--steps", 3, "--name", "half", "--warm", tmp / "whole"))
         succeeds(in_rl(*out, "--steps", 6, "--name", "half", "--resume"), "expected")
         same_run(tmp / "whole", tmp / "half", "resumed")
+
+
+@slow
+def test_rl_in_two_processes_equals_one():
+    """The same answers and the same updates, from a compressed cache and with drafts that learn."""
+    with folder() as tmp:
+        more = "--draft advantage --depths 3 --buffer 4 --equip-steps 4 --steps 5 --warm-steps 60".split()
+        common = [*RL_QUICK, *RL_CACHE, *more, "--out", tmp]
+        with two_processes(*common, "--name", "two", script="train_rl.py"):
+            succeeds(run(*common, "--name", "one", script="train_rl.py"))
+        one, two = (
+            [json.loads(line) for line in (tmp / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")
+        )
+        for a, b in zip(one, two, strict=True):
+            limits = {"solved": 1e-9, "length": 1e-9, "loss": 1e-4, "norm": 1e-3, "draft_loss": 1e-3}
+            for name in set(limits) & set(a):
+                what = f"step {a['step']}: {name} {a[name]} and {b[name]}"
+                assert abs(a[name] - b[name]) <= limits[name], what
+        model = lambda name: train_lm.load_checkpoint(tmp / name / "ckpt.pt")["model"]
+        for name, x in model("one").items():  # Adam makes much of the rounding of small gradients
+            close(model("two")[name], x, 3e-4, name)
+        odd = ["--problems", 6, "--minibatches", 2]
+        env = {"RANK": "0", "WORLD_SIZE": "2"}
+        with (
+            swapped(train_lm, "processes", lambda device: (0, 2)),
+            swapped(os, "environ", {**os.environ, **env}),
+        ):
+            refused(in_rl(*odd, "--out", tmp), "2 processes x --minibatches 2 must divide --problems 6")
+
+
+def test_rl_of_a_model_that_reads_text():
+    """--init: a run whose tokenizer reads the tasks, with solved problems before each; questions of a file."""
+    with folder() as tmp:
+        size = "--width 32 --layers 1 --heads 2 --groups 2 --batch 2 --micro 2 --steps 1".split()
+        small = ["--small", "--attn", "gqa", *size, "--context", 256, "--eval-every", 9, "--out", tmp]
+        succeeds(in_process(*small, "--name", "model"))
+        init = ["--init", tmp / "model", "--out", tmp, "--device", "cpu", "--problems", 2, "--group-size", 2]
+        init += ["--held-out", 3, "--steps", 1, "--rollout", "dense", "--draft", "e2e", "--equip-steps", 2]
+        in_text = lambda *args: in_process(*init, *args, main=train_rl.main)
+        words = ["--task", "words", "--size", 1]
+        said = succeeds(in_text(*words, "--shots", 2, "--name", "shots"), "words of 1")
+        assert "warm " not in said, "no imitation, unless it is asked for"
+        succeeds(in_text(*words, "--warm-steps", 2, "--warm-batch", 2, "--name", "warm"), "warm     2 steps")
+        succeeds(in_text(*words, "--warm", tmp / "warm", "--name", "arm"), "result   words")
+        succeeds(in_text("--name", "shots", "--resume", "--steps", 2), "resumed at step 1")
+        refused(in_text(*words, "--shots", 9), "made for at most 256 tokens")
+        refused(in_text(*words, "--width", 64), "has --width 32, not 64")
+
+        lines = [
+            {"question": f"What is {i} and {i}?", "answer": f"Twice {i}\nis.\n#### {2 * i}"}
+            for i in range(40)
+        ]
+        data = tmp / "questions.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        enc = train_lm.tokenizer("bytes")
+        task = train_rl.Lines(data, enc, shots=1)
+        seen = {train_rl.problems(task, 1, i)[0] for i in range(400)}
+        other = {train_rl.problems(task.held_out, 1, i)[0] for i in range(100)}
+        assert len(seen) == 36 and len(other) == 4 and not seen & other
+        prompt = "Question: What is 7 and 7?\nAnswer: "
+        for answer, reward in (
+            ("14\n", 1),
+            ("It is 1,4 .. 14.0.\n", 1),
+            ("14 or 15\n", 0),
+            ("none", 0),
+            ("", 0),
+        ):
+            assert task.reward(prompt, answer) == reward, answer
+        assert task.decode(task.asked(prompt)) == task.lead + prompt and task.lead.count("\n") == 2
+        assert task.work(prompt) == "Twice 7 is. #### 14\n" and task.stop == ord("\n")
+        jsonl = ["--task", "jsonl", "--data", data, "--shots", 1]
+        succeeds(in_text(*jsonl, "--answer", 9, "--name", "jsonl"), "result   jsonl", "Question: What is ")
+        refused(in_text("--task", "jsonl"), "from --data FILE")
+        refused(in_text(*words, "--data", data), "only it does")
+        refused(in_rl("--task", "jsonl", "--data", data), "give --init")
+        for word, text in (
+            ("question and an answer", "{}"),
+            ("question and an answer", '{"question": 3, "answer": "4"}'),
+            ("no number", '{"question": "a", "answer": "none"}'),
+            ("1 questions, 20 at least", '{"question": "a", "answer": "4"}'),
+        ):
+            (tmp / "bad.jsonl").write_text(text)
+            refused(in_text("--task", "jsonl", "--data", tmp / "bad.jsonl"), word)
+        refused(in_text("--task", "jsonl", "--data", tmp), "question and an answer")
 
 
 @slow

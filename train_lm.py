@@ -68,6 +68,11 @@ class UserError(Exception):
     """Something that the user can mend: printed as one line, exit code 2."""
 
 
+def said_by(e):
+    """An error of another library in a line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+
+
 def build_gqa(cfg, layer):
     eps = cfg.norm_eps if cfg.qk_norm else None
     sizes = (cfg.width, cfg.heads, cfg.groups, cfg.head_width)
@@ -343,7 +348,7 @@ def tokenizer(name):
         return tiktoken.get_encoding(name)
     except Exception as e:  # unknown name, no network, a torn download: tiktoken raises many kinds
         hint = "tiktoken downloads a named encoding once; offline, leave --tokenizer away"
-        raise UserError(f"tokenizer {name!r}: {str(e).splitlines()[0][:120]} ({hint})") from e
+        raise UserError(f"tokenizer {name!r}: {said_by(e)} ({hint})") from e
 
 
 def token_bytes(enc, token):
@@ -958,7 +963,7 @@ def hub_config(folder):
         check_options(cfg)
         check_heads(cfg)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as e:
-        raise UserError(f"{path}: not the config of a model ({type(e).__name__}: {str(e)[:120]})") from e
+        raise UserError(f"{path}: not the config of a model ({said_by(e)})") from e
     wrong = {
         f"the family {family!r}: there is only {', '.join(HUB_FAMILIES)}": family not in HUB_FAMILIES,
         "a sliding window": said.get("use_sliding_window")
@@ -997,7 +1002,7 @@ def hub_tensors(folder):
     except UserError:
         raise
     except Exception as e:  # of a torn or hostile file the library raises many kinds
-        raise UserError(f"{folder}: no readable weights ({type(e).__name__}: {str(e)[:120]})") from e
+        raise UserError(f"{folder}: no readable weights ({said_by(e)})") from e
     return found
 
 
@@ -1067,7 +1072,7 @@ def read_gguf(path):
     except UserError:
         raise
     except Exception as e:  # of a torn or hostile file the reader raises many kinds
-        raise UserError(f"{path}: not a readable GGUF file ({type(e).__name__}: {str(e)[:120]})") from e
+        raise UserError(f"{path}: not a readable GGUF file ({said_by(e)})") from e
 
 
 def hub_tokenizer(folder):
@@ -1078,7 +1083,7 @@ def hub_tokenizer(folder):
         eot = json.loads((folder / "config.json").read_text())["eos_token_id"]
         return HubTokenizer(inner, int(eot[0] if isinstance(eot, list) else eot))
     except Exception as e:  # the library raises Exception itself
-        raise UserError(f"{path}: no readable tokenizer ({type(e).__name__}: {str(e)[:120]})") from e
+        raise UserError(f"{path}: no readable tokenizer ({said_by(e)})") from e
 
 
 def is_pretrained(name):

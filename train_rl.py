@@ -56,8 +56,7 @@ class Task:
     """Problems whose answers end in a result and a full stop: reward 1 or 0.
 
     problem(rng) -> a prompt. work(prompt, rng) -> the right answer; with rng a demonstration, each step of
-    which goes wrong with probability 0.1. letters = (most characters of a prompt, of an answer); room the same
-    in tokens.
+    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer); most: in tokens.
     A model of ours reads characters, one token each. One that others trained has a tokenizer `enc`, and reads
     `shots` solved problems, one a line, before each prompt.
     Held-out problems come from a seed of their own. Of 99^7 sums hardly one is met in training too; of
@@ -77,7 +76,7 @@ class Task:
         solved = [self.problem(random.Random(f"shot {i}")) for i in range(shots)]
         self.lead = "".join(f"{prompt}{self.work(prompt).rstrip()}\n" for prompt in solved)
         self.stop = self.encode(self.end)[-1]
-        self.room = self.measured() if self.enc else self.letters
+        self.most = self.measured() if self.enc else self.room
 
     def measured(self):
         """Of 1000 problems the longest prompt and, with a half more, the longest answer, in tokens."""
@@ -132,7 +131,7 @@ class Sums(Task):
     symbols = "0123456789+-=."
 
     @property
-    def letters(self):
+    def room(self):
         operand = 1 + len(str(self.largest))  # with its sign
         total = 1 + len(str((self.largest + 10) * (self.size + 1)))
         return operand * (self.size + 1), sum(total + operand * left + 1 for left in range(self.size))
@@ -160,7 +159,7 @@ class Ledger(Task):
     symbols = "0123456789abcdefgh:=-."
 
     @property
-    def letters(self):
+    def room(self):
         return 16 + 1 + 2 * self.size + 1, 4 * 2 * self.size + 1
 
     def problem(self, rng):
@@ -191,7 +190,7 @@ class Words(Task):
     things = ("pens", "nuts", "eggs", "keys", "caps")
 
     @property
-    def letters(self):
+    def room(self):
         # the longest event is `he buys 9 bags of 9. `, its equations `9*9=81;999+81=999;`
         return len("tom has 99 pens. how many=") + 21 * self.size, 19 * self.size
 
@@ -235,10 +234,10 @@ class Lines(Task):
 
     end = "\n"
 
-    def __init__(self, file, enc, shots=0, most=0):
+    def __init__(self, file, enc, shots=0, longest=0):
         self.enc = enc
         pairs = read_lines(file)
-        self.most = most  # tokens of an answer, or 0
+        self.longest = longest  # answer in tokens, or 0
         self.answers = dict(pairs)
         self.questions = [q for i, (q, _) in enumerate(pairs) if i % 10]
         self.others = [q for i, (q, _) in enumerate(pairs) if i % 10 == 0]
@@ -252,7 +251,7 @@ class Lines(Task):
 
     def measured(self):
         prompt, answer = (max(len(f(q)) for q in self.answers) for f in (self.asked, self.answer_tokens))
-        return prompt, self.most or answer + answer // 2
+        return prompt, self.longest or answer + answer // 2
 
     def answer_tokens(self, prompt):
         return self.encode(self.answers[prompt])
@@ -277,7 +276,9 @@ def read_lines(file):
         pairs = [("Question: " + " ".join(x["question"].split()) + "\nAnswer: ", x["answer"]) for x in said]
         pairs = [(prompt, " ".join(answer.split()) + "\n") for prompt, answer in pairs]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"--data {file}: no lines with a question and an answer ({str(e)[:120]})") from e
+        raise UserError(
+            f"--data {file}: no lines with a question and an answer ({train_lm.said_by(e)})"
+        ) from e
     wrong = [answer for _, answer in pairs if Lines.result(answer) is None]
     if wrong or len(pairs) < 20:
         what = (
@@ -296,7 +297,7 @@ def problems(task, count, *seed):
     found = []
     while len(found) < count:
         prompt = task.problem(rng)
-        if not task.enc or len(task.asked(prompt)) <= task.room[0]:
+        if not task.enc or len(task.asked(prompt)) <= task.most[0]:
             found.append(prompt)
     return found
 
@@ -467,7 +468,7 @@ class Demonstrations(Dataset):
 
     def __getitem__(self, step):
         rng = random.Random(f"{self.cfg.seed} demonstrations {step}")
-        tokens = np.zeros((self.cfg.warm_batch, sum(self.task.room)), np.int64)  # (B, T)
+        tokens = np.zeros((self.cfg.warm_batch, sum(self.task.most)), np.int64)  # (B, T)
         weights = np.zeros(tokens.shape, np.float32)  # (B, T)
         for row, weight in zip(tokens, weights):
             prompt = self.task.problem(rng)
@@ -518,15 +519,15 @@ def build(cfg, device):
             task = TASKS[cfg.task](cfg.size, cfg.largest, enc, shots)
         model.mtp = None  # Teacher makes its own
         train_lm.fits(model.cfg, device)
-        if sum(task.room) > model.cfg.context:
+        if sum(task.most) > model.cfg.context:
             made = f"--init {cfg.init}: its weights were made for at most {model.cfg.context} tokens"
             raise UserError(
-                f"{made}, a problem with its answer has {sum(task.room)}: fewer --shots, or --answer"
+                f"{made}, a problem with its answer has {sum(task.most)}: fewer --shots, or --answer"
             )
         return model, task
     task = TASKS[cfg.task](cfg.size, cfg.largest)
     sizes = {name: getattr(cfg, name) for name in MODEL}
-    model = train_lm.Config(**sizes, vocab=len(task.symbols), context=sum(task.room))
+    model = train_lm.Config(**sizes, vocab=len(task.symbols), context=sum(task.most))
     train_lm.fits(model, device)
     return LM(model).to(device), task
 
@@ -586,17 +587,17 @@ def engine(model, task, cfg, rows, temperature, sparse, module=None, share=None)
     """
     compress = cfg.compress if sparse else None
     if sparse and temperature and "kept" in cfg.correction.reads:
-        compress = Recorder(compress, sum(task.room))
+        compress = Recorder(compress, sum(task.most))
     drafts = None if model.embed.weight.is_cuda or module is None else cfg.depths
     more = dict(mtp=module, K=cfg.depths, drafts=drafts, stop=task.stop, compress=compress, share=share)
-    return Decoder(model, rows, sum(task.room), temperature=temperature, **more)
+    return Decoder(model, rows, sum(task.most), temperature=temperature, **more)
 
 
 def rollout(decoder, task, prompts):
     """Answer all prompts at once, one row each."""
     start = time.perf_counter()
     asked = [torch.tensor(task.asked(prompt)) for prompt in prompts]  # N of (tokens,)
-    text, logp, mask = decoder.answer(asked, task.room[1])  # (N, T) each
+    text, logp, mask = decoder.answer(asked, task.most[1])  # (N, T) each
     rows = torch.cat([mask.sum(-1, keepdim=True), text], dim=1).tolist()  # one transfer, the host waits here
     seconds = time.perf_counter() - start
     ends = [len(prompt) + length for prompt, (length, *_) in zip(asked, rows)]
@@ -769,8 +770,8 @@ class Teacher:
         self.model = model
         self.cfg = cfg
         self.world = world
-        self.room = sum(task.room)
-        self.most = max(8, min(self.MOST, self.LOGITS // (self.room * len(weight))))
+        self.room = sum(task.most)
+        self.answers = max(8, min(self.MOST, self.LOGITS // (self.room * len(weight))))
         self.module = mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0, capturable=weight.is_cuda
@@ -787,8 +788,10 @@ class Teacher:
             asked = problems(task, decoder.batch * self.world.size, cfg.seed, "equip", i)
             r = rollout(decoder, task, [asked[i] for i in self.world.own(len(asked))])
             parts.append(self.padded(r.text, nn.functional.pad(r.mask, (1, 0))))
-        text, mask = (self.world.gather(torch.cat(x), rollouts) for x in zip(*parts))  # (rollouts N, room) each
-        rows = min(32, self.most, decoder.batch)
+        text, mask = (
+            self.world.gather(torch.cat(x), rollouts) for x in zip(*parts)
+        )  # (rollouts N, room) each
+        rows = min(32, self.answers, decoder.batch)
         quiet = lambda line: None
         self.model.requires_grad_(False)
         settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": quiet}
@@ -810,8 +813,8 @@ class Teacher:
         advantage = sparse_rl.group_advantage(r.reward, self.cfg.group_size)  # (n,)
         columns = [*self.padded(r.text, mask, old), advantage]
         columns = [self.world.gather(x, self.cfg.minibatches) for x in columns]  # of all N answers
-        every = max(1, len(columns[0]) // self.most)
-        lesson = tuple(x[step % every :: every][: self.most] for x in columns)
+        every = max(1, len(columns[0]) // self.answers)
+        lesson = tuple(x[step % every :: every][: self.answers] for x in columns)
         most = self.ROLLOUTS if self.cfg.draft == "advantage" else 1
         self.recent = [lesson, *self.recent][:most]
         found = torch.stack([self.update(*lesson) for lesson in self.recent])  # (updates, 3)
@@ -896,7 +899,7 @@ def train(cfg, given):
     if ATTENTION[cfg.attn]["evicts"]:
         greedy["sparse"] = engine(model, task, cfg, cfg.held_out, 0.0, True)
     size = sum(p.numel() for p in model.parameters())
-    longest = sum(task.room)  # tokens
+    longest = sum(task.most)  # tokens
     held = sampler.nbytes
     full = model.new_cache(1, longest, margin=1).nbytes * N  # of dense rollouts
     run.header(
@@ -1015,7 +1018,7 @@ def savings(model, task, cfg, sampler):
     for attn in ("gqa",) if cfg.init else ("gqa", "asa"):
         with torch.device("meta"):  # nothing is allocated
             other = LM(dataclasses.replace(model.cfg, attn=attn))
-            found[attn] = N * other.new_cache(1, sum(task.room), 1, torch.float32, "meta").nbytes
+            found[attn] = N * other.new_cache(1, sum(task.most), 1, torch.float32, "meta").nbytes
     asked = problems(task, N // cfg.group_size, cfg.seed, "savings")
     asked = [prompt for prompt in asked for _ in range(cfg.group_size)]
     plain = engine(model, task, cfg, N, 1.0, cfg.rollout == "sparse")
