@@ -14,7 +14,7 @@ policy's own ends badly (the README shows it). Sparse-RL keeps three policies ap
     2) keep       the best `budget` entries of a row, in their order and with their old positions
     3) replay     another way out: the learner reads exactly what the sampler had, so that xi = 1
     4) correct    log xi -> a weight for each token or answer, and which tokens the average counts
-    5) objective  clipped policy gradient, each token's term times its weight
+    5) objective  clipped policy gradient, each token's term times its weight; center: less its drift
     6) watch      how far the sampler is from the dense policy, and what the correction throws away
 
 A new compressor is one function under @score, a new correction one line in CORRECTIONS.
@@ -24,7 +24,8 @@ index 0, an accidental sink). `released` has a mean weight of 1 per rollout (the
 Does NOT include: kernels, paging, compression of latents.
 Run `python sparse_rl.py` to see which tokens a sampler still holds, and xi where it slips.
 Read: Sparse-RL 2601.10079 (we had descriptions and the released code, not the typeset equations),
-R-KV 2505.24133, SnapKV 2404.14469, H2O 2306.14048, StreamingLLM 2309.17453. Then train_rl.py trains with it.
+R-KV 2505.24133, SnapKV 2404.14469, H2O 2306.14048, StreamingLLM 2309.17453, score centering 2609.20807. Then
+train_rl.py trains with it.
 
 Letters as in latent_attention.py; A recent queries, E evictions, B answers of T tokens. Scores, weights and
 log-probabilities are fp32 or better. A layer's cache is a dict of SlotCaches; "tokens" holds keys and values.
@@ -388,14 +389,34 @@ def answer(log_xi, mask):
     return mask * product, mask
 
 
-class Correction(NamedTuple):
-    """A form of the objective: what train_rl.learn needs to know about it."""
+def whole(p, q):
+    """What a sampler's law q (.., V) weighs in the gradient where no token is weighted; p the learner's."""
+    return q
 
-    weigh: Callable  # log xi, mask -> weight, counted
-    anchor: str = "dense"  # PPO's ratio is taken against the "dense" old policy pi_o, or the "sampler" pi_s
-    reads: tuple = (
-        "full",
-    )  # the "full" history, what the sampler "kept"; or both, with the mean of the losses
+
+def truncated(p, q, high=2.0):
+    """The same with the weights of `tis`: q min(p / q, high)."""
+    return torch.minimum(p, high * q)
+
+
+class Correction(NamedTuple):
+    """A form of the objective: what train_rl.learn needs to know about it.
+
+    weigh   log xi, mask -> weight, counted
+    anchor  PPO's ratio is taken against the "dense" old policy pi_o, or the "sampler" pi_s
+    reads   the "full" history, what the sampler "kept"; or both, with the mean of the losses
+    mass    p, q -> weight times q, for every token of the vocabulary: what `center` takes away; or None
+    """
+
+    weigh: Callable
+    anchor: str = "dense"
+    reads: tuple = ("full",)
+    mass: Callable | None = None
+
+    @property
+    def replays(self):
+        """Whether it needs to know what the sampler had kept."""
+        return "kept" in self.reads or self.mass is not None
 
 
 weights = (none, reject, reweight, both, released, tis, mis, sequence_mask, answer)
@@ -404,6 +425,9 @@ CORRECTIONS = {
     "bypass": Correction(none, anchor="sampler"),  # naive with two policies: rho = pi / pi_s
     "replay": Correction(none, reads=("kept",)),  # mask replay: the compressed policy is trained, xi = 1
     "twin": Correction(answer, reads=("full", "kept")),  # ours: the mean of the losses of answer and replay
+    "center": Correction(none, mass=whole),  # score centering
+    "center_tis": Correction(tis, mass=truncated),
+    "center_twin": Correction(none, reads=("full", "kept"), mass=whole),  # ours: centered, and replay
 }
 
 
@@ -436,6 +460,27 @@ def objective(logp, anchor, advantage, weight, counted, clip=0.2):
     return loss.mean(), clipped, log_rho.detach().masked_fill(counted == 0, -math.inf).max()
 
 
+def center(logits, q, mass, advantage, weight, counted):
+    """Score centering (2609.20807): what to add to `objective`'s loss, so that its gradient loses its drift.
+
+    At one prefix a sampler q draws tokens for a learner p, with weights w. The expected gradient is
+        E_q[w A grad log p] = E_q[A] mu + (what depends on how A and the token go together),
+        mu = sum_v q_v w_v grad log p_v.
+    The first part, the drift, says nothing about which token was good, and it is 0 only where w q = p, since
+    sum_v p_v grad log p_v = 0. Each update goes back into the sampler, so that it adds up. Here mu is taken
+    from the score of each token: its loss gets A sum_v (q_v w_v - p_v) log p_v, the bracket without gradient.
+    Where w = p / q, which is importance sampling without truncation, the bracket is 0 already.
+
+    What is left is a covariance under q, not the gradient under p. Exact, since the whole of q is known.
+    logits (B, T, V) of the learner, q (B, T, V), mass(p, q) -> w q; advantage (B,); weight, counted (B, T) as
+    in `objective`. A token of weight 0 has no drift, as it has no gradient.
+    """
+    log_p = logits.to(q.dtype).log_softmax(-1)  # (B, T, V)
+    p = log_p.detach().exp()  # (B, T, V)
+    term = ((mass(p, q) - p) * log_p).sum(-1) * (weight > 0)  # (B, T)
+    return (advantage * (term * counted).sum(-1) / counted.sum(-1).clamp(min=1)).mean()
+
+
 def token_logp(logits, tokens):
     """Log-probability of tokens (B, T) under logits (B, T, V), in fp32 or better -> (B, T)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -452,7 +497,8 @@ def mismatch(log_xi, mask, weight):
     E xi = 1 whatever is evicted, but its tail is heavy: where much is evicted, a mean several standard errors
     (xi_error) off is common. Where nothing is, it means wrong log-probabilities. kl is KL(pi_s || pi_o); k3
     is the same with less noise. vetoed: the share of answers under the paper's veto, used or not. ess: the
-    effective share of the tokens; so many with equal weights would be worth as much.
+    effective share of the tokens; so many with equal weights would be worth as much. p5: the 5th percentile of
+    min(1, xi), which at p = q is 1, over all tokens and over each quarter of the answers (Sparrow watches it).
     """
     total = mask.sum().clamp(min=1)
     mean = lambda x: (x * mask).sum() / total
@@ -460,6 +506,8 @@ def mismatch(log_xi, mask, weight):
     said = log_xi.masked_fill(mask == 0, 0)  # (B, T), not clamped
     squares = (weight**2 * mask).sum()
     alive = reject(log_xi, mask)[0].amax(-1)  # (B,)
+    place = (4 * mask.cumsum(-1) / mask.sum(-1, keepdim=True)).ceil()  # (B, T): 1 to 4 on an answer's tokens
+    low = lambda some: xi.clamp(max=1).masked_fill(~some, math.nan).nanquantile(0.05)
     return {
         "xi_mean": mean(xi),
         "xi_error": (mean((xi - mean(xi)) ** 2) / total).sqrt(),
@@ -469,6 +517,8 @@ def mismatch(log_xi, mask, weight):
         "k3": mean(xi - 1 - log_xi),
         "chi2": mean(xi**2) - 1,
         "drift": mean(log_xi.abs()),
+        "p5": low(mask > 0),
+        **{f"p5_quarter_{i}": low((mask > 0) & (place == i)) for i in (1, 2, 3, 4)},
         "xi_below": mean((xi < 0.5).to(xi.dtype)),
         "vetoed": 1 - alive.mean(),
         "dropped": mean((weight == 0).to(xi.dtype)),

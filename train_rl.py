@@ -518,6 +518,10 @@ def build(cfg, device):
         else:
             task = TASKS[cfg.task](cfg.size, cfg.largest, enc, shots)
         model.mtp = None  # Teacher makes its own
+        if cfg.correction.mass and model.cfg.vocab > 4096:
+            raise UserError(
+                f"--correct {cfg.correct} keeps whole laws: at most 4096 tokens in the vocabulary"
+            )
         train_lm.fits(model.cfg, device)
         if sum(task.most) > model.cfg.context:
             made = f"--init {cfg.init}: its weights were made for at most {model.cfg.context} tokens"
@@ -586,7 +590,7 @@ def engine(model, task, cfg, rows, temperature, sparse, module=None, share=None)
     of mtp.Decoder, where several processes answer.
     """
     compress = cfg.compress if sparse else None
-    if sparse and temperature and "kept" in cfg.correction.reads:
+    if sparse and temperature and cfg.correction.replays:
         compress = Recorder(compress, sum(task.most))
     drafts = None if model.embed.weight.is_cuda or module is None else cfg.depths
     more = dict(mtp=module, K=cfg.depths, drafts=drafts, stop=task.stop, compress=compress, share=share)
@@ -650,14 +654,20 @@ class World:
             dist.broadcast(p.data, 0)
 
 
-def answer_logp(model, r, rows, reads="full", recorder=None):
-    """Log-probabilities of some answers (n, T - 1); the model reads the "full" history or what was "kept"."""
+def answer_logits(model, r, rows, reads="full", recorder=None):
+    """Logits of some answers (n, T - 1, V); the model reads the "full" history or what was "kept"."""
     text = r.text[rows]  # (n, T)
     cache = None
     if reads == "kept":
         kept = recorder.kept.unflatten(1, (-1, len(r.text)))[:, :, rows]  # (E, layers, n, G, budget)
         cache = sparse_rl.Replay(kept, recorder.buffer, text.shape[1] - 1)
-    return sparse_rl.token_logp(model(text[:, :-1], cache), text[:, 1:]) * r.mask[rows]
+    return model(text[:, :-1], cache)
+
+
+def answer_logp(model, r, rows, reads="full", recorder=None):
+    """Log-probabilities of some answers (n, T - 1)."""
+    logits = answer_logits(model, r, rows, reads, recorder)  # (n, T - 1, V)
+    return sparse_rl.token_logp(logits, r.text[rows, 1:]) * r.mask[rows]
 
 
 def learn(model, optimizer, r, cfg, recorder=None, world=World()):
@@ -671,7 +681,10 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
     with torch.no_grad():
         for reads in dict.fromkeys(("full", *how.reads)):
             old[reads] = torch.cat([answer_logp(model, r, part, reads, recorder) for part in parts])
-
+        if how.mass:  # the sampler's whole law
+            reads = "kept" if cfg.rollout == "sparse" else "full"
+            law = [answer_logits(model, r, part, reads, recorder).softmax(-1) for part in parts]
+            law = torch.cat(law)  # (N, T - 1, V)
     r.old = old["full"]
 
     # 2) the corrections, once for all updates
@@ -699,9 +712,13 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
         terms = []  # of (loss, clipped, largest log rho), one a view
         for reads, view in views.items():
             anchor, weight, counted = (x[part] for x in view)  # (n, T - 1) each
-            logp = answer_logp(model, r, part, reads, recorder)  # (n, T - 1)
+            logits = answer_logits(model, r, part, reads, recorder)  # (n, T - 1, V)
+            logp = sparse_rl.token_logp(logits, r.text[part, 1:]) * r.mask[part]  # (n, T - 1)
             term = sparse_rl.objective(logp, anchor, advantage[part], weight, counted, cfg.clip)
-            (term[0] / len(views)).backward()
+            drift = 0.0
+            if how.mass and reads == "full":
+                drift = sparse_rl.center(logits, law[part], how.mass, advantage[part], weight, counted)
+            ((term[0] + drift) / len(views)).backward()
             terms.append(torch.stack(term).detach())
         world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
@@ -987,7 +1004,7 @@ def train(cfg, given):
             # Watch `solved`. The loss says nothing: the advantages of a group sum to 0, and rho begins at 1.
             line = (
                 "solved {solved:.2f} | no-signal groups {no_signal:.2f} | len {length:.0f} "
-                "| done {finished:.2f} | ent {entropy:.2f} | xi {xi_mean:.3f} log min {log_xi_min:.1f} "
+                "| done {finished:.2f} | ent {entropy:.2f} | xi {xi_mean:.3f} p5 {p5:.2f} log min {log_xi_min:.1f} "
                 "| k3 {k3:.1e} | vetoed {vetoed:.2f} | clip {clipped:.3f} | loss {loss:+.3f} "
                 "| norm {norm:.2f} | {tokens_per_read:.2f} tokens per read "
                 "| rollout {rollout_s:.2f} of {seconds:.2f} s"
