@@ -507,7 +507,7 @@ def mismatch(log_xi, mask, weight):
     squares = (weight**2 * mask).sum()
     alive = reject(log_xi, mask)[0].amax(-1)  # (B,)
     place = (4 * mask.cumsum(-1) / mask.sum(-1, keepdim=True)).ceil()  # (B, T): 1 to 4 on an answer's tokens
-    low = lambda some: xi.clamp(max=1).masked_fill(~some, math.nan).nanquantile(0.05)
+    low = lambda some: xi.clamp(max=1).masked_fill(~some, math.nan).nanquantile(0.05).nan_to_num(1.0)
     return {
         "xi_mean": mean(xi),
         "xi_error": (mean((xi - mean(xi)) ** 2) / total).sqrt(),

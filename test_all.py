@@ -3849,6 +3849,9 @@ def test_extremes_are_logged_as_they_are():
     found = sparse_rl.mismatch(log_xi, mask, mask)
     extremes = (found["log_xi_min"], found["log_xi_max"])
     assert extremes == (-31, 27), "neither clamped nor of tokens outside the answer"
+    assert found["p5"] < 0.11 and found["p5_quarter_4"] == 1, (
+        found
+    )  # of exp(-20), 1, 1, and of the last alone
     assert all(x.isfinite() for x in found.values()), found
     _, _, largest = sparse_rl.objective(log_xi, torch.zeros(1, 4), torch.ones(1), mask, mask)
     assert largest == 27, "log rho"
@@ -3926,6 +3929,62 @@ def objective_is_the_papers():
     a, b = (torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (loss, want))
     close(a, b, 1e-9, "its gradient")
     assert (a[2] == 0).all() and (a[3] != 0).any(), "a vetoed answer has exactly no gradient"
+
+
+def center_is_a_covariance(V=5):
+    """All tokens of a vocabulary, each as often as the sampler draws it: the drift is gone, the rest is whole."""
+    z = torch.randn(V).double().requires_grad_()
+    q = torch.randn(V).double().softmax(-1)
+    A = torch.randn(V).double()
+    one = torch.ones(V, 1).double()
+    rows = z.expand(V, 1, V)  # row v: the sampler drew token v
+    log_p = z.log_softmax(-1)
+    score = torch.stack([torch.autograd.grad(x, z, retain_graph=True)[0] for x in log_p])  # (V, V)
+    p = log_p.detach().exp()
+
+    def gradient(name, q, weight=None, counted=one):
+        """Of the expected loss, less its reward: what a step goes down."""
+        how = sparse_rl.CORRECTIONS[name]
+        log_xi = (p / q).log()[:, None]
+        weight = how.weigh(log_xi, one)[0] if weight is None else weight
+        logp = log_p[:, None]  # (V, 1)
+        plain = [
+            sparse_rl.objective(logp[v : v + 1], logp[v : v + 1], A[v : v + 1], weight[v : v + 1], one[:1])[0]
+            for v in range(V)
+        ]
+        some = slice(0, 1)
+        drift = [
+            sparse_rl.center(
+                rows[some], q.expand(1, 1, V), how.mass, A[v : v + 1], weight[v : v + 1], counted[some]
+            )
+            for v in range(V)
+        ]
+        expected = (q * (torch.stack(plain) + torch.stack(drift))).sum()
+        return torch.autograd.grad(expected, z, retain_graph=True)[0], torch.autograd.grad(
+            sum(drift), z, retain_graph=True
+        )[0]
+
+    for name, w in (("center", torch.ones(V).double()), ("center_tis", (p / q).clamp(max=2))):
+        mu = (q * w) @ score
+        covariance = (q * A * w) @ score - (q @ A) * mu
+        close(gradient(name, q)[0], -covariance, 1e-12, f"{name}: the covariance of reward and score")
+        assert (gradient(name, p)[1] == 0).all(), f"{name}: nothing at q = p"
+        assert (gradient(name, q, weight=0 * one)[0] == 0).all(), f"{name}: a vetoed answer gets none of it"
+    whole = sparse_rl.truncated(p, q, math.inf)
+    assert torch.equal(whole, p), "untruncated importance sampling has no drift"
+    far = sparse_rl.center(rows, q.expand(V, 1, V), sparse_rl.whole, A, one, one / 2)
+    close(far, sparse_rl.center(rows, q.expand(V, 1, V), sparse_rl.whole, A, one, one) / 2, 1e-12, "counted")
+
+
+def test_center_is_a_covariance():
+    center_is_a_covariance()
+    wrongs = [
+        ("(mass(p, q) - p)", "mass(p, q)"),
+        ("(mass(p, q) - p)", "(p - mass(p, q))"),
+        (" * (weight > 0)", ""),
+    ]
+    wrongs[0] = ("(mass(p, q) - p)", "(q - p)")  # blind to the weights
+    catches(center_is_a_covariance, sparse_rl, "center", wrongs)
 
 
 def test_objective_is_the_papers():
@@ -4129,14 +4188,18 @@ def learn_equals_formulas(correct, lr=3.0):
     before = [p.detach().clone() for p in model.parameters()]
     found = train_rl.learn(model, descent(model, lr), r, cfg, engine.compress)
 
-    def logp(i, kept):
+    def law(i, kept):
+        """Log-probabilities of the whole vocabulary, (tokens, V)."""
         text = r.text[i : i + 1]
         cache = None
         if kept:
             recorded = engine.compress.kept.unflatten(1, (-1, len(r.text)))[:, :, i : i + 1]
             cache = sparse_rl.Replay(recorded, 3, text.shape[1] - 1)
-        logp = sparse_rl.token_logp(other(text[:, :-1], cache), text[:, 1:])
-        return logp[0][r.mask[i] > 0]
+        return other(text[:, :-1], cache).log_softmax(-1)[0][r.mask[i] > 0]
+
+    def logp(i, kept):
+        tokens = r.text[i, 1:][r.mask[i] > 0]  # (tokens,)
+        return law(i, kept).gather(-1, tokens[:, None])[:, 0]
 
     def loss_of_answer(i, A):
         """Of one answer with advantage A, before the mean over the group."""
@@ -4151,11 +4214,16 @@ def learn_equals_formulas(correct, lr=3.0):
             return -(replay if correct == "replay" else (answer + replay) / 2)
         by_name = {"none": plain.mean(), "bypass": clipped(pi - pi_s).mean(), "answer": answer}
         by_name["both"] = (xi.min() >= 1e-4) * (xi * plain).mean()
+        if correct == "center":
+            log_p = law(i, False)  # (tokens, V)
+            drift = ((laws[i] - log_p.detach().exp()) * log_p).sum(-1).mean()
+            return -plain.mean() + A * (drift - drift.detach())  # the logged loss is that of `none`
         return -by_name[correct]
 
     with torch.no_grad():
         old = [logp(i, False) for i in range(8)]
         old_kept = [logp(i, True) for i in range(8)] if correct in ("replay", "twin") else None
+        laws = [law(i, True).exp() for i in range(8)] if correct == "center" else None
     losses = []
     for group in (range(4), range(4, 8)):
         reward = r.reward[group[0] : group[-1] + 1]
@@ -4176,9 +4244,9 @@ def learn_equals_formulas(correct, lr=3.0):
 
 @slow
 def test_learn_by_hand():
-    for correct in ("none", "both", "answer", "bypass", "replay", "twin"):
+    for correct in ("none", "both", "answer", "bypass", "replay", "twin", "center"):
         learn_equals_formulas(correct)
-    read = "logp = answer_logp(model, r, part, "
+    read = "logits = answer_logits(model, r, part, "
     for correct, *change in (
         ("bypass", 'how.anchor == "dense"', "True"),
         ("both", 'how.anchor == "dense"', "False"),
@@ -4186,6 +4254,8 @@ def test_learn_by_hand():
         ("twin", "loss.mean()", "loss[-1]"),
         ("replay", f"{read}reads,", f'{read}"full",'),
         ("twin", "how.weigh(old[reads]", 'how.weigh(old["full"]'),
+        ("center", 'reads = "kept" if', 'reads = "full" if'),
+        ("center", "law[part]", "law[: len(logits)]"),
     ):
         catches(learn_equals_formulas, train_rl, "learn", [change], correct)
 
