@@ -35,8 +35,8 @@ This file knows no model class. A trunk has hidden(tokens, cache, count) -> (B, 
 for a whole text without a cache; embed.weight and head.weight (V, C), no bias; and new_cache(batch, max_len,
 margin, dtype), with `compress` too if the cache is to be compressed: max_len tokens a row, of which `margin`
 can be taken back. A cache has seen (B,) tokens, rollback(seen) and, for a compressor, groups (what it evicts
-from) and used (B,) of max_len slots. A block is anything like train_lm.Block: block(x, pos, cache, count, source), and block.attn.new_cache for a cache of its
-own.
+from) and used (B,) of max_len slots. A block is anything like train_lm.Block: block(x, pos, cache, count,
+source), and block.attn.new_cache for a cache of its own.
 """
 
 import codecs
@@ -404,7 +404,7 @@ class Pace:
         return min(self.ms, key=self.ms.get)
 
     def update(self, g, ms):
-        """After a list with g drafts: milliseconds a token. A disturbance, which only ever adds, counts little."""
+        """After a list with g drafts: milliseconds a token. A disturbance only ever adds; it counts little."""
         if g in self.ms:
             self.ms[g] = min(ms, 1.1 * (self.ms[g] or ms))
 
@@ -418,12 +418,12 @@ class Decoder:
     K            most drafts in a round
     temperature  of the target and of the drafts; at 0 both are the best tokens
     stop         a token that ends a row, or None
-    drafts       None: none, K / 2 or K, whichever is fastest in whole lists of prompts; else always so many
+    drafts       None: none, K / 2 or K, whichever is fastest for whole lists of prompts; else always so many
     compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache
                  then has compress.slots slots a row, and no text is too long for it; the module's likewise.
                  A round takes a row no further than its next eviction, so it has at most buffer - 1 drafts
-    share        None; or (which rows these are, of how many): several engines with one seed write what one engine
-                 of all rows would
+    share        None; or (which rows these are, of how many): several engines of one seed write together what one
+                 engine of all rows would
     Weights may change between calls (in place, as optimizers do): graphs stay valid. Raises ValueError for
     settings that do not go together.
 
