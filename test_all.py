@@ -3318,6 +3318,15 @@ def test_public_weights_that_are_broken():
             ("knows nothing of", {"num_hidden_layers": 2}),
             ("must be at most", {"num_hidden_layers": 10**6}),
             ("not the config", {"hidden_size": -1}),
+            (
+                "no model is as large",
+                {
+                    "vocab_size": 2**31 - 1,
+                    "hidden_size": 2**31 - 4,
+                    "num_attention_heads": 1,
+                    "num_key_value_heads": 1,
+                },
+            ),
             ("not the config", {"num_attention_heads": "many"}),
             ("not the config", {"rms_norm_eps": None}),
         ):

@@ -891,13 +891,12 @@ def load_run(folder, device="cpu", module=True):
 
 # ---- models that others trained: the Hugging Face layout
 
-# Its names beside ours; the joined matrices are named by their parts, as in checkpoints from before.
-HUB = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
-HUB_LAYER = {
-    **{f"self_attn.{x}_proj": f"attn.{x}" for x in "qkv"},
-    **{"self_attn.o_proj": "attn.out", "self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm"},
-    **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
-    **{"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"},
+HUB = {  # our names and theirs, of the whole model and of a block; joined matrices by their parts
+    **{"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
+    **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"},
+    **{"attn.out": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"},
+    **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    **{x: f"mlp.{x}_proj" for x in ("gate", "up", "down")},
 }
 HUB_FAMILIES = ("llama", "qwen2", "qwen3")  # Llama 2 and 3, SmolLM2; Qwen2 and 2.5; Qwen3
 
@@ -910,25 +909,23 @@ def package(name):
         raise UserError(f"this needs a package: pip install {name.split('.')[0]}") from e
 
 
-def hub_shapes(cfg):
-    """-> {name in that layout: (our name, shape)} of all tensors that a model has."""
-    D = cfg.head_width
-    C = cfg.width
-    rows = {"q": cfg.heads * D, "k": cfg.groups * D, "v": cfg.groups * D}
-    shapes = {"attn.out": (C, rows["q"]), "gate": (cfg.ffn, C), "up": (cfg.ffn, C), "down": (C, cfg.ffn)}
-    shapes.update({f"attn.{x}": (n, C) for x, n in rows.items()}, attn_norm=(C,), ffn_norm=(C,))
-    if cfg.qk_norm:
-        shapes.update({"attn.q_norm": (D,), "attn.k_norm": (D,)})
+def hub_view(model):
+    """-> {name in that layout: (our name, our tensor)}, the joined matrices in parts. A module is left out."""
+    D = model.cfg.head_width
+    rows = [model.cfg.heads * D, model.cfg.groups * D, model.cfg.groups * D]
     found = {}
-    for hub, own in HUB.items():
-        if not (cfg.tied and own == "head"):
-            found[f"{hub}.weight"] = (f"{own}.weight", (C,) if own == "norm" else (cfg.vocab, C))
-    for i in range(cfg.layers):
-        for hub, own in HUB_LAYER.items():
-            if own in shapes:
-                found[f"model.layers.{i}.{hub}.weight"] = (f"blocks.{i}.{own}.weight", shapes[own])
-            if cfg.bias and own[-1] in rows and own.startswith("attn."):
-                found[f"model.layers.{i}.{hub}.bias"] = (f"blocks.{i}.{own}.bias", shapes[own][:1])
+    for name, x in model.state_dict().items():
+        if name.startswith("mtp.") or name == "head.weight" and model.cfg.tied:
+            continue
+        part, kind = name.rsplit(".", 1)
+        ours = theirs = ""
+        if part.startswith("blocks."):
+            _, i, part = part.split(".", 2)
+            ours = f"blocks.{i}."
+            theirs = f"model.layers.{i}."
+        parts = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "gate_up": ("gate", "up")}.get(part, (part,))
+        for own, y in zip(parts, x.split(rows if part == "attn.qkv" else len(x) // len(parts))):
+            found[f"{theirs}{HUB[own]}.{kind}"] = (f"{ours}{own}.{kind}", y)
     return found
 
 
@@ -1126,12 +1123,19 @@ def load_model(name, device="cpu"):
 
 def loaded(name, cfg, found, enc, device):
     """What a reader found -> (LM, tokenizer), once every name and shape is as the config says."""
-    wanted = hub_shapes(cfg)
-    for key, (_, shape) in wanted.items():
+    try:
+        with torch.device("meta"):
+            model = LM(cfg)
+    except RuntimeError as e:
+        raise UserError(f"{name}: no model is as large as the config says ({said_by(e)})") from e
+    wanted = hub_view(model)
+    for key, (_, own) in wanted.items():
         if key not in found:
             raise UserError(f"{name}: the weights lack {key}")
-        if found[key][0] != shape:
-            raise UserError(f"{name}: {key} has the shape {found[key][0]}, the config says {shape}")
+        if found[key][0] != own.shape:
+            raise UserError(
+                f"{name}: {key} has the shape {found[key][0]}, the config says {tuple(own.shape)}"
+            )
     for key in found:
         spare = key.endswith("rotary_emb.inv_freq") or cfg.tied and key == "lm_head.weight"
         if key not in wanted and not spare:
@@ -1140,8 +1144,6 @@ def loaded(name, cfg, found, enc, device):
     state = {own: found[key][1]().to(device, torch.float32) for key, (own, _) in wanted.items()}
     if cfg.tied:
         state["head.weight"] = state["embed.weight"]
-    with torch.device("meta"):
-        model = LM(cfg)
     model.load_state_dict(state, assign=True)
     if cfg.tied:
         model.embed.weight = model.head.weight
@@ -1162,17 +1164,7 @@ def save_pretrained(run, folder):
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: the folder is not empty")
     folder.mkdir(parents=True, exist_ok=True)
-    D = cfg.head_width
-    cfg = dataclasses.replace(model.cfg, ffn=model.blocks[0].down.in_features)
-    state = dict(model.state_dict())
-    for i in range(cfg.layers):
-        for kind in ("weight", "bias")[: 1 + cfg.bias]:
-            rows = [cfg.heads * D, cfg.groups * D, cfg.groups * D]
-            parts = state.pop(f"blocks.{i}.attn.qkv.{kind}").split(rows)
-            state.update({f"blocks.{i}.attn.{x}.{kind}": part for x, part in zip("qkv", parts)})
-        gate, up = state.pop(f"blocks.{i}.gate_up.weight").chunk(2)
-        state.update({f"blocks.{i}.gate.weight": gate, f"blocks.{i}.up.weight": up})
-    tensors = {key: state[own].contiguous() for key, (own, _) in hub_shapes(cfg).items()}
+    tensors = {name: x.contiguous() for name, (_, x) in hub_view(model).items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     enc = tokenizer(cfg.tokenizer)
     family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.bias else "llama"
@@ -1182,8 +1174,12 @@ def save_pretrained(run, folder):
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     said = {
         **{"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"], "dtype": "float32"},
-        **{"hidden_size": cfg.width, "num_hidden_layers": cfg.layers, "intermediate_size": cfg.ffn},
-        **{"num_attention_heads": cfg.heads, "num_key_value_heads": cfg.groups, "head_dim": D},
+        **{
+            "hidden_size": cfg.width,
+            "num_hidden_layers": cfg.layers,
+            "intermediate_size": model.blocks[0].down.in_features,
+        },
+        **{"num_attention_heads": cfg.heads, "num_key_value_heads": cfg.groups, "head_dim": cfg.head_width},
         **{"vocab_size": cfg.vocab, "max_position_embeddings": cfg.context, "rms_norm_eps": cfg.norm_eps},
         **{"rope_theta": cfg.rope_base, "rope_parameters": rope, "tie_word_embeddings": cfg.tied},
         **{"hidden_act": "silu", "bos_token_id": None, "eos_token_id": enc.eot_token},

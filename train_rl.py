@@ -473,7 +473,7 @@ class Demonstrations(Dataset):
         for row, weight in zip(tokens, weights):
             prompt = self.task.problem(rng)
             given = self.task.asked(prompt)
-            text = given + self.task.encode(self.task.work(prompt, rng))
+            text = (given + self.task.encode(self.task.work(prompt, rng)))[: len(row)]
             row[: len(text)] = text
             weight[len(given) : len(text)] = 1
         return torch.from_numpy(tokens), torch.from_numpy(weights)
