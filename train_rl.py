@@ -919,13 +919,12 @@ def train(cfg, given):
     longest = sum(task.most)  # tokens
     held = sampler.nbytes
     full = model.new_cache(1, longest, margin=1).nbytes * N  # of dense rollouts
+    together = f", in each of {world.size} processes" if world.size > 1 else ""
     run.header(
         f"{torch.cuda.get_device_name()}, fp32" if cuda else "CPU, fp32",
         f"model    {cfg.attn}, {size / 1e6:.2f} M parameters; {cfg.task} of {cfg.size}, {longest} tokens",
         f"cache    {cfg.rollout} rollouts: {held / 2**20:.1f} MiB allocated for {N} answers, "
-        f"{abs(1 - held / full):.0%} {'less' if held <= full else 'more'} than dense"
-        + f", in each of {world.size} processes"
-        * (world.size > 1),
+        f"{abs(1 - held / full):.0%} {'less' if held <= full else 'more'} than dense{together}",
         cache_bytes=held,
         dense_bytes=full,
     )

@@ -48,7 +48,7 @@ def work(jobs, folder, gpu):
 
 # what is kept of a run's log, to 4 digits
 KEPT = ("step solved k3 vetoed xi_mean ess entropy length no_signal norm tokens_per_second dense_greedy sparse_greedy final seconds "
-        "cache_bytes dense_bytes hardware options tokens_per_read rollout_s saved").split()  # fmt: skip
+        "cache_bytes dense_bytes hardware options tokens_per_read rollout_s saved p5 p5_quarter_1 p5_quarter_4").split()  # fmt: skip
 
 
 def short(entry):
