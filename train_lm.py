@@ -1073,6 +1073,7 @@ def read_gguf(path):
 
 
 def hub_tokenizer(folder):
+    """tokenizer.json -> HubTokenizer; the end of a text is config.json's eos_token_id."""
     path = folder / "tokenizer.json"
     tokenizers = package("tokenizers")
     try:
@@ -1153,8 +1154,9 @@ def loaded(name, cfg, found, enc, device):
 def save_pretrained(run, folder):
     """A run of ours with --attn gqa -> a folder that transformers and serving engines load.
 
-    config.json, model.safetensors (fp32) and tokenizer.json, but of tiktoken's encodings. A module that drafts
-    stays behind. UserError for another attention, or for a folder that is not empty.
+    config.json, model.safetensors (fp32) and tokenizer.json, but of tiktoken's encodings. Its longest context
+    is the run's. A module that drafts stays behind. UserError for another attention, or for a folder that is
+    not empty.
     """
     save_file = package("safetensors.torch").save_file
     model, cfg, _ = load_run(run, module=False)
@@ -1165,6 +1167,7 @@ def save_pretrained(run, folder):
         raise UserError(f"{folder}: the folder is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.contiguous() for name, (_, x) in hub_view(model).items()}
+    ffn = model.blocks[0].down.in_features
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     enc = tokenizer(cfg.tokenizer)
     family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.bias else "llama"
@@ -1174,11 +1177,7 @@ def save_pretrained(run, folder):
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     said = {
         **{"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"], "dtype": "float32"},
-        **{
-            "hidden_size": cfg.width,
-            "num_hidden_layers": cfg.layers,
-            "intermediate_size": model.blocks[0].down.in_features,
-        },
+        **{"hidden_size": cfg.width, "num_hidden_layers": cfg.layers, "intermediate_size": ffn},
         **{"num_attention_heads": cfg.heads, "num_key_value_heads": cfg.groups, "head_dim": cfg.head_width},
         **{"vocab_size": cfg.vocab, "max_position_embeddings": cfg.context, "rms_norm_eps": cfg.norm_eps},
         **{"rope_theta": cfg.rope_base, "rope_parameters": rope, "tie_word_embeddings": cfg.tied},
