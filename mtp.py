@@ -404,7 +404,7 @@ class Pace:
         return min(self.ms, key=self.ms.get)
 
     def update(self, g, ms):
-        """After a list with g drafts: milliseconds a token. A disturbance only ever adds; it counts little."""
+        """After a list with g drafts: milliseconds a token. A disturbance only adds, and counts little."""
         if g in self.ms:
             self.ms[g] = min(ms, 1.1 * (self.ms[g] or ms))
 
@@ -422,8 +422,8 @@ class Decoder:
     compress     None, or what evicts entries from the caches of all layers (sparse_rl.Compressor): the cache
                  then has compress.slots slots a row, and no text is too long for it; the module's likewise.
                  A round takes a row no further than its next eviction, so it has at most buffer - 1 drafts
-    share        None; or (which rows these are, of how many): several engines of one seed write together what one
-                 engine of all rows would
+    share        None; or (which rows these are, of how many): several engines of one seed write together
+                 what one engine of all rows would
     Weights may change between calls (in place, as optimizers do): graphs stay valid. Raises ValueError for
     settings that do not go together.
 

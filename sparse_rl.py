@@ -497,8 +497,9 @@ def mismatch(log_xi, mask, weight):
     E xi = 1 whatever is evicted, but its tail is heavy: where much is evicted, a mean several standard errors
     (xi_error) off is common. Where nothing is, it means wrong log-probabilities. kl is KL(pi_s || pi_o); k3
     is the same with less noise. vetoed: the share of answers under the paper's veto, used or not. ess: the
-    effective share of the tokens; so many with equal weights would be worth as much. p5: the 5th percentile of
-    min(1, xi), which at p = q is 1, over all tokens and over each quarter of the answers (Sparrow watches it).
+    effective share of the tokens; so many with equal weights would be worth as much. p5: the 5th percentile
+    of min(1, xi), which at p = q is 1, over all tokens and over each quarter of the answers (Sparrow's
+    measure).
     """
     total = mask.sum().clamp(min=1)
     mean = lambda x: (x * mask).sum() / total

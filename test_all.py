@@ -3945,44 +3945,36 @@ def center_is_a_covariance(V=5):
     z = torch.randn(V).double().requires_grad_()
     q = torch.randn(V).double().softmax(-1)
     A = torch.randn(V).double()
-    one = torch.ones(V, 1).double()
-    rows = z.expand(V, 1, V)  # row v: the sampler drew token v
+    one = torch.ones(1, 1).double()
     log_p = z.log_softmax(-1)
     score = torch.stack([torch.autograd.grad(x, z, retain_graph=True)[0] for x in log_p])  # (V, V)
     p = log_p.detach().exp()
 
-    def gradient(name, q, weight=None, counted=one):
-        """Of the expected loss, less its reward: what a step goes down."""
+    def gradients(name, q, alive=1.0):
+        """Of the expected loss, and of what `center` adds for all tokens."""
         how = sparse_rl.CORRECTIONS[name]
-        log_xi = (p / q).log()[:, None]
-        weight = how.weigh(log_xi, one)[0] if weight is None else weight
-        logp = log_p[:, None]  # (V, 1)
-        plain = [
-            sparse_rl.objective(logp[v : v + 1], logp[v : v + 1], A[v : v + 1], weight[v : v + 1], one[:1])[0]
-            for v in range(V)
-        ]
-        some = slice(0, 1)
-        drift = [
-            sparse_rl.center(
-                rows[some], q.expand(1, 1, V), how.mass, A[v : v + 1], weight[v : v + 1], counted[some]
-            )
-            for v in range(V)
-        ]
-        expected = (q * (torch.stack(plain) + torch.stack(drift))).sum()
-        return torch.autograd.grad(expected, z, retain_graph=True)[0], torch.autograd.grad(
-            sum(drift), z, retain_graph=True
-        )[0]
+        losses = torch.zeros(2).double()
+        for v in range(V):  # the sampler drew v
+            logp = log_p[v].view(1, 1)
+            weight = how.weigh((p[v] / q[v]).log().view(1, 1), one)[0] * alive
+            plain, _, _ = sparse_rl.objective(logp, logp, A[v : v + 1], weight, one)
+            drift = sparse_rl.center(z[None, None], q[None, None], how.mass, A[v : v + 1], weight, one)
+            losses = losses + torch.stack([q[v] * (plain + drift), drift])
+        return [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in losses]
 
     for name, w in (("center", torch.ones(V).double()), ("center_tis", (p / q).clamp(max=2))):
         mu = (q * w) @ score
         covariance = (q * A * w) @ score - (q @ A) * mu
-        close(gradient(name, q)[0], -covariance, 1e-12, f"{name}: the covariance of reward and score")
-        assert (gradient(name, p)[1] == 0).all(), f"{name}: nothing at q = p"
-        assert (gradient(name, q, weight=0 * one)[0] == 0).all(), f"{name}: a vetoed answer gets none of it"
-    whole = sparse_rl.truncated(p, q, math.inf)
-    assert torch.equal(whole, p), "untruncated importance sampling has no drift"
-    far = sparse_rl.center(rows, q.expand(V, 1, V), sparse_rl.whole, A, one, one / 2)
-    close(far, sparse_rl.center(rows, q.expand(V, 1, V), sparse_rl.whole, A, one, one) / 2, 1e-12, "counted")
+        close(gradients(name, q)[0], -covariance, 1e-12, f"{name}: the covariance of reward and score")
+        assert (gradients(name, p)[1] == 0).all(), f"{name}: nothing at q = p"
+        assert (gradients(name, q, alive=0.0)[0] == 0).all(), f"{name}: a vetoed answer gets none of it"
+    assert torch.equal(sparse_rl.truncated(p, q, math.inf), p), "untruncated weights leave no drift"
+    first = torch.tensor([[1.0, 0.0]]).double()  # the second token is none of the answer's
+    two = (z.flip(0).expand(1, 2, V), q.expand(1, 2, V), sparse_rl.whole, A[:1])
+    alone = sparse_rl.center(two[0][:, :1], two[1][:, :1], *two[2:], one, one)
+    close(sparse_rl.center(*two, 1 + first, first), alone, 1e-12, "what does not count adds nothing")
+    both = sparse_rl.center(*two, 1 + first, 1 + 0 * first)
+    close(both, alone, 1e-12, "the mean over an answer's tokens")
 
 
 def test_center_is_a_covariance():

@@ -305,8 +305,8 @@ def validate(cfg, world=1):
 
 
 # What --init brings along.
-SHAPE = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied rope_base norm_eps".split()
-SHAPE += "head rope_factor bias qk_norm tokenizer".split()
+SHAPE = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied".split()
+SHAPE += "rope_base norm_eps head rope_factor bias qk_norm tokenizer".split()
 
 
 def from_init(cfg, given):
@@ -910,7 +910,7 @@ def package(name):
 
 
 def hub_view(model):
-    """-> {name in that layout: (our name, our tensor)}, the joined matrices in parts. A module is left out."""
+    """-> {name in that layout: (our name, our tensor)}, joined matrices in parts; without a module."""
     D = model.cfg.head_width
     rows = [model.cfg.heads * D, model.cfg.groups * D, model.cfg.groups * D]
     found = {}

@@ -3,7 +3,7 @@
     python train_rl.py --small --name small       sums on a CPU, offline, under 3 minutes: compressed, with drafts
     python train_rl.py                            the same at full size on one GPU, in 3 minutes
     python train_rl.py --warm out/rl-sums-both --correct none     another arm from the same warm start
-    python train_rl.py --init smollm2 --task words                a model that others trained: a folder, or smollm2
+    python train_rl.py --init smollm2 --task words                a model that others trained, or a folder
     torchrun --nproc_per_node=2 train_rl.py ...   the same run, the same problems, on 2 GPUs or CPU processes
     python train_rl.py --resume --name NAME       go on with out/NAME
 
@@ -56,7 +56,7 @@ class Task:
     """Problems whose answers end in a result and a full stop: reward 1 or 0.
 
     problem(rng) -> a prompt. work(prompt, rng) -> the right answer; with rng a demonstration, each step of
-    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer); most: in tokens.
+    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer); most, in tokens.
     A model of ours reads characters, one token each. One that others trained has a tokenizer `enc`, and reads
     `shots` solved problems, one a line, before each prompt.
     Held-out problems come from a seed of their own. Of 99^7 sums hardly one is met in training too; of
@@ -627,9 +627,8 @@ class World:
     def own(self, count, parts=1, rank=None):
         """Which of `count` items are this process's, or another's: the same share of each of `parts`."""
         size = count // parts
-        return [
-            i for i in range(count) if i % size * self.size // size == (self.rank if rank is None else rank)
-        ]
+        rank = self.rank if rank is None else rank
+        return [i for i in range(count) if i % size * self.size // size == rank]
 
     def mean(self, tensors):
         """Replace each tensor by its mean over the processes."""
@@ -640,7 +639,7 @@ class World:
                 x.copy_(part.view_as(x) / self.size)
 
     def gather(self, x, parts=1):
-        """x (n, ..), of one shape in all processes -> all of them (size n, ..), in the order of one process."""
+        """x (n, ..), of one shape everywhere -> those of all processes (size n, ..), in the order of one."""
         if self.size == 1:
             return x
         found = [torch.empty_like(x) for _ in range(self.size)]
@@ -738,10 +737,8 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
     found["log_rho_max"] = updates[:, 2].max()
     values = world.gather(torch.stack(list(found.values()))[None])  # (processes, values)
     least, most, mean = (f.tolist() for f in (values.amin(0), values.amax(0), values.mean(0)))
-    pick = lambda name, i: (
-        least[i] if name.endswith("_min") else most[i] if name.endswith("_max") else mean[i]
-    )
-    return {**{name: pick(name, i) for i, name in enumerate(found)}, "updates": sum(useful)}
+    kind = lambda name: least if name.endswith("_min") else most if name.endswith("_max") else mean
+    return {**{name: kind(name)[i] for i, name in enumerate(found)}, "updates": sum(useful)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -805,9 +802,8 @@ class Teacher:
             asked = problems(task, decoder.batch * self.world.size, cfg.seed, "equip", i)
             r = rollout(decoder, task, [asked[i] for i in self.world.own(len(asked))])
             parts.append(self.padded(r.text, nn.functional.pad(r.mask, (1, 0))))
-        text, mask = (
-            self.world.gather(torch.cat(x), rollouts) for x in zip(*parts)
-        )  # (rollouts N, room) each
+        # (rollouts N, room) each, of all processes
+        text, mask = (self.world.gather(torch.cat(x), rollouts) for x in zip(*parts))
         rows = min(32, self.answers, decoder.batch)
         quiet = lambda line: None
         self.model.requires_grad_(False)
@@ -919,10 +915,11 @@ def train(cfg, given):
     longest = sum(task.most)  # tokens
     held = sampler.nbytes
     full = model.new_cache(1, longest, margin=1).nbytes * N  # of dense rollouts
+    what = cfg.data or f"{cfg.task} of {cfg.size}"
     together = f", in each of {world.size} processes" if world.size > 1 else ""
     run.header(
         f"{torch.cuda.get_device_name()}, fp32" if cuda else "CPU, fp32",
-        f"model    {cfg.attn}, {size / 1e6:.2f} M parameters; {cfg.task} of {cfg.size}, {longest} tokens",
+        f"model    {cfg.attn}, {size / 1e6:.2f} M parameters; {what}, {longest} tokens",
         f"cache    {cfg.rollout} rollouts: {held / 2**20:.1f} MiB allocated for {N} answers, "
         f"{abs(1 - held / full):.0%} {'less' if held <= full else 'more'} than dense{together}",
         cache_bytes=held,

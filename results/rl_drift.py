@@ -8,6 +8,7 @@ sampled: of the naive objective on the step's answers; of what sparse_rl.center 
 answers to the same problems, which is the true one up to noise. Signal is naive less drift. Two dense rollouts tell how noisy the true one is.
 """
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -19,22 +20,23 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import sparse_rl  # noqa: E402
 import train_lm  # noqa: E402
 import train_rl  # noqa: E402
+from rl_shadow import begin  # noqa: E402
 
 
 def gradients(model, r, cfg, recorder):
     """-> the gradient of the naive objective, and the drift in it, (parameters,) each; recorder None: dense answers, no drift."""
-    advantage = sparse_rl.group_advantage(r.reward, cfg.group_size)
+    advantage = sparse_rl.group_advantage(r.reward, cfg.group_size)  # (N,)
     size = len(r.text) // cfg.minibatches
-    found = torch.zeros(2, sum(p.numel() for p in model.parameters()), device=r.text.device)
+    found = torch.zeros(2, sum(p.numel() for p in model.parameters()), device=r.text.device)  # (2, parameters)
     for start in range(0, len(r.text), size):
         part = slice(start, start + size)
-        mask = r.mask[part]
-        logits = train_rl.answer_logits(model, r, part)
-        logp = sparse_rl.token_logp(logits, r.text[part, 1:]) * mask
+        mask = r.mask[part]  # (n, T - 1)
+        logits = train_rl.answer_logits(model, r, part)  # (n, T - 1, V)
+        logp = sparse_rl.token_logp(logits, r.text[part, 1:]) * mask  # (n, T - 1)
         losses = [sparse_rl.objective(logp, logp, advantage[part], mask, mask)[0]]
         if recorder:
             with torch.no_grad():
-                q = train_rl.answer_logits(model, r, part, "kept", recorder).softmax(-1)
+                q = train_rl.answer_logits(model, r, part, "kept", recorder).softmax(-1)  # (n, T - 1, V)
             losses.append(-sparse_rl.center(logits, q, sparse_rl.whole, advantage[part], mask, mask))
         for i, loss in enumerate(losses):
             grads = torch.autograd.grad(loss / cfg.minibatches, list(model.parameters()), retain_graph=True)
@@ -43,22 +45,14 @@ def gradients(model, r, cfg, recorder):
 
 
 def run(given, extra):
-    words = ["--correct", given.correct, "--seed", str(given.seed), "--steps", str(given.steps), *extra]
+    words = ["--correct", given.correct, "--seed", given.seed, "--steps", given.steps, *extra]
     words += ["--warm", given.warm] if given.warm else []
-    cfg, said = train_lm.parse(words, train_rl.Config, train_rl.PRESETS)
-    warm, cfg = train_rl.read_warm(cfg, said)
-    device = train_lm.pick_device(cfg)
-    model, task = train_rl.build(cfg, device)
-    if warm:
-        model.load_state_dict(warm["model"])
-    else:
-        train_rl.imitate(model, task, cfg, device)
+    cfg, model, task, optimizer = begin(words)
     N = cfg.problems * cfg.group_size
-    recording = train_rl.dataclasses.replace(cfg, correct="center")  # every arm's sampler records what it keeps
+    recording = dataclasses.replace(cfg, correct="center")  # every arm's sampler records what it keeps
     sampler = train_rl.engine(model, task, recording, N, 1.0, True)
     dense = train_rl.engine(model, task, cfg, N, 1.0, False)
     greedy = train_rl.engine(model, task, cfg, cfg.held_out, 0.0, False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     cos = lambda a, b: torch.nn.functional.cosine_similarity(a, b, dim=0).item()
     before = None
     start = time.time()

@@ -137,12 +137,8 @@ def on_fixed_texts(modules, model, text, mask, K, entropy):
     return found
 
 
-def run(given):
-    words = ["--task", given.task, "--seed", given.seed, "--rollout", "dense", "--correct", "none", "--draft", "e2e"]
-    words += ["--depths", given.depths, "--equip-steps", given.equip_steps]
-    words += ["--preset", "small", "--warm-steps", 300] if given.small else []
-    words += ["--warm", given.warm] if given.warm else []
-    words += ["--size", given.size] if given.size else []
+def begin(words):
+    """Options of train_rl.py -> its config, a policy after the warm start, the task, the policy's optimizer."""
     cfg, said = train_lm.parse([str(w) for w in words], train_rl.Config, train_rl.PRESETS)
     warm, cfg = train_rl.read_warm(cfg, said)
     device = train_lm.pick_device(cfg)
@@ -151,9 +147,19 @@ def run(given):
         model.load_state_dict(warm["model"])
     else:
         train_rl.imitate(model, task, cfg, device)
+    return cfg, model, task, torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
+
+
+def run(given):
+    words = ["--task", given.task, "--seed", given.seed, "--rollout", "dense", "--correct", "none", "--draft", "e2e"]
+    words += ["--depths", given.depths, "--equip-steps", given.equip_steps]
+    words += ["--preset", "small", "--warm-steps", 300] if given.small else []
+    words += ["--warm", given.warm] if given.warm else []
+    words += ["--size", given.size] if given.size else []
+    cfg, model, task, optimizer = begin(words)
+    device = model.embed.weight.device
     N = cfg.problems * cfg.group_size
     sampler = train_rl.engine(model, task, cfg, N, 1.0, False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.0)
     teacher = train_rl.Teacher(model, task, cfg)
     teacher.equip(sampler, task, print)
     first = teacher.module
