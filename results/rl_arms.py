@@ -11,15 +11,13 @@ a set that is cut off leaves what it had.
 import argparse
 import contextlib
 import json
-import multiprocessing
 import pathlib
 import sys
 import time
 
-import torch
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
+from side_by_side import side_by_side  # noqa: E402
 
 # An arm's name is CORRECTION, with the run's own sampler, or CORRECTION-COMPRESSOR-BUDGET-BUFFER-RECENT-SINKS-QUERIES. dense-...: what
 # dense rollouts train, read by that sampler.
@@ -34,16 +32,8 @@ def options(arm):
     return [*how, *(word for pair in named for word in pair)]
 
 
-def work(jobs, folder, gpu):
-    """A process on one GPU: runs one after the other, so that it starts CUDA and compiles once."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(gpu)
-    while job := jobs.get():
-        name, words = job
-        with open(folder / f"{name}.txt", "w", buffering=1) as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-            code = train_rl.main([str(w) for w in ["--name", name, "--out", folder, *words]])
-        if code:
-            print(f"{name}: exit code {code}, see {folder / name}.txt", flush=True)
+def work(name, folder, words):
+    return train_rl.main([str(w) for w in ["--name", name, "--out", folder, *words]])
 
 
 # what is kept of a run's log, to 4 digits
@@ -124,7 +114,7 @@ def main():
     given = parser.parse_args(own)
     if given.table:
         return table(given.table)
-    began, context, folder = time.time(), multiprocessing.get_context("spawn"), given.runs
+    began, folder = time.time(), given.runs
     arms = [(arm, seed) for some in ([given.arms] if given.arms else [FIRST, THEN]) for seed in given.seeds for arm in some]
     names = [f"{arm}_{seed}" for arm, seed in arms] + ["warm_0"] * (not given.warm)
     if taken := [name for name in names if (folder / name).exists()]:
@@ -136,29 +126,9 @@ def main():
         print(f"warm start after {time.time() - began:.0f} s", flush=True)
     warm = ["--warm", given.warm or folder / "warm_0"]
     jobs = [(f"{arm}_{seed}", [*extra, *warm, "--seed", seed, *options(arm)]) for arm, seed in arms]
-    queue = context.SimpleQueue()
-    workers = given.processes * max(1, torch.cuda.device_count())
-    processes = [context.Process(target=work, args=(queue, folder, n // given.processes), daemon=True) for n in range(workers)]
-    for p in processes:
-        p.start()
-    for job in [*jobs, *[None] * workers]:
-        queue.put(job)
-    said = shown = time.time()
-    while any(p.is_alive() for p in processes) and time.time() - began < given.limit:
-        time.sleep(1)
-        if time.time() - said > 20:
-            said = time.time()
-            gather(folder, jobs, given.out)
-            started = [name for name, _ in jobs if (folder / name).exists()]
-            print(f"{time.time() - began:.0f} s: {len(started)} of {len(jobs)} runs begun", flush=True)
-        if time.time() - shown > 60:
-            shown = time.time()
-            table(given.out)
-    for p in processes:
-        p.kill()
-    gather(folder, jobs, given.out)
-    print(f"{time.time() - began:.0f} s in all")
-    table(given.out)
+    listed = [(name, folder / f"{name}.txt", folder, words) for name, words in jobs]
+    left = given.limit - (time.time() - began)
+    side_by_side(work, listed, given.processes, left, lambda: gather(folder, jobs, given.out), lambda: table(given.out))
 
 
 if __name__ == "__main__":

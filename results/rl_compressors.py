@@ -39,14 +39,14 @@ def main(run, *tried, problems=256):
     model, task = train_rl.build(cfg, device)
     model.load_state_dict(saved["model"])
     asked = train_rl.problems(task, problems, "held out")
-    dense = model.new_cache(1, sum(task.room)).nbytes * problems
+    dense = model.new_cache(1, sum(task.most)).nbytes * problems
     print(f"{problems} held-out problems of {cfg.task}; k3: KL from the sampler to the full cache, nats a token; vetoed: share of answers\n\n"
           "compressor  entries  recent sinks queries | saved  greedy  at T = 1    k3   vetoed")  # fmt: skip
     for compress in [None, *map(named, tried or TRIED)]:
         solved = []
         for temperature in (0.0, 1.0):
             torch.manual_seed(0)
-            decoder = Decoder(model, problems, sum(task.room), temperature=temperature, stop=task.stop, compress=compress)
+            decoder = Decoder(model, problems, sum(task.most), temperature=temperature, stop=task.stop, compress=compress)
             r = train_rl.rollout(decoder, task, asked)
             solved.append(r.reward.mean().item())
         found = sparse_rl.mismatch(train_rl.answer_logp(model, r, slice(None)) - r.sampler, r.mask, r.mask)

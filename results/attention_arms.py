@@ -1,0 +1,212 @@
+"""Kinds of attention beside each other: equal tokens, parameters and selected tokens, several seeds, one sitting.
+
+    python results/attention_arms.py --out FILE [--english FILE] [-- options of train_lm.py]      the main table
+    python results/attention_arms.py --table FILE                                                 the table of what is there
+
+Arms: those of train_lm.py, and variants of asa and nsa, whose names say what is changed: see `changed`. The SwiGLU width of an arm is
+chosen so that all have as many parameters as asa, within 1 %. After its training a run is asked for what `more` describes.
+"""
+import argparse
+import contextlib
+import json
+import math
+import pathlib
+import re
+import sys
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import nsa  # noqa: E402
+import train_lm  # noqa: E402
+from side_by_side import side_by_side  # noqa: E402
+
+MAIN = ["gqa", "nsa", "asa", "asa-R112", "nsa-n16", "window"]
+
+
+@contextlib.contextmanager
+def changed(arm):
+    """Inside, train_lm.py builds this arm -> its --attn and more options.
+
+    window: asa's local layers alone. nsa-n16: as many tokens in a list as asa has. asa-..: R the latents' width, G their number,
+    S queries that share a list, swap global layers first.
+    """
+    kind, *changes = arm.split("-")
+    if kind == "window":
+        kind, changes = "asa", ["local"]
+    given = dict(re.fullmatch(r"([a-zA-Z]+)(\d*)", change).groups() for change in changes)
+    build = train_lm.ATTENTION["asa"]["build"]
+    rank, share = train_lm.Config.rank, nsa.SHARE
+    if "R" in given:
+        train_lm.Config.rank = property(lambda cfg: int(given["R"]))
+    if "S" in given:
+        nsa.SHARE = int(given["S"])
+    if "local" in given:
+        train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, 0)
+    if "swap" in given:
+        train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, layer + 1)
+    words = {"n": "--nsa-blocks", "G": "--groups"}
+    try:
+        yield ["--attn", kind, *(x for key, word in words.items() if key in given for x in (word, given[key]))]
+    finally:
+        train_lm.ATTENTION["asa"]["build"] = build
+        train_lm.Config.rank = rank
+        nsa.SHARE = share
+
+
+def parameters(words):
+    cfg, _ = train_lm.parse([str(w) for w in words])
+    cfg.vocab = cfg.vocab or train_lm.tokenizer(cfg.tokenizer).n_vocab
+    with torch.device("meta"):
+        return sum(p.numel() for p in train_lm.LM(cfg).parameters()), cfg
+
+
+def equal(arm, extra):
+    """-> the options of an arm, its --ffn such that it has the parameters of asa as nearly as multiples of 32 allow."""
+    aim, _ = parameters([*extra, "--attn", "asa"])
+    with changed(arm) as words:
+        size, cfg = parameters([*words, *extra])
+        width = (int(cfg.width * 8 / 3) + 31) // 32 * 32
+        ffn = width + round((aim - size) / (3 * cfg.width * cfg.layers) / 32) * 32
+        return [*words, *extra, "--ffn", ffn], parameters([*words, *extra, "--ffn", ffn])[0]
+
+
+def work(name, folder, arm, words, english):
+    with changed(arm):
+        code = train_lm.main([str(w) for w in ["--out", folder, "--name", name, *words]])
+        if not code:
+            found = more(folder / name, english)
+            with open(folder / name / "log.jsonl", "a") as f:
+                f.write(json.dumps({"final": True, **found}) + "\n")
+        return code
+
+
+@torch.no_grad()
+def more(folder, english):
+    """Of a finished run: bits per byte of another text, needles found by length and depth, bytes of its cache."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, cfg, _ = train_lm.load_run(folder, device)
+    data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+    amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=device.type == "cuda")
+    T = cfg.context
+    found = {"kv": model.new_cache(1, T, dtype=torch.bfloat16, device="cpu").nbytes / T, "needles": {}}
+    if english:
+        text = np.array(data.enc.encode_ordinary(open(english, encoding="utf-8").read()[: 40 * T]))
+        rows = torch.from_numpy(text[: len(text) // (T + 1) * (T + 1)].reshape(-1, T + 1)).to(device)  # (rows, T + 1)
+        nats = []
+        for part in rows.split(cfg.micro):
+            with amp():
+                logits = model(part[:, :-1])  # (b, T, V)
+            nats.append(F.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none"))
+        found["english"] = torch.cat(nats).mean().item() / math.log(2)  # a byte is a token
+    length = T
+    while length >= max(64, T // 16):
+        found["needles"][length] = [needles(model, data, amp, length, depth) for depth in range(8)]
+        length //= 2
+    return found
+
+
+def needles(model, data, amp, length, depth, documents=32):
+    """One pair told at depth / 8 of a text, and asked for in its last token -> the share of right answers."""
+    rng = np.random.default_rng([length, depth])
+    rows = []
+    for _ in range(documents):
+        key = "".join(chr(97 + i) for i in rng.integers(26, size=2))
+        said = data.enc.encode_ordinary(f"<{key}={chr(65 + rng.integers(26))}>")
+        text = data.crop("val", rng, length).tolist()
+        at = (length - 2 * len(said)) * depth // 8
+        text = [*text[:at], *said, *text[at:]][: length + 2 - len(said)]
+        rows.append([*text, *said[:-1]])
+    rows = torch.tensor(rows, device=model.embed.weight.device)  # (documents, length + 1)
+    right = 0
+    for part in rows.split(data.cfg.micro):
+        with amp():
+            logits = model(part[:, :-1])  # (b, length, V)
+        right += (logits[:, -1].argmax(-1) == part[:, -1]).sum().item()
+    return right / documents
+
+
+KEPT = ("bpb bpb_by_position recall_inside recall_beyond recall_by_distance tokens_per_second peak_bytes parameters hardware options "
+        "final kv needles english seconds").split()  # fmt: skip
+
+
+def gather(folder, jobs, out):
+    """Of each log what KEPT names, and every tenth loss."""
+    lines = []
+    for name, _, _, arm, *_ in jobs:
+        log = folder / name / "log.jsonl"
+        for line in log.read_text().splitlines() if log.exists() else []:
+            with contextlib.suppress(ValueError):  # the last line of a running one may be torn
+                e = json.loads(line)
+                kept = {k: v for k, v in e.items() if k in KEPT}
+                if e.get("step", 1) % 10 == 0 and "loss" in e:
+                    kept["loss"] = round(e["loss"], 4)
+                if kept.keys() - {"seconds"}:
+                    lines.append(json.dumps({"arm": arm, "seed": int(name.rsplit("_", 1)[1]), "step": e.get("step"), **kept}) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines))
+
+
+def runs(path):
+    """-> {arm: {seed: what its entries say, later ones over earlier}} of the runs that ended."""
+    found = {}
+    for line in open(path):
+        e = json.loads(line)
+        found.setdefault(e["arm"], {}).setdefault(e["seed"], {}).update(e)
+    return {arm: {s: e for s, e in seeds.items() if "kv" in e} for arm, seeds in found.items()}
+
+
+def table(path):
+    """Mean and standard deviation over the seeds. needles: over depths, at the longest three lengths."""
+    columns = {
+        "M parameters": lambda e: e["parameters"] / 1e6,
+        "bits per byte": lambda e: e["bpb"],
+        "first quarter": lambda e: e["bpb_by_position"][0],
+        "last quarter": lambda e: e["bpb_by_position"][-1],
+        "English": lambda e: e.get("english", math.nan),
+        "recall inside": lambda e: e["recall_inside"][0],
+        "recall beyond": lambda e: e["recall_beyond"][0],
+        **{f"needles {i}": lambda e, i=i: float(np.mean(list(e["needles"].values())[i])) for i in (0, 1, 2)},
+        "KV bytes": lambda e: e["kv"],
+        "tokens/s": lambda e: e["tokens_per_second"],
+        "peak GiB": lambda e: e["peak_bytes"] / 2**30,
+    }
+    print("| arm | seeds | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
+    for arm, seeds in runs(path).items():
+        if seeds:
+            values = {name: [f(e) for e in seeds.values()] for name, f in columns.items()}
+            print(f"| {arm} | {len(seeds)} | " + " | ".join(f"{np.mean(v):.4g} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.2g}" for v in values.values()) + " |")
+    print(flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/attention.jsonl"), help="the file")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("out/attention"), help="folder of the runs")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds")
+    parser.add_argument("--processes", type=int, default=5, help="runs at a time on each GPU")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=MAIN, help="their names; those of the main table by default")
+    parser.add_argument("--english", default="", help="another text, whose bits per byte are counted too")
+    parser.add_argument("--table", help="only the table of this file")
+    own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+    given = parser.parse_args(own)
+    if given.table:
+        return table(given.table)
+    given.runs.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for seed in given.seeds:
+        for arm in given.arms:
+            words, size = equal(arm, extra)
+            name = f"{arm}_{seed}"
+            jobs.append((name, given.runs / f"{name}.txt", given.runs, arm, [*words, "--seed", seed], given.english))
+            if seed == given.seeds[0]:
+                print(f"{arm:12} {size / 1e6:.2f} M parameters: {' '.join(map(str, words))}", flush=True)
+    side_by_side(work, jobs, given.processes, given.limit, lambda: gather(given.runs, jobs, given.out), lambda: table(given.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
