@@ -58,7 +58,7 @@ import train_rl
 from latent_attention import GQA, LatentAttention, SlotCache, attend, rope, visible
 from nsa import NSA, SHARE, ASAGlobal
 from sparse_rl import Compressor
-from train_lm import LM, Config
+from train_lm import ATTENTION, LM, Config
 
 HERE = pathlib.Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
@@ -2260,7 +2260,8 @@ def as_main(script, *args):
 
     def main(argv):
         try:
-            with swapped(sys, "argv", [script, *argv]):
+            beside = str((HERE / script).parent)
+            with swapped(sys, "argv", [script, *argv]), swapped(sys, "path", [beside, *sys.path]):
                 runpy.run_path(str(HERE / script), run_name="__main__")
         except SystemExit as e:
             return e.code or 0
@@ -4702,8 +4703,65 @@ def test_arms_script_runs_and_makes_a_table():
 def results_script(name):
     spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with swapped(sys, "path", [*sys.path, str(HERE / "results")]):  # they share a few functions
+        spec.loader.exec_module(module)
     return module
+
+
+def test_attention_arms_are_what_their_names_say():
+    """Inside an arm models are built as it says, of as many parameters as asa; behind it all is as before."""
+    arms = results_script("attention_arms")
+    build, rank, share = ATTENTION["asa"]["build"], train_lm.Config.rank, nsa.SHARE
+    small = ["--small", "--vocab", 257]
+    aim, _ = arms.parameters([*small, "--attn", "asa"])
+    kinds = lambda model: [type(block.attn).__name__ for block in model.blocks]
+    latent, both = "LatentAttention", ["LatentAttention", "ASAGlobal"] * 2
+    for arm, expected in {
+        "asa-R32-S8": both,
+        "asa-swap": both[::-1],
+        "window": [latent] * 4,
+        "nsa-n6": ["NSA"] * 4,
+    }.items():
+        words, size = arms.equal(arm, small)
+        assert abs(size / aim - 1) < 0.03, (arm, size, aim)  # a step of 32 in the SwiGLU width is 5 % here
+        with arms.changed(arm), torch.device("meta"):
+            model = LM(train_lm.parse([str(w) for w in words])[0])
+        assert kinds(model) == expected, (arm, kinds(model))
+        if arm == "asa-R32-S8":
+            assert model.blocks[1].attn.rank == 32 and model.blocks[1].attn.sizes.share == 8
+        if arm == "nsa-n6":
+            assert model.blocks[0].attn.sizes.n == 6
+        assert (ATTENTION["asa"]["build"], train_lm.Config.rank, nsa.SHARE) == (build, rank, share), arm
+
+
+def test_needles_are_found_by_who_looks_back():
+    """A reader that copies what stood behind the same key finds all of them, one that guesses a letter few."""
+    arms = results_script("attention_arms")
+
+    class Reader(torch.nn.Module):
+        def __init__(self, looks):
+            super().__init__()
+            self.embed = torch.nn.Embedding(1, 1)
+            self.looks = looks
+
+        def forward(self, rows):  # (b, T) -> (b, T, 257)
+            logits = torch.zeros(*rows.shape, 257)
+            for row, out in zip(rows, logits):
+                text = bytes(row.tolist())
+                asked = text[-4:]  # <ab=
+                at = text.index(asked) + 4 if self.looks else None
+                out[-1, text[at] if self.looks else ord("Q")] = 1
+            return logits
+
+    with folder() as tmp:
+        (tmp / "text").write_text("some text, of which no letter is a key. " * 200)
+        cfg = train_lm.Config(preset="small", data=[str(tmp / "text")], context=256)
+        enc = train_lm.tokenizer("bytes")
+        train_lm.prepare(cfg, enc, tmp)
+        data = train_lm.Data(cfg, enc, tmp)
+        for depth in (0, 3, 7):
+            assert arms.needles(Reader(True), data, contextlib.nullcontext, 256, depth) == 1
+            assert arms.needles(Reader(False), data, contextlib.nullcontext, 256, depth) < 0.3
 
 
 @slow

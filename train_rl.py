@@ -971,6 +971,7 @@ def train(cfg, given):
     # that a killed run loses nothing
     found = None
     if cuda:
+        torch.cuda.empty_cache()  # blocks of imitation and equipping, which the engines' graphs cannot use
         torch.cuda.reset_peak_memory_stats()
     run.catch_signals()
     if not saved:

@@ -1,6 +1,6 @@
-"""Draws results/base.png from results/base-*.jsonl: `python results/figures.py`. The only file that needs matplotlib.
+"""Draws results/base.png from results/base-*.jsonl and results/needles.png from results/attention-arms.jsonl: `python results/figures.py`.
 
-Each log is the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written.
+A base log is the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; the other is of attention_arms.py.
 """
 import json
 import math
@@ -11,10 +11,27 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from attention_arms import runs  # noqa: E402
+
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-def main():
+def needles():
+    """The share of needles found by depth and length, a panel for each arm, the mean over its seeds."""
+    arms = {arm: list(seeds.values()) for arm, seeds in runs(HERE / "attention-arms.jsonl").items() if seeds}
+    figure, axes = plt.subplots(1, len(arms), figsize=(2.1 * len(arms), 2.6), sharey=True)
+    for axis, (arm, found) in zip(axes, arms.items()):
+        lengths = sorted(map(int, found[0]["needles"]))
+        share = [[sum(e["needles"][str(n)][depth] for e in found) / len(found) for n in lengths] for depth in range(8)]
+        axis.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set(title=f"{arm} ({len(found)})", xticks=range(len(lengths)), xlabel="length")
+        axis.set_xticklabels(lengths, rotation=60)
+    axes[0].set(yticks=range(0, 8, 2), yticklabels=["begin", "1/4", "1/2", "3/4"], ylabel="where it was told")
+    figure.tight_layout()
+    figure.savefig(HERE / "needles.png", dpi=110)
+
+
+def base():
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     for log in sorted(HERE.glob("base-*.jsonl")):
         name = log.stem.removeprefix("base-")
@@ -36,4 +53,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    base()
+    needles()
