@@ -4734,6 +4734,27 @@ def test_attention_arms_are_what_their_names_say():
         assert (ATTENTION["asa"]["build"], train_lm.Config.rank, nsa.SHARE) == (build, rank, share), arm
 
 
+def test_variants_of_asa_decode_as_they_train():
+    """Each layer that the arms bring along: token by token from its cache as the whole text at once, in fp64."""
+    arms = results_script("attention_arms")
+    make = {name: lambda kind=kind: kind(32, 4, 8, 2, 12, 4, 4) for name, kind in arms.PHI.items()}
+    make["gqa"] = lambda: arms.WindowGQA(32, 4, 2, 8, window=7)
+    x = torch.randn(2, 70, 32, dtype=torch.float64)
+    pos = torch.arange(70).expand(2, -1)
+    outputs = {}
+    for name, layer in make.items():
+        torch.manual_seed(0)
+        layer = layer().double()
+        for p in layer.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        outputs[name] = layer(x, pos)
+        cache = layer.new_cache(2, 70, dtype=torch.float64)
+        one = torch.ones(2, dtype=torch.long)
+        steps = [layer(x[:, t : t + 1], pos[:, t : t + 1], cache, one) for t in range(70)]
+        close(torch.cat(steps, 1), outputs[name], 1e-10, what=name)
+    assert (outputs["start"] - outputs["mean"]).abs().max() > 1e-3  # they are different layers
+
+
 def test_needles_are_found_by_who_looks_back():
     """A reader that copies what stood behind the same key finds all of them, one that guesses a letter few."""
     arms = results_script("attention_arms")

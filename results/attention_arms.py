@@ -17,14 +17,76 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import nsa  # noqa: E402
 import train_lm  # noqa: E402
+from latent_attention import GQA, RMSNorm, SlotCache, keys_of, merge_heads, rope, window_attention  # noqa: E402
 from side_by_side import side_by_side  # noqa: E402
 
-MAIN = ["gqa", "nsa", "asa", "asa-R112", "nsa-n16", "window"]
+MAIN = ["gqa", "nsa", "asa", "asa-R64", "nsa-n16", "window"]
+
+
+class WindowGQA(GQA):
+    """What a local layer of asa would be with plain keys and values: GQA in a window."""
+
+    def __init__(self, *sizes, window):
+        super().__init__(*sizes)
+        self.window = window
+
+    def new_cache(self, batch, max_len, margin=8, **kind):
+        widths = dict.fromkeys(("k", "v"), (self.groups, self.head_width))
+        return {"tokens": SlotCache(batch, max_len, widths, self.window, margin, **kind)}
+
+    def forward(self, x, pos, cache=None, count=None, source=None):
+        qk, v = self.project(x, source).split([self.heads + self.groups, self.groups], dim=1)
+        q, k = rope(qk, pos, self.base).split([self.heads, self.groups], dim=1)  # (B, H or G, T, D)
+        scale = self.head_width**-0.5
+        if cache is None:
+            o = window_attention(q, keys_of(None, pos, None, k, v), self.window, scale)  # (B, H, T, D)
+        else:
+            o = cache["tokens"].attend(q, pos, count, scale, k=k, v=v)  # (B, H, T, D)
+        return self.out(merge_heads(o).to(x.dtype))
+
+
+class Mean(nsa.ASAGlobal):
+    """phi is the plain mean of a block's latents."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.pool.requires_grad_(False)
+
+
+class InputPhi(nsa.ASAGlobal):
+    """phi as in DeepSeek-V4: weights of a place and channel that depend on the latent there, and a norm behind the sum."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.score = nn.Linear(self.rank, self.rank, bias=False)
+        self.block_norm = RMSNorm(self.rank)
+        nn.init.zeros_(self.score.weight)
+
+    def compress(self, c, k_r, end):
+        found = super().compress(c, k_r, end)
+        logits = self.score(c.to(self.score.weight.dtype)).float() + self.pool[:, None, :, None]  # (B, G, N, 16, R)
+        weight = logits.softmax(-2).to(c.dtype)  # (B, G, N, 16, R)
+        return {"k": self.block_norm((c * weight).sum(-2)), "k2": found["k2"]}
+
+
+class FromStart(nsa.ASAGlobal):
+    """A block's rotary key is turned to its first position instead of its middle."""
+
+    def compress(self, c, k_r, end):
+        found = super().compress(c, k_r, end)
+        back = torch.full((1, 1), -(nsa.ASA_BLOCK - 1) / 2, device=k_r.device)  # (1, 1)
+        middle = found["k2"]  # (B, 1, N, P)
+        start = rope(middle.flatten(1, 2)[:, :, None], back, self.base)  # (B, N, 1, P)
+        return {"k": found["k"], "k2": start.view_as(middle)}
+
+
+PHI = {"mean": Mean, "input": InputPhi, "start": FromStart}
 
 
 @contextlib.contextmanager
@@ -32,14 +94,14 @@ def changed(arm):
     """Inside, train_lm.py builds this arm -> its --attn and more options.
 
     window: asa's local layers alone. nsa-n16: as many tokens in a list as asa has. asa-..: R the latents' width, G their number,
-    S queries that share a list, swap global layers first.
+    S queries that share a list, swap global layers first, gqa local layers with plain keys and values, and the names of PHI.
     """
     kind, *changes = arm.split("-")
     if kind == "window":
         kind, changes = "asa", ["local"]
     given = dict(re.fullmatch(r"([a-zA-Z]+)(\d*)", change).groups() for change in changes)
     build = train_lm.ATTENTION["asa"]["build"]
-    rank, share = train_lm.Config.rank, nsa.SHARE
+    kept = train_lm.Config.rank, nsa.SHARE, train_lm.ASAGlobal
     if "R" in given:
         train_lm.Config.rank = property(lambda cfg: int(given["R"]))
     if "S" in given:
@@ -48,13 +110,17 @@ def changed(arm):
         train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, 0)
     if "swap" in given:
         train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, layer + 1)
+    if "gqa" in given:
+        plain = lambda cfg: WindowGQA(cfg.width, cfg.heads, cfg.groups, cfg.head_width, cfg.rope_base, window=cfg.window)
+        train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, layer) if layer % 2 else plain(cfg)
+    for name in PHI.keys() & given.keys():
+        train_lm.ASAGlobal = PHI[name]
     words = {"n": "--nsa-blocks", "G": "--groups"}
     try:
         yield ["--attn", kind, *(x for key, word in words.items() if key in given for x in (word, given[key]))]
     finally:
         train_lm.ATTENTION["asa"]["build"] = build
-        train_lm.Config.rank = rank
-        nsa.SHARE = share
+        train_lm.Config.rank, nsa.SHARE, train_lm.ASAGlobal = kept
 
 
 def parameters(words):
