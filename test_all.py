@@ -4732,6 +4732,8 @@ def test_attention_arms_are_what_their_names_say():
         if arm == "nsa-n6":
             assert model.blocks[0].attn.sizes.n == 6
         assert (ATTENTION["asa"]["build"], train_lm.Config.rank, nsa.SHARE) == (build, rank, share), arm
+    for arm in ("asa-", "asa-R", "asa-R8x", "asa-R8-R9", "foo", "asa-foo"):
+        refused(as_main("results/attention_arms.py", "--arms", arm, "--runs", HERE / "no such folder"))
 
 
 def test_variants_of_asa_decode_as_they_train():

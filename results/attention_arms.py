@@ -99,7 +99,10 @@ def changed(arm):
     kind, *changes = arm.split("-")
     if kind == "window":
         kind, changes = "asa", ["local"]
-    given = dict(re.fullmatch(r"([a-zA-Z]+)(\d*)", change).groups() for change in changes)
+    found = [re.fullmatch(r"([RGSn])(\d+)|([a-z]+)()", change) for change in changes]
+    given = dict((m[1] or m[3], m[2]) for m in found if m)
+    if len(given) < len(changes) or kind not in train_lm.ATTENTION or not given.keys() <= {*"RGSn", "local", "swap", "gqa", *PHI}:
+        raise train_lm.UserError(f"--arms {arm}: not an arm like gqa or asa-R64-swap")
     build = train_lm.ATTENTION["asa"]["build"]
     kept = train_lm.Config.rank, nsa.SHARE, train_lm.ASAGlobal
     if "R" in given:
@@ -226,7 +229,7 @@ def runs(path):
 
 
 def table(path):
-    """Mean and standard deviation over the seeds. needles: over depths, at the longest three lengths."""
+    """Mean and standard deviation over the seeds. Needles: the mean over the places in a text."""
     columns = {
         "M parameters": lambda e: e["parameters"] / 1e6,
         "bits per byte": lambda e: e["bpb"],
@@ -235,7 +238,7 @@ def table(path):
         "English": lambda e: e.get("english", math.nan),
         "recall inside": lambda e: e["recall_inside"][0],
         "recall beyond": lambda e: e["recall_beyond"][0],
-        **{f"needles {i}": lambda e, i=i: float(np.mean(list(e["needles"].values())[i])) for i in (0, 1, 2)},
+        **{f"needles, context / {2**i}": lambda e, i=i: float(np.mean(list(e["needles"].values())[i])) for i in (0, 1, 2)},
         "KV bytes": lambda e: e["kv"],
         "tokens/s": lambda e: e["tokens_per_second"],
         "peak GiB": lambda e: e["peak_bytes"] / 2**30,
@@ -244,7 +247,8 @@ def table(path):
     for arm, seeds in runs(path).items():
         if seeds:
             values = {name: [f(e) for e in seeds.values()] for name, f in columns.items()}
-            print(f"| {arm} | {len(seeds)} | " + " | ".join(f"{np.mean(v):.4g} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.2g}" for v in values.values()) + " |")
+            spread = lambda v: f" ± {np.std(v, ddof=1):.2g}" if len(v) > 1 else ""
+            print(f"| {arm} | {len(seeds)} | " + " | ".join(f"{np.mean(v):.4g}{spread(v)}" for v in values.values()) + " |")
     print(flush=True)
 
 
@@ -262,7 +266,6 @@ def main():
     given = parser.parse_args(own)
     if given.table:
         return table(given.table)
-    given.runs.mkdir(parents=True, exist_ok=True)
     jobs = []
     for seed in given.seeds:
         for arm in given.arms:
@@ -271,8 +274,13 @@ def main():
             jobs.append((name, given.runs / f"{name}.txt", given.runs, arm, [*words, "--seed", seed], given.english))
             if seed == given.seeds[0]:
                 print(f"{arm:12} {size / 1e6:.2f} M parameters: {' '.join(map(str, words))}", flush=True)
+    given.runs.mkdir(parents=True, exist_ok=True)
     side_by_side(work, jobs, given.processes, given.limit, lambda: gather(given.runs, jobs, given.out), lambda: table(given.out))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except train_lm.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
