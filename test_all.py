@@ -4248,18 +4248,44 @@ def learn_equals_formulas(correct, lr=3.0):
 def test_learn_by_hand():
     for correct in ("none", "both", "answer", "bypass", "replay", "twin", "center"):
         learn_equals_formulas(correct)
-    read = "logits = answer_logits(model, r, part, "
+    _, r, cfg, _ = answered()
+    row = r.text.shape[1] * len(
+        train_rl.TASKS[cfg.task](cfg.size, cfg.largest).symbols
+    )  # logits of an answer
+    assert train_rl.pieces(4, 11, 1, row) == [slice(4, 11)]
+    with swapped(train_rl, "LOGITS", 3 * row):  # a minibatch comes in uneven pieces
+        assert train_rl.pieces(4, 11, 1, row) == [slice(4, 7), slice(7, 10), slice(10, 11)]
+        for correct in ("both", "twin", "center"):
+            learn_equals_formulas(correct)
+        catches(learn_equals_formulas, train_rl, "learn", [("len(logp) / size", "1 / len(part)")], "both")
+    with swapped(train_rl, "LOGITS", 1):
+        assert train_rl.pieces(0, 2, 7, 9) == [slice(0, 1), slice(1, 2)]
+    read = "logits = answer_logits(model, r, piece, "
     for correct, *change in (
         ("bypass", 'how.anchor == "dense"', "True"),
         ("both", 'how.anchor == "dense"', "False"),
         ("twin", " / len(views)", ""),
-        ("twin", "loss.mean()", "loss[-1]"),
+        ("twin", "loss.sum()", "loss[-1]"),
         ("replay", f"{read}reads,", f'{read}"full",'),
         ("twin", "how.weigh(old[reads]", 'how.weigh(old["full"]'),
         ("center", 'reads = "kept" if', 'reads = "full" if'),
-        ("center", "law[part]", "law[: len(logits)]"),
+        ("center", "law[piece]", "law[: len(logits)]"),
     ):
         catches(learn_equals_formulas, train_rl, "learn", [change], correct)
+
+
+def test_imitation_in_pieces_is_that_of_whole_batches():
+    cfg = train_rl.Config(size=2, largest=9, warm_steps=3, warm_batch=7, warm_lr=1e-2)
+    task = train_rl.Sums(2, 9)
+    weights = []
+    for logits in (train_rl.LOGITS, 2 * sum(task.most) * len(task.symbols)):  # 2 rows a piece, the last has one
+        torch.manual_seed(0)
+        model = LM(tiny("gqa", layers=2, heads=2, vocab=len(task.symbols))).double()
+        with swapped(train_rl, "LOGITS", logits):
+            loss = train_rl.imitate(model, task, cfg, torch.device("cpu"))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert 0 < loss < 4
+    close(*weights, 1e-9, "weights after three steps")
 
 
 def test_statistics_of_a_replay_are_of_the_dense_policy():

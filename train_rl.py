@@ -24,6 +24,7 @@ runs. Letters as there; N answers in a step, T tokens of the longest prompt with
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -479,6 +480,15 @@ class Demonstrations(Dataset):
         return torch.from_numpy(tokens), torch.from_numpy(weights)
 
 
+LOGITS = 2**27  # that are held at a time, at most: fewer rows where the vocabulary is large
+
+
+def pieces(start, stop, T, vocab):
+    """Rows start to stop of T tokens -> slices of them, of each of which the logits fit in LOGITS."""
+    rows = max(1, LOGITS // (T * vocab))
+    return [slice(i, min(i + rows, stop)) for i in range(start, stop, rows)]
+
+
 def imitate(model, task, cfg, device):
     """Train on demonstrations, in bf16 where a GPU has it -> the last loss.
 
@@ -493,11 +503,15 @@ def imitate(model, task, cfg, device):
         train_lm.set_rate(optimizer, train_lm.learning_rate(schedule, step))
         tokens, weight = (x.to(device, non_blocking=True) for x in batch)  # (B, T) each
         weight = weight[:, 1:]  # (B, T - 1)
-        with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(device)):
-            logits = model(tokens[:, :-1])  # (B, T - 1, V)
-        loss = -(sparse_rl.token_logp(logits, tokens[:, 1:]) * weight).sum() / weight.sum()
-        loss.backward()
-        seen += loss.detach() + nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        counted = weight.sum()
+        loss = 0.0
+        for piece in pieces(0, *tokens.shape, model.cfg.vocab):
+            with torch.autocast("cuda", torch.bfloat16, enabled=kernels.has_bf16(device)):
+                logits = model(tokens[piece, :-1])  # (b, T - 1, V)
+            part = -(sparse_rl.token_logp(logits, tokens[piece, 1:]) * weight[piece]).sum() / counted
+            part.backward()
+            loss += part.detach()
+        seen += loss + nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99:
@@ -673,16 +687,18 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
     """The updates of one step -> what there is to log. recorder: of what the sampler kept."""
     how = cfg.correction
     size = len(r.text) // cfg.minibatches
-    parts = [slice(i, i + size) for i in range(0, len(r.text), size)]  # minibatches: some whole groups each
+    # minibatches: some whole groups each, in pieces
+    parts = [pieces(i, i + size, r.text.shape[1], model.cfg.vocab) for i in range(0, len(r.text), size)]
+    every = [piece for part in parts for piece in part]
 
     # 1) the old policy, read by the learner's own code, so that rho is 1 before the first update
     old = {}  # what is read -> log pi_o (N, T - 1); the log is about the full history in any case
     with torch.no_grad():
         for reads in dict.fromkeys(("full", *how.reads)):
-            old[reads] = torch.cat([answer_logp(model, r, part, reads, recorder) for part in parts])
+            old[reads] = torch.cat([answer_logp(model, r, piece, reads, recorder) for piece in every])
         if how.mass:  # the sampler's whole law
             reads = "kept" if cfg.rollout == "sparse" else "full"
-            law = [answer_logits(model, r, part, reads, recorder).softmax(-1) for part in parts]
+            law = [answer_logits(model, r, piece, reads, recorder).softmax(-1) for piece in every]
             law = torch.cat(law)  # (N, T - 1, V)
     r.old = old["full"]
 
@@ -708,25 +724,28 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
     # 5) the updates
     updates = []  # of (loss, clipped, largest log rho, norm)
     for part in [part for part, some in zip(parts, useful) if some]:
-        terms = []  # of (loss, clipped, largest log rho), one a view
-        for reads, view in views.items():
-            anchor, weight, counted = (x[part] for x in view)  # (n, T - 1) each
-            logits = answer_logits(model, r, part, reads, recorder)  # (n, T - 1, V)
-            logp = sparse_rl.token_logp(logits, r.text[part, 1:]) * r.mask[part]  # (n, T - 1)
-            term = sparse_rl.objective(logp, anchor, advantage[part], weight, counted, cfg.clip)
+        found = []  # of (loss, clipped, largest log rho), one a view and piece, the first two by their share
+        for (reads, view), piece in itertools.product(views.items(), part):
+            anchor, weight, counted = (x[piece] for x in view)  # (n, T - 1) each
+            logits = answer_logits(model, r, piece, reads, recorder)  # (n, T - 1, V)
+            logp = sparse_rl.token_logp(logits, r.text[piece, 1:]) * r.mask[piece]  # (n, T - 1)
+            loss, clipped, log_rho = sparse_rl.objective(
+                logp, anchor, advantage[piece], weight, counted, cfg.clip
+            )
             drift = 0.0
             if how.mass and reads == "full":
-                drift = sparse_rl.center(logits, law[part], how.mass, advantage[part], weight, counted)
-            ((term[0] + drift) / len(views)).backward()
-            terms.append(torch.stack(term).detach())
+                drift = sparse_rl.center(logits, law[piece], how.mass, advantage[piece], weight, counted)
+            share = len(logp) / size / len(views)  # of the minibatch, whose loss is a mean over answers
+            (share * (loss + drift)).backward()
+            found.append(torch.stack([share * loss.detach(), share * clipped, log_rho]))
+        loss, clipped, log_rho = torch.stack(found, dim=1)  # (views x pieces,) each
         world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
-        loss = torch.stack([term[0] for term in terms]).mean()
+        loss = loss.sum()
         train_lm.look("in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist())))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss, clipped, log_rho = torch.stack(terms, dim=1)  # (views,) each
-        updates.append(torch.stack([loss.mean(), clipped.mean(), log_rho.max(), norm]))
+        updates.append(torch.stack([loss, clipped.sum(), log_rho.max(), norm]))
 
     # 6) what there is to log
     updates = torch.stack(updates) if updates else r.reward.new_zeros(1, 4)  # (updates, 4)
