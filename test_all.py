@@ -2355,6 +2355,26 @@ def test_two_processes_equal_one():
             assert diff < 2e-5, f"{other}: losses differ by {diff}"
 
 
+def test_a_run_takes_the_gpu_that_its_process_chose():
+    """Scripts give each worker a GPU; only torchrun's own number comes before it."""
+    chosen = []
+    fakes = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: 1,
+        "set_device": chosen.append,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, fake in fakes.items():
+            stack.enter_context(swapped(torch.cuda, name, fake))
+        assert train_lm.pick_device(Config()).index == 1, "torch's current one"
+        with swapped(os, "environ", {**os.environ, "LOCAL_RANK": "0"}):
+            assert train_lm.pick_device(Config()).index == 0, "torchrun's"
+        with swapped(os, "environ", {**os.environ, "LOCAL_RANK": "2"}):
+            raises(train_lm.UserError, "only 2 GPUs", train_lm.pick_device, Config())
+    assert chosen == [1, 0]
+
+
 @slow
 def test_a_model_learns_or_says_not():
     with folder() as tmp:
@@ -4278,7 +4298,10 @@ def test_imitation_in_pieces_is_that_of_whole_batches():
     cfg = train_rl.Config(size=2, largest=9, warm_steps=3, warm_batch=7, warm_lr=1e-2)
     task = train_rl.Sums(2, 9)
     weights = []
-    for logits in (train_rl.LOGITS, 2 * sum(task.most) * len(task.symbols)):  # 2 rows a piece, the last has one
+    for logits in (
+        train_rl.LOGITS,
+        2 * sum(task.most) * len(task.symbols),
+    ):  # 2 rows a piece, the last has one
         torch.manual_seed(0)
         model = LM(tiny("gqa", layers=2, heads=2, vocab=len(task.symbols))).double()
         with swapped(train_rl, "LOGITS", logits):

@@ -1233,7 +1233,7 @@ class HubTokenizer:
 
 
 def pick_device(cfg):
-    """-> the torch.device of --device; under torchrun each process has a GPU of its own."""
+    """-> the torch.device of --device: torch's current GPU, under torchrun one for each process."""
     if cfg.device == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device mps: this computer has none that torch can use")
@@ -1242,7 +1242,7 @@ def pick_device(cfg):
         raise UserError("--device cuda: this computer has no GPU that torch can use; leave the option away")
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    number = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
     if number >= torch.cuda.device_count():
         raise UserError(f"{number + 1} processes here, but only {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(number)
