@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import nsa  # noqa: E402
 import train_lm  # noqa: E402
 from latent_attention import GQA, RMSNorm, SlotCache, keys_of, merge_heads, rope, window_attention  # noqa: E402
-from side_by_side import side_by_side  # noqa: E402
+from side_by_side import logged, side_by_side  # noqa: E402
 
 MAIN = ["gqa", "nsa", "asa", "asa-R64", "nsa-n16", "window"]
 
@@ -206,15 +206,13 @@ def gather(folder, jobs, out):
     """Of each log what KEPT names, and every tenth loss."""
     lines = []
     for name, _, _, arm, *_ in jobs:
-        log = folder / name / "log.jsonl"
-        for line in log.read_text().splitlines() if log.exists() else []:
-            with contextlib.suppress(ValueError):  # the last line of a running one may be torn
-                e = json.loads(line)
-                kept = {k: v for k, v in e.items() if k in KEPT}
-                if e.get("step", 1) % 10 == 0 and "loss" in e:
-                    kept["loss"] = round(e["loss"], 4)
-                if kept.keys() - {"seconds"}:
-                    lines.append(json.dumps({"arm": arm, "seed": int(name.rsplit("_", 1)[1]), "step": e.get("step"), **kept}) + "\n")
+        for e in logged(folder / name / "log.jsonl"):
+            kept = {k: v for k, v in e.items() if k in KEPT}
+            if e.get("step", 1) % 10 == 0 and "loss" in e:
+                kept["loss"] = round(e["loss"], 4)
+            if kept.keys() - {"seconds"}:
+                seed = int(name.rsplit("_", 1)[1])
+                lines.append(json.dumps({"arm": arm, "seed": seed, "step": e.get("step"), **kept}) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(lines))
 

@@ -9,7 +9,6 @@ FILE: of the log.jsonl of every run what KEPT names, with arm and seed; rewritte
 a set that is cut off leaves what it had.
 """
 import argparse
-import contextlib
 import json
 import pathlib
 import sys
@@ -17,7 +16,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
-from side_by_side import side_by_side  # noqa: E402
+from side_by_side import logged, side_by_side  # noqa: E402
 
 # An arm's name is CORRECTION, with the run's own sampler, or CORRECTION-COMPRESSOR-BUDGET-BUFFER-RECENT-SINKS-QUERIES. dense-...: what
 # dense rollouts train, read by that sampler.
@@ -48,11 +47,9 @@ def short(entry):
 def gather(folder, jobs, out):
     lines = []
     for name, _ in jobs:
-        log = folder / name / "log.jsonl"
         arm, seed = name.rsplit("_", 1)
-        for line in log.read_text().splitlines() if log.exists() else []:
-            with contextlib.suppress(ValueError):  # the last line of a running one may be torn
-                lines.append(json.dumps({"arm": arm, "seed": int(seed), **short(json.loads(line))}) + "\n")
+        for entry in logged(folder / name / "log.jsonl"):
+            lines.append(json.dumps({"arm": arm, "seed": int(seed), **short(entry)}) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(lines))
 

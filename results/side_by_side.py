@@ -1,5 +1,6 @@
 """Several runs at a time on each GPU: a pool of processes, each of which starts CUDA once and then takes job after job."""
 import contextlib
+import json
 import multiprocessing
 import time
 
@@ -15,6 +16,13 @@ def worker(jobs, work, gpu):
             code = work(name, *rest)
         if code:
             print(f"{name}: exit code {code}, see {log}", flush=True)
+
+
+def logged(log):
+    """The entries of a run's log, as far as there are any; the last line of a running one may be torn."""
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def side_by_side(work, jobs, processes, limit, gather, table):
