@@ -4269,9 +4269,8 @@ def test_learn_by_hand():
     for correct in ("none", "both", "answer", "bypass", "replay", "twin", "center"):
         learn_equals_formulas(correct)
     _, r, cfg, _ = answered()
-    row = r.text.shape[1] * len(
-        train_rl.TASKS[cfg.task](cfg.size, cfg.largest).symbols
-    )  # logits of an answer
+    symbols = train_rl.TASKS[cfg.task].symbols
+    row = r.text.shape[1] * len(symbols)  # logits of an answer
     assert train_rl.pieces(4, 11, 1, row) == [slice(4, 11)]
     with swapped(train_rl, "LOGITS", 3 * row):  # a minibatch comes in uneven pieces
         assert train_rl.pieces(4, 11, 1, row) == [slice(4, 7), slice(7, 10), slice(10, 11)]
@@ -4298,10 +4297,8 @@ def test_imitation_in_pieces_is_that_of_whole_batches():
     cfg = train_rl.Config(size=2, largest=9, warm_steps=3, warm_batch=7, warm_lr=1e-2)
     task = train_rl.Sums(2, 9)
     weights = []
-    for logits in (
-        train_rl.LOGITS,
-        2 * sum(task.most) * len(task.symbols),
-    ):  # 2 rows a piece, the last has one
+    two = 2 * sum(task.most) * len(task.symbols)  # two rows a piece, of seven
+    for logits in (train_rl.LOGITS, two):
         torch.manual_seed(0)
         model = LM(tiny("gqa", layers=2, heads=2, vocab=len(task.symbols))).double()
         with swapped(train_rl, "LOGITS", logits):
@@ -4781,7 +4778,7 @@ def test_attention_arms_are_what_their_names_say():
         if arm == "nsa-n6":
             assert model.blocks[0].attn.sizes.n == 6
         assert (ATTENTION["asa"]["build"], train_lm.Config.rank, nsa.SHARE) == (build, rank, share), arm
-    for arm in ("asa-", "asa-R", "asa-R8x", "asa-R8-R9", "foo", "asa-foo"):
+    for arm in ("asa-", "asa-R", "asa-R8x", "asa-R8-R9", "foo", "asa-foo", "gqa-R8", "nsa-swap"):
         refused(as_main("results/attention_arms.py", "--arms", arm, "--runs", HERE / "no such folder"))
 
 
@@ -4803,7 +4800,23 @@ def test_variants_of_asa_decode_as_they_train():
         one = torch.ones(2, dtype=torch.long)
         steps = [layer(x[:, t : t + 1], pos[:, t : t + 1], cache, one) for t in range(70)]
         close(torch.cat(steps, 1), outputs[name], 1e-10, what=name)
-    assert (outputs["start"] - outputs["mean"]).abs().max() > 1e-3  # they are different layers
+    # A key turned to the first place of block 0, which is place 0, is the mean of the keys before rotation.
+    r = torch.randn(1, 1, 16, 4, dtype=torch.float64)  # (B, 1, 16, P)
+    c = torch.randn(1, 2, 1, 16, 12, dtype=torch.float64)  # (B, G, N, 16, R)
+    k_r = rope(r, torch.arange(16)[None])[:, :, None]  # (B, 1, N, 16, P)
+    end = torch.full((1, 1), 15)
+    sizes = (32, 4, 8, 2, 12, 4, 4)
+    close(
+        arms.FromStart(*sizes).double().compress(c, k_r, end)["k2"],
+        r.mean(2, keepdim=True),
+        1e-9,
+        "turned to the start",
+    )
+    fresh = arms.InputPhi(*sizes).double()
+    close(fresh.compress(c, k_r, end)["k"], fresh.block_norm(c.mean(-2)), 1e-6, "at first the mean, normed")
+    fresh.score.weight.data.normal_()
+    assert (fresh.compress(c, k_r, end)["k"] - fresh.block_norm(c.mean(-2))).abs().max() > 0.1
+    assert not arms.Mean(*sizes).pool.requires_grad
 
 
 def test_needles_are_found_by_who_looks_back():
@@ -4821,8 +4834,8 @@ def test_needles_are_found_by_who_looks_back():
             for row, out in zip(rows, logits):
                 text = bytes(row.tolist())
                 asked = text[-4:]  # <ab=
-                at = text.index(asked) + 4 if self.looks else None
-                out[-1, text[at] if self.looks else ord("Q")] = 1
+                self.at = text.index(asked)
+                out[-1, text[self.at + 4] if self.looks else ord("Q")] = 1
             return logits
 
     with folder() as tmp:
@@ -4832,7 +4845,9 @@ def test_needles_are_found_by_who_looks_back():
         train_lm.prepare(cfg, enc, tmp)
         data = train_lm.Data(cfg, enc, tmp)
         for depth in (0, 3, 7):
-            assert arms.needles(Reader(True), data, contextlib.nullcontext, 256, depth) == 1
+            reader = Reader(True)
+            assert arms.needles(reader, data, contextlib.nullcontext, 256, depth) == 1
+            assert abs(reader.at - 256 * depth / 8) < 16, "it was told at that depth"
             assert arms.needles(Reader(False), data, contextlib.nullcontext, 256, depth) < 0.3
 
 

@@ -724,7 +724,7 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
     # 5) the updates
     updates = []  # of (loss, clipped, largest log rho, norm)
     for part in [part for part, some in zip(parts, useful) if some]:
-        found = []  # of (loss, clipped, largest log rho), one a view and piece, the first two by their share
+        terms = []  # of (loss, clipped, largest log rho), one a view and piece, the first two by their share
         for (reads, view), piece in itertools.product(views.items(), part):
             anchor, weight, counted = (x[piece] for x in view)  # (n, T - 1) each
             logits = answer_logits(model, r, piece, reads, recorder)  # (n, T - 1, V)
@@ -737,8 +737,8 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
                 drift = sparse_rl.center(logits, law[piece], how.mass, advantage[piece], weight, counted)
             share = len(logp) / size / len(views)  # of the minibatch, whose loss is a mean over answers
             (share * (loss + drift)).backward()
-            found.append(torch.stack([share * loss.detach(), share * clipped, log_rho]))
-        loss, clipped, log_rho = torch.stack(found, dim=1)  # (views x pieces,) each
+            terms.append(torch.stack([share * loss.detach(), share * clipped, log_rho]))
+        loss, clipped, log_rho = torch.stack(terms, dim=1)  # (views x pieces,) each
         world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
         loss = loss.sum()
@@ -990,7 +990,6 @@ def train(cfg, given):
     # that a killed run loses nothing
     found = None
     if cuda:
-        torch.cuda.empty_cache()  # blocks of imitation and equipping, which the engines' graphs cannot use
         torch.cuda.reset_peak_memory_stats()
     run.catch_signals()
     if not saved:

@@ -101,7 +101,8 @@ def changed(arm):
         kind, changes = "asa", ["local"]
     found = [re.fullmatch(r"([RGSn])(\d+)|([a-z]+)()", change) for change in changes]
     given = dict((m[1] or m[3], m[2]) for m in found if m)
-    if len(given) < len(changes) or kind not in train_lm.ATTENTION or not given.keys() <= {*"RGSn", "local", "swap", "gqa", *PHI}:
+    allowed = {"gqa": set(), "nsa": {"n"}, "asa": {"R", "G", "S", "local", "swap", "gqa", *PHI}}
+    if len(given) < len(changes) or not given.keys() <= allowed.get(kind, set()) or kind not in allowed:
         raise train_lm.UserError(f"--arms {arm}: not an arm like gqa or asa-R64-swap")
     build = train_lm.ATTENTION["asa"]["build"]
     kept = train_lm.Config.rank, nsa.SHARE, train_lm.ASAGlobal
@@ -129,17 +130,15 @@ def changed(arm):
 def parameters(words):
     cfg, _ = train_lm.parse([str(w) for w in words])
     cfg.vocab = cfg.vocab or train_lm.tokenizer(cfg.tokenizer).n_vocab
-    with torch.device("meta"):
-        return sum(p.numel() for p in train_lm.LM(cfg).parameters()), cfg
+    return train_lm.fits(cfg, torch.device("cpu")), cfg
 
 
 def equal(arm, extra):
     """-> the options of an arm, its --ffn such that it has the parameters of asa as nearly as multiples of 32 allow."""
     aim, _ = parameters([*extra, "--attn", "asa"])
     with changed(arm) as words:
-        size, cfg = parameters([*words, *extra])
-        width = (int(cfg.width * 8 / 3) + 31) // 32 * 32
-        ffn = width + round((aim - size) / (3 * cfg.width * cfg.layers) / 32) * 32
+        size, cfg = parameters([*words, *extra, "--ffn", 32])
+        ffn = 32 + round((aim - size) / (3 * cfg.width * cfg.layers) / 32) * 32
         return [*words, *extra, "--ffn", ffn], parameters([*words, *extra, "--ffn", ffn])[0]
 
 
@@ -163,14 +162,15 @@ def more(folder, english):
     T = cfg.context
     found = {"kv": model.new_cache(1, T, dtype=torch.bfloat16, device="cpu").nbytes / T, "needles": {}}
     if english:
-        text = np.array(data.enc.encode_ordinary(open(english, encoding="utf-8").read()[: 40 * T]))
+        told = open(english, encoding="utf-8").read()[: 40 * T]
+        text = np.array(data.enc.encode_ordinary(told))  # (tokens,)
         rows = torch.from_numpy(text[: len(text) // (T + 1) * (T + 1)].reshape(-1, T + 1)).to(device)  # (rows, T + 1)
         nats = []
         for part in rows.split(cfg.micro):
             with amp():
                 logits = model(part[:, :-1])  # (b, T, V)
             nats.append(F.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none"))
-        found["english"] = torch.cat(nats).mean().item() / math.log(2)  # a byte is a token
+        found["english"] = torch.cat(nats).mean().item() / math.log(2) * len(text) / len(told.encode())
     length = T
     while length >= max(64, T // 16):
         found["needles"][length] = [needles(model, data, amp, length, depth) for depth in range(8)]
