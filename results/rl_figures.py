@@ -1,4 +1,4 @@
-"""Draws rl-arms.png and rl-small.png from the logs of rl_arms.py: `python results/rl_figures.py`. Needs matplotlib."""
+"""Draws rl-arms.png, rl-center.png and rl-small.png from the logs of rl_arms.py: `python results/rl_figures.py`. Needs matplotlib."""
 import pathlib
 
 import matplotlib
@@ -10,9 +10,13 @@ import rl_arms  # noqa: E402
 HERE = pathlib.Path(__file__).resolve().parent
 PANELS = (("solved", "solved when sampling (T = 1)"), ("dense_greedy", "held out, greedy, full cache"),
           ("sparse_greedy", "held out, greedy, compressed cache"), ("k3", "KL(sampler || dense), k3"))  # fmt: skip
-SHOWN = ("dense", "none", "bypass", "both", "replay", "twin")
+SHOWN = ("dense", "none", "bypass", "both", "replay", "twin", "center", "center_tis")
 # a figure: its rows, each of one log
-FIGURES = {"rl-arms": {"rl-arms": "learning rate 1.5e-4", "rl-arms-2e-4": "learning rate 2e-4"}, "rl-small": {"rl-small": ""}}
+FIGURES = {
+    "rl-arms": {"rl-arms": "learning rate 1.5e-4", "rl-arms-2e-4": "learning rate 2e-4"},
+    "rl-center": {"rl-center": "learning rate 1.5e-4", "rl-center-2e-4": "learning rate 2e-4"},
+    "rl-small": {"rl-small": ""},
+}
 
 
 def curve(entries, name):
