@@ -2,7 +2,7 @@
 
     python train_rl.py --small --name small       sums on a CPU, offline, under 3 minutes: compressed, with drafts
     python train_rl.py                            the same at full size on one GPU, in 3 minutes
-    python train_rl.py --warm out/rl-sums-twin --correct none     another arm from the same warm start
+    python train_rl.py --warm out/rl-sums-both --correct none     another arm from the same warm start
     python train_rl.py --init smollm2 --task words                a model that others trained, or a folder
     torchrun --nproc_per_node=2 train_rl.py ...   the same run, the same problems, on 2 GPUs or CPU processes
     python train_rl.py --resume --name NAME       go on with out/NAME
@@ -361,7 +361,7 @@ class Config:
     queries: int = option(4, "newest queries, that score the other entries", least=1, fixed=True)
     sinks: int = option(0, "first entries that always stay", least=0, fixed=True)
     correct: str = option(
-        "twin", "of what compression changes (sparse_rl.py)", choices=CORRECTIONS, fixed=True
+        "both", "of what compression changes (sparse_rl.py)", choices=CORRECTIONS, fixed=True
     )
     draft: str = option(
         "off",
@@ -412,7 +412,6 @@ class Config:
 # with drafts, the share of rounds that they save.
 EXPECTED = {
     ("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6), "rounds": (0.5, 0.7)},
-    ("small", "twin", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6), "rounds": (0.5, 0.7)},
     ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6), "rounds": (0.5, 0.75)},
     ("base", "both", 0): {"greedy": (0.65, 1.0), "gain": (0.25, 0.55)},
     ("base", "twin", 0): {"greedy": (0.9, 1.0), "gain": (0.38, 0.58)},
