@@ -4,7 +4,7 @@ Three claims, one panel each, read from the committed logs:
 
     1) attention   base-*.jsonl: bytes of the cache per token, with bits per byte and recall at the end of the bars
     2) drafts      mtp-redesign.txt: the time that the same texts take with drafts, as a share of the time without
-    3) RL          rl-arms.jsonl: problems solved over 150 steps, three seeds of each arm; the band is from the worst to the best
+    3) RL          rl-center.jsonl: problems solved over 150 steps, three seeds of each arm; the band is from the worst to the best
 """
 
 import json
@@ -75,11 +75,11 @@ def drafts(axis):
 
 def learning(axis):
     """Problems solved while a policy learns: from a full cache, from a compressed one, and from that with a correction."""
-    arms = rl_arms.read(HERE / "rl-arms.jsonl")
+    arms = rl_arms.read(HERE / "rl-center.jsonl")
     shown = {
-        "dense": (GRAY, "full cache", (152, 1.0)),
-        "twin": (BLUE, "71 % smaller,\ncorrected", (152, 0.88)),
-        "none": (RED, "71 % smaller,\nuncorrected", (152, 0.09)),
+        "dense": (GRAY, "full cache", (152, 0.85)),
+        "twin": (BLUE, "71 % smaller,\ncorrected", (152, 0.99)),
+        "none": (RED, "71 % smaller,\nuncorrected", (152, 0.32)),
     }
     for arm, (color, label, place) in shown.items():
         seeds = [dict(curve(entries, "solved")) for entries in arms[arm].values()]
