@@ -40,7 +40,7 @@ package `kernels` on PyPI. Read first: latent_attention.py and nsa.py.
 
 Letters as there. A tile has BM rows, BQ queries x HP heads: row m is head m % HP of query m // HP. Tiles
 are powers of 2 and the rest is masked: HP is h rounded up, NP is n, and PK, P2, PV are the widths DK, D2,
-DV of k, k2, v. WK, WV are their widths in memory, see `align`. ALL: all is read and no mask is needed.
+DV of k, k2, v. ALL: all is read and no mask is needed.
 """
 
 import functools
@@ -256,7 +256,7 @@ def rope(x, pos, base=10000.0, factor=1.0):
 KV = namedtuple("KV", "k k2 v")
 # heads of a group; widths of k, k2 (0: there is none) and v; SHARED: the value is k
 # FAN: so many programs share a group's heads, and count as groups of h heads each
-Widths = namedtuple("Widths", "h HP DK WK PK D2 P2 DV WV PV SHARED FAN", defaults=(1,))
+Widths = namedtuple("Widths", "h HP DK PK D2 P2 DV PV SHARED FAN", defaults=(1,))
 # what a program works on at once: BQ queries, BM rows, BN keys. BLOCK tokens in a block, NP >= n,
 # SPLITS: programs that share the keys of a decoding step
 Tile = namedtuple("Tile", "BQ BM BN BLOCK NP SPLITS", defaults=(1,))
@@ -273,16 +273,14 @@ def kv_of(k, k2, v):
     return KV(k, k if k2 is None else k2, k if v is None else v)
 
 
-def widths_of(q, k, k2, v, multiple=1):
-    """Widths of these tensors. Rows of k and v in memory are as long as a multiple of `multiple`."""
+def widths_of(q, k, k2, v):
+    """Widths of these tensors."""
     h = q.shape[1] // k.shape[1]
     DK = k.shape[3]
     D2 = 0 if k2 is None else k2.shape[3]
     DV = DK if v is None else v.shape[3]
-    WK = DK + -DK % multiple
-    WV = DV + -DV % multiple
-    key = (DK, WK, power(DK, 16), D2, power(D2, 16))
-    return Widths(h, power(h), *key, DV, WV, power(DV, 16), v is None)
+    key = (DK, power(DK, 16), D2, power(D2, 16))
+    return Widths(h, power(h), *key, DV, power(DV, 16), v is None)
 
 
 @jit
@@ -315,31 +313,6 @@ def store_rows(x, row, ok, value, D, P, STRIDE):
 
 
 @jit
-def align_kernel(x, out, rows, D: constexpr, W: constexpr, P: constexpr, D2: constexpr, P2: constexpr):
-    """One program: 32 rows [a ; b] of x, D + D2 wide -> [a ; 0 ; b], W + D2 wide."""
-    row = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
-    ok = row < rows
-    store_rows(out, row, ok, load_rows(x, row, ok, D, P, D + D2), W, P, W + D2)
-    if D2 > 0:
-        store_rows(out + W, row, ok, load_rows(x + D, row, ok, D2, P2, D + D2), D2, P2, W + D2)
-
-
-def align(x, D2=0):
-    """x (.., D + D2) with zeros behind its first D columns, which make them a multiple of 16; x if they are.
-
-    Memory comes in sectors of 32 bytes: of rows of 120 numbers, 40 % more are fetched than needed.
-    """
-    D = 0 if x is None else x.shape[-1] - D2
-    if D % 16 == 0:
-        return x
-    W = D + -D % 16
-    rows = x.shape[:-1].numel()
-    out = x.new_empty(*x.shape[:-1], W + D2)
-    align_kernel[(triton.cdiv(rows, 32),)](x, out, rows, D, W, power(W), D2, power(D2))
-    return out
-
-
-@jit
 def load_queries(q, row, ok, D, w):
     """Rows [a ; b] of q, D and D2 wide -> (BM, PK), (BM, P2)."""
     a = load_rows(q, row, ok, D, w.PK, D + w.D2)
@@ -349,14 +322,14 @@ def load_queries(q, row, ok, D, w):
 @jit
 def load_keys(keys, s, ok, w, ALL=False):
     """Keys [k ; k2] of a group, in rows s -> (BN, PK), (BN, P2)."""
-    k = load_rows(keys.k, s, ok, w.WK, w.PK, w.WK, ALL)
+    k = load_rows(keys.k, s, ok, w.DK, w.PK, w.DK, ALL)
     return k, load_rows(keys.k2, s, ok, w.D2, w.P2, w.D2, ALL) if w.D2 > 0 else k
 
 
 @jit
 def load_values(keys, b, s, ok, w, ALL=False):
     """Values (BN, PV) of the keys b."""
-    return b[0] if w.SHARED else load_rows(keys.v, s, ok, w.WV, w.PV, w.WV, ALL)
+    return b[0] if w.SHARED else load_rows(keys.v, s, ok, w.DV, w.PV, w.DV, ALL)
 
 
 @jit
@@ -381,14 +354,12 @@ def rows_of_tile(rule, w, tile):
 
 
 @jit
-def rows_of_group(x, bg, rule, w, DK, DV):
-    """Where what belongs to a group's queries begins. Rows of q are DK + D2 wide, and those of do DV."""
+def rows_of_group(x, bg, rule, w):
+    """Where what belongs to a group's queries begins."""
     n = bg * w.h * rule.T
-    lse = x.lse + n
-    delta = x.delta + n
-    return Rows(
-        x.q + n * (DK + w.D2), x.out + n * w.DV, lse, x.dout + n * DV, delta, x.dq + n * (w.DK + w.D2)
-    )
+    q = n * (w.DK + w.D2)
+    o = n * w.DV
+    return Rows(x.q + q, x.out + o, x.lse + n, x.dout + o, x.delta + n, x.dq + q)
 
 
 @jit
@@ -396,7 +367,7 @@ def of_group(keys, bg, rule, w):
     """Where the keys and values of a group begin."""
     k2 = keys.k2 + (bg // rule.G * rule.G2 + bg % rule.G2) * rule.S * w.D2  # with a FAN G2 is 1
     bg = bg // w.FAN
-    return KV(keys.k + bg * rule.S * w.WK, k2, keys.v + bg * rule.S * w.WV)
+    return KV(keys.k + bg * rule.S * w.DK, k2, keys.v + bg * rule.S * w.DV)
 
 
 @jit
@@ -491,8 +462,8 @@ def no_gradients(BN, w):
 def key_step(b, values, x, row, ok, key, low, high, scale, grads, w, ALL):
     """Adds what the queries in these rows give to dk (BN, PK), dk2 (BN, P2) and dv (BN, PV)."""
     gk, gk2, gv = grads
-    a = load_queries(x.q, row, ok, w.WK, w)
-    douts = load_rows(x.dout, row, ok, w.WV, w.PV, w.WV)  # (BM, PV)
+    a = load_queries(x.q, row, ok, w.DK, w)
+    douts = load_rows(x.dout, row, ok, w.DV, w.PV, w.DV)  # (BM, PV)
     norm = tl.load(x.lse + row, mask=ok, other=float("inf"))[None, :]
     inner = tl.load(x.delta + row, mask=ok, other=0)[None, :]
     unit = scale * 0.6931471805599453  # without log2(e)
@@ -571,7 +542,7 @@ def forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: constexpr
 def dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
-    x = rows_of_group(x, bg, rule, w, w.DK, w.DV)
+    x = rows_of_group(x, bg, rule, w)
     a = load_queries(x.q, row, ok, w.DK, w)
     low, high = span(t[:, None], rule)  # (BM, 1)
     r = query_slopes(x, row, ok, w)
@@ -614,7 +585,7 @@ def dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CUT: con
     keys = of_group(keys, bg, rule, w)
     b = load_keys(keys, s, s < rule.S, w)
     values = load_values(keys, b, s, s < rule.S, w)  # (BN, PV)
-    x = rows_of_group(x, bg, rule, w, w.WK, w.WV)
+    x = rows_of_group(x, bg, rule, w)
     grads = no_gradients(tile.BN, w)
     m = tl.arange(0, tile.BM)
     head = m % w.HP
@@ -691,7 +662,7 @@ def lists_forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: con
 def lists_dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     """The same walk again, for dq."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
-    x = rows_of_group(x, bg, rule, w, w.DK, w.DV)
+    x = rows_of_group(x, bg, rule, w)
     a = load_queries(x.q, row, ok, w.DK, w)
     r = query_slopes(x, row, ok, w)
     keys = of_group(keys, bg, rule, w)
@@ -724,7 +695,7 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
     keys = of_group(keys, bg, rule, w)
     b = load_keys(keys, s, s < rule.S, w)
     values = load_values(keys, b, s, s < rule.S, w)  # (BN, PV)
-    x = rows_of_group(x, bg, rule, w, w.WK, w.WV)
+    x = rows_of_group(x, bg, rule, w)
     grads = no_gradients(tile.BN, w)
     m = tl.arange(0, tile.BM)
     head = m % w.HP
@@ -853,14 +824,14 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, k2, v, scale, rule, block, share):
         B, H, T, _ = q.shape
-        w = widths_of(q, k, k2, v, multiple=16)
+        w = widths_of(q, k, k2, v)
         out = q.new_empty(B, H, T, w.DV)
         lse = q.new_empty(B, H, T, dtype=torch.float32)
         lists = (block, share, rule.n if block else 1)
         tile, options = tile_of("forward", w, q.dtype, *lists)
         kernel = lists_forward_kernel if block else forward_kernel
         grid = (triton.cdiv(T, tile.BQ), B * k.shape[1])
-        keys = kv_of(align(k), k2, align(v))
+        keys = kv_of(k, k2, v)
         kernel[grid](q, keys, out, lse, scale, rule, w, tile, **options)
         ctx.save_for_backward(q, k, k2, v, out, lse)
         ctx.rest = (scale, rule, w, lists)
@@ -873,7 +844,7 @@ class Attention(torch.autograd.Function):
         scale, rule, w, lists = ctx.rest
         block, share, n = lists
         B, G, S, _ = k.shape
-        keys = kv_of(align(k), k2, align(v))
+        keys = kv_of(k, k2, v)
         x = Rows(q, out, lse, dout.contiguous(), torch.empty_like(lse), torch.empty_like(q))
         tile, options = tile_of("dq", w, q.dtype, *lists)
         kernel = lists_dq_kernel if block else dq_kernel
@@ -899,7 +870,6 @@ class Attention(torch.autograd.Function):
             rule = rule._replace(parts=parts)
         cut = pieces > blocks
         grads = [new_gradient(y, G, pieces if cut else 0, tile.BN) for y in (k, k2, v)]
-        x = x._replace(q=align(q, w.D2), dout=align(x.dout))
         kernel = lists_dkv_kernel if block else dkv_kernel
         kernel[(pieces,)](x, keys, kv_of(*grads), scale, rule, w, tile, cut, **options)
         if cut:

@@ -405,8 +405,7 @@ def test_cache_bytes_are_the_formula():
 def test_asa_halves_the_cache_of_nsa():
     for preset in ("base", "340m", "1.3b"):
         cfg = Config(**{**train_lm.PRESETS[preset], "preset": preset, "vocab": 257})
-        width = 2 * cfg.groups * cfg.head_width
-        assert cfg.groups * cfg.rank + cfg.rotary == width, "latents are as wide as the keys and values"
+        assert cfg.latent_width == cfg.head_width, "a latent is as wide as a head"
         size = train_lm.count_caches(dataclasses.replace(cfg, layers=2))
         assert size["asa"] / size["nsa"] <= 0.501, f"{preset}: {size}"
 
@@ -4757,13 +4756,13 @@ def results_script(name):
 def test_attention_arms_are_what_their_names_say():
     """Inside an arm models are built as it says, of as many parameters as asa; behind it all is as before."""
     arms = results_script("attention_arms")
-    build, rank, share = ATTENTION["asa"]["build"], train_lm.Config.rank, nsa.SHARE
+    build, share = ATTENTION["asa"]["build"], nsa.SHARE
     small = ["--small", "--vocab", 257]
     aim, _ = arms.parameters([*small, "--attn", "asa"])
     kinds = lambda model: [type(block.attn).__name__ for block in model.blocks]
     latent, both = "LatentAttention", ["LatentAttention", "ASAGlobal"] * 2
     for arm, expected in {
-        "asa-R32-S8": both,
+        "asa-R48-S8": both,
         "asa-swap": both[::-1],
         "window": [latent] * 4,
         "nsa-n6": ["NSA"] * 4,
@@ -4773,11 +4772,11 @@ def test_attention_arms_are_what_their_names_say():
         with arms.changed(arm), torch.device("meta"):
             model = LM(train_lm.parse([str(w) for w in words])[0])
         assert kinds(model) == expected, (arm, kinds(model))
-        if arm == "asa-R32-S8":
-            assert model.blocks[1].attn.rank == 32 and model.blocks[1].attn.sizes.share == 8
+        if arm == "asa-R48-S8":
+            assert model.blocks[1].attn.rank == 48 and model.blocks[1].attn.sizes.share == 8
         if arm == "nsa-n6":
             assert model.blocks[0].attn.sizes.n == 6
-        assert (ATTENTION["asa"]["build"], train_lm.Config.rank, nsa.SHARE) == (build, rank, share), arm
+        assert (ATTENTION["asa"]["build"], nsa.SHARE) == (build, share), arm
     for arm in ("asa-", "asa-R", "asa-R8x", "asa-R8-R9", "foo", "asa-foo", "gqa-R8", "nsa-swap"):
         refused(as_main("results/attention_arms.py", "--arms", arm, "--runs", HERE / "no such folder"))
 

@@ -90,7 +90,7 @@ def build_asa(cfg, layer):
     if layer % 2 == 0:
         rank = 4 * cfg.head_width
         return LatentAttention(*sizes, 1, rank, cfg.rotary, cfg.window, cfg.rope_base, cfg.norm_eps)
-    return ASAGlobal(*sizes, cfg.groups, cfg.rank, cfg.rotary, cfg.blocks, cfg.rope_base, cfg.norm_eps)
+    return ASAGlobal(*sizes, cfg.groups, cfg.latent_width, cfg.rotary, cfg.blocks, cfg.rope_base, cfg.norm_eps)
 
 
 # How a layer is built; of what the context is a multiple; whether sparse_rl.py can evict from its cache.
@@ -145,6 +145,9 @@ class Config:
     width: int = option(512, "model width C", least=1, fixed=True)
     heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
     groups: int = option(2, "key-value heads G of gqa and nsa, latents of asa", least=1, fixed=True)
+    rank: int = option(
+        0, "width R of a latent of asa's global layers; 0 = the head width", least=0, fixed=True
+    )
     ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32", least=0, fixed=True)
     window: int = option(64, "tokens in the window of nsa and of asa's local layers", least=1, fixed=True)
     blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers", least=3, fixed=True)
@@ -203,9 +206,8 @@ class Config:
         return self.head_width // 2  # P, as in MLA
 
     @property
-    def rank(self):
-        """R of a global layer: G R + P = 2 G D, as wide as the keys and values that it replaces. Ours."""
-        return 2 * self.head_width - self.rotary // self.groups
+    def latent_width(self):
+        return self.rank or self.head_width  # R of a global layer. Ours: results/attention.md compares widths
 
 
 class Parser(argparse.ArgumentParser):

@@ -105,9 +105,7 @@ def changed(arm):
     if len(given) < len(changes) or not given.keys() <= allowed.get(kind, set()) or kind not in allowed:
         raise train_lm.UserError(f"--arms {arm}: not an arm like gqa or asa-R64-swap")
     build = train_lm.ATTENTION["asa"]["build"]
-    kept = train_lm.Config.rank, nsa.SHARE, train_lm.ASAGlobal
-    if "R" in given:
-        train_lm.Config.rank = property(lambda cfg: int(given["R"]))
+    kept = nsa.SHARE, train_lm.ASAGlobal
     if "S" in given:
         nsa.SHARE = int(given["S"])
     if "local" in given:
@@ -119,12 +117,12 @@ def changed(arm):
         train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, layer) if layer % 2 else plain(cfg)
     for name in PHI.keys() & given.keys():
         train_lm.ASAGlobal = PHI[name]
-    words = {"n": "--nsa-blocks", "G": "--groups"}
+    words = {"n": "--nsa-blocks", "G": "--groups", "R": "--rank"}
     try:
         yield ["--attn", kind, *(x for key, word in words.items() if key in given for x in (word, given[key]))]
     finally:
         train_lm.ATTENTION["asa"]["build"] = build
-        train_lm.Config.rank, nsa.SHARE, train_lm.ASAGlobal = kept
+        nsa.SHARE, train_lm.ASAGlobal = kept
 
 
 def parameters(words):

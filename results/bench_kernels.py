@@ -101,7 +101,7 @@ def global_layer(kind, T, H, G, D, W=512):
         tokens = keys_of(None, pos, None, k1, v1)
         nearby = keys_of(None, pos, None, k_w, v_w)
     else:
-        R = 2 * D - P // G  # as wide as the keys and values of G groups
+        R = D  # a latent is as wide as a head
         layer = nsa.ASAGlobal(H * D, H, D, G, R, P, n=128).cuda().bfloat16()
         branches = 2
         width = 2 * R + P
