@@ -113,6 +113,12 @@ def usable(x):
     return triton is not None and x.is_cuda and x.dtype != torch.float64 and has_bf16(x.device)
 
 
+def amp_dtype(x):
+    """The dtype to which a matrix product casts x: under autocast that of autocast."""
+    auto = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if auto else x.dtype
+
+
 def tensors_of(args):
     """The tensors among arguments, which may be tuples or lists."""
     for x in args:
@@ -192,9 +198,10 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
 
 @jit
 def rope_kernel(
-    x, out, pos, H, T, strides, sign, log2_base, more, factor, P: constexpr, HALF: constexpr, BT: constexpr
-):
-    """One program: BT tokens of one head. x (B, H, T, P) has strides but for its last axis; out is dense."""
+    x, out, pos, H, T, strides, sign, log2_base, more, factor,
+    D: constexpr, PD: constexpr, P: constexpr, HALF: constexpr, BT: constexpr,
+):  # fmt: skip
+    """One program: BT tokens of one head. x (B, H, T, D + P) has strides but for its last axis; out is dense."""
     bh = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
     i = tl.arange(0, HALF)
@@ -212,10 +219,16 @@ def rope_kernel(
     sin = tl.sin(angle)
     ok = (t < T)[:, None] & (i < P // 2)[None, :]
     x += bh // H * strides[0] + bh % H * strides[1]
-    at = x + t[:, None].to(tl.int64) * strides[2] + i[None, :]
+    at = x + t[:, None].to(tl.int64) * strides[2]
+    to = out + (bh * T + t[:, None]) * (D + P)
+    if D > 0:  # these are not turned
+        d = tl.arange(0, PD)[None, :]
+        still = (t < T)[:, None] & (d < D)
+        tl.store(to + d, tl.load(at + d, mask=still), mask=still)
+    at += D + i[None, :]
+    to += D + i[None, :]
     u = tl.load(at, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
     v = tl.load(at + P // 2, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
-    to = out + (bh * T + t[:, None]) * P + i[None, :]
     tl.store(to, (u * cos - v * sin).to(out.dtype.element_ty), mask=ok)
     tl.store(to + P // 2, (v * cos + u * sin).to(out.dtype.element_ty), mask=ok)
 
@@ -224,29 +237,31 @@ class Rope(torch.autograd.Function):
     """rope, below; sign -1 turns backwards, which is its gradient."""
 
     @staticmethod
-    def forward(ctx, x, pos, base, factor, sign):
+    def forward(ctx, x, pos, base, factor, still, sign):
         ctx.save_for_backward(pos)
-        ctx.rest = (base, factor, -sign)
-        B, H, T, P = x.shape
+        ctx.rest = (base, factor, still, -sign)
+        B, H, T, width = x.shape
+        P = width - still
         x = x if x.stride(3) == 1 else x.contiguous()
-        out = x.new_empty(B, H, T, P)
+        out = x.new_empty(B, H, T, width)
         strides = (*x.stride()[:3], *pos.expand(B, T).stride())
         log2_base = torch.tensor(float(base), dtype=torch.float64).log2()
         most = log2_base.float().item()
         BT = min(64, power(T))
         grid = (B * H, triton.cdiv(T, BT))
-        rest = (float(sign), most, log2_base.item() - most, float(factor), P, power(P // 2), BT)
+        widths = (still, power(still), P, power(P // 2), BT)
+        rest = (float(sign), most, log2_base.item() - most, float(factor), *widths)
         rope_kernel[grid](x, out, pos, H, T, strides, *rest)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return Rope.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+        return Rope.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
 
 
-def rope(x, pos, base=10000.0, factor=1.0):
-    """x (B, H, T, P), pos (B or 1, T) -> (B, H, T, P); angles in fp32."""
-    return Rope.apply(x, pos, base, factor, 1)
+def rope(x, pos, base=10000.0, factor=1.0, still=0):
+    """x (B, H, T, still + P), pos (B or 1, T) -> likewise; angles in fp32."""
+    return Rope.apply(x, pos, base, factor, still, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1471,53 +1486,132 @@ def write_slots(length, buffers, new, count, ring):
 
 
 @jit
-def add_norm_kernel(x, y, weight, total, normed, eps, C: constexpr, P: constexpr):
-    """One program: one row of C numbers."""
-    row = tl.program_id(0).to(tl.int64) * C
+def norm_kernel(x, y, weight, total, normed, rows, eps, C: constexpr, P: constexpr, BM: constexpr):
+    """One program: BM rows of C numbers. If total is x itself, there is nothing to add."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    ok = row < rows
+    z = load_rows(x, row, ok, C, P, C).to(tl.float32)  # (BM, P)
+    if y is not None:
+        z = (z + load_rows(y, row, ok, C, P, C)).to(total.dtype.element_ty)
+        store_rows(total, row, ok, z, C, P, C)
+        z = z.to(tl.float32)
     i = tl.arange(0, P)
-    z = tl.load(x + row + i, mask=i < C, other=0).to(tl.float32) + tl.load(y + row + i, mask=i < C, other=0)
-    z = z.to(total.dtype.element_ty)
-    tl.store(total + row + i, z, mask=i < C)
-    z = z.to(tl.float32)
-    z *= tl.rsqrt(tl.sum(z * z, 0) / C + eps)
-    z *= tl.load(weight + i, mask=i < C, other=0)
-    tl.store(normed + row + i, z.to(normed.dtype.element_ty), mask=i < C)
-
-
-def add_norm(x, y, norm):
-    """x, y (B, T, C), norm an RMSNorm -> x + y, norm(x + y). Without gradients."""
-    if torch.is_grad_enabled():
-        raise Refused("no gradients")
-    x = x.contiguous()
-    y = y.contiguous()
-    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
-    normed = torch.empty_like(total)
-    C = x.shape[-1]
-    add_norm_kernel[(x[..., 0].numel(),)](x, y, norm.weight, total, normed, norm.eps, C, power(C))
-    return total, normed
+    z *= tl.rsqrt(tl.sum(z * z, 1) / C + eps)[:, None]
+    z *= tl.load(weight + i, mask=i < C, other=0)[None, :]
+    store_rows(normed, row, ok, z, C, P, C)
 
 
 @jit
-def swiglu_kernel(x, out, F: constexpr, P: constexpr):
-    """One program: P numbers of a row of F."""
+def unnorm_kernel(
+    x, dnormed, dtotal, weight, dx, dy, parts, rows, eps, C: constexpr, P: constexpr, BM: constexpr
+):
+    """One program: some of the tiles of BM rows; what they give to the weight's gradient is a row of parts."""
+    i = tl.arange(0, P)
+    w = tl.load(weight + i, mask=i < C, other=0).to(tl.float32)[None, :]
+    dw = tl.zeros((P,), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BM), tl.num_programs(0)):
+        row = tile * BM + tl.arange(0, BM)
+        ok = row < rows
+        unit = load_rows(x, row, ok, C, P, C).to(tl.float32)  # (BM, P)
+        inner = tl.rsqrt(tl.sum(unit * unit, 1) / C + eps)[:, None]
+        unit *= inner
+        d = load_rows(dnormed, row, ok, C, P, C).to(tl.float32)
+        dw += tl.sum(d * unit, 0)
+        d *= w
+        d = inner * (d - unit * (tl.sum(d * unit, 1) / C)[:, None])
+        if dtotal is not None:
+            d += load_rows(dtotal, row, ok, C, P, C)
+        store_rows(dx, row, ok, d, C, P, C)
+        if dy is not None:
+            store_rows(dy, row, ok, d, C, P, C)
+    tl.store(parts + tl.program_id(0) * C + i, dw, mask=i < C)
+
+
+class AddNorm(torch.autograd.Function):
+    """add_norm, below, with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, y, weight, eps):
+        x = x.contiguous()
+        C = x.shape[-1]
+        rows = x.numel() // C
+        widths = (C, power(C), max(1, 2**11 // power(C)))
+        dtype = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
+        total = x if y is None else torch.empty_like(x, dtype=dtype)
+        normed = torch.empty_like(x, dtype=amp_dtype(total))
+        y = y if y is None else y.contiguous()
+        norm_kernel[(triton.cdiv(rows, widths[2]),)](x, y, weight, total, normed, rows, eps, *widths)
+        ctx.save_for_backward(total, weight)
+        ctx.rest = (rows, eps, widths, x.dtype, y if y is None else y.dtype)
+        ctx.set_materialize_grads(False)
+        return normed if y is None else (total, normed)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        total, weight = ctx.saved_tensors
+        rows, eps, widths, *kinds = ctx.rest
+        dtotal = grads[0].contiguous() if len(grads) > 1 and grads[0] is not None else None
+        dnormed = torch.zeros_like(total) if grads[-1] is None else grads[-1].contiguous()
+        dx, dy = (kind and torch.empty_like(total, dtype=kind) for kind in kinds)
+        tiles = triton.cdiv(rows, widths[2])
+        parts = torch.empty(min(tiles, 4 * SMS), widths[0], dtype=torch.float32, device=total.device)
+        unnorm_kernel[(len(parts),)](total, dnormed, dtotal, weight, dx, dy, parts, rows, eps, *widths)
+        return dx, dy, parts.sum(0).to(weight.dtype), None
+
+
+def rms_norm(x, weight, eps):
+    """x (.., C) -> its norm, under autocast in the dtype that matrix products would cast it to."""
+    return AddNorm.apply(x, None, weight, eps)
+
+
+def add_norm(x, y, norm):
+    """x, y (B, T, C), norm an RMSNorm -> x + y, and its norm as rms_norm gives it."""
+    return AddNorm.apply(x, y, norm.weight, norm.eps)
+
+
+@jit
+def swiglu_kernel(x, dout, out, F: constexpr, P: constexpr):
+    """One program: P numbers of a row of F: out (F), or with dout (F) the gradient (2 F) of x."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * P + tl.arange(0, P)
-    gate = tl.load(x + row * 2 * F + i, mask=i < F, other=0).to(tl.float32)
-    up = tl.load(x + row * 2 * F + F + i, mask=i < F, other=0)
-    silu = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty)
-    tl.store(out + row * F + i, silu * up, mask=i < F)
+    ok = i < F
+    gate = tl.load(x + row * 2 * F + i, mask=ok, other=0).to(tl.float32)
+    up = tl.load(x + row * 2 * F + F + i, mask=ok, other=0).to(tl.float32)
+    part = tl.sigmoid(gate)
+    silu = gate * part
+    if dout is None:
+        tl.store(out + row * F + i, silu.to(out.dtype.element_ty) * up, mask=ok)
+    else:
+        d = tl.load(dout + row * F + i, mask=ok, other=0).to(tl.float32)
+        tl.store(out + row * 2 * F + i, d * up * part * (1 + gate - silu), mask=ok)
+        tl.store(out + row * 2 * F + F + i, d * silu, mask=ok)
+
+
+class SwiGLU(torch.autograd.Function):
+    """swiglu, below, with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        return SwiGLU.run(x, None, x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+
+    @staticmethod
+    def backward(ctx, dout):
+        (x,) = ctx.saved_tensors
+        return SwiGLU.run(x, dout.contiguous(), torch.empty_like(x))
+
+    @staticmethod
+    def run(x, dout, out):
+        width = x.shape[-1] // 2
+        P = min(1024, power(width))
+        swiglu_kernel[x[..., 0].numel(), triton.cdiv(width, P)](x, dout, out, width, P)
+        return out
 
 
 def swiglu(x):
-    """x = [gate ; up], (.., 2 F) -> silu(gate) * up (.., F). Without gradients."""
-    if torch.is_grad_enabled():
-        raise Refused("no gradients")
-    x = x.contiguous()
-    width = x.shape[-1] // 2
-    out = x.new_empty(*x.shape[:-1], width)
-    P = min(1024, power(width))
-    swiglu_kernel[x[..., 0].numel(), triton.cdiv(width, P)](x, out, width, P)
-    return out
+    """x = [gate ; up], (.., 2 F) -> silu(gate) * up (.., F)."""
+    return SwiGLU.apply(x)
 
 
 # ------------------------------------------------------------------------------------------------------------

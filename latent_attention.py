@@ -34,11 +34,15 @@ import torch.nn.functional as F
 from kernels import fast_path
 
 
-class RMSNorm(nn.RMSNorm):
+@fast_path
+def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; the mean is fp32 or better."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
+
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 @fast_path
@@ -71,15 +75,15 @@ def joins(module, name, parts):
 
 
 @fast_path
-def rope(x, pos, base=10000.0, factor=1.0):
+def rope(x, pos, base=10000.0, factor=1.0, still=0):
     """Rotary position embedding, half-split: channels i and i + P/2 turn together by pos * base^(-2i/P).
 
     x (B, H, T, P), P even; pos (B or 1, T) in tokens, fractions allowed (nsa.py turns to the middle of a
     block) -> like x. Angles are computed in fp32, or in fp64 for fp64 input. Llama pairs channels like this.
     factor is Llama 3's: channels that turn less than once in 8192 tokens turn so many times slower, those that
-    turn 4 times or more as ever, and between the two a mixture.
+    turn 4 times or more as ever, and between the two a mixture. The first `still` channels of x are not turned.
     """
-    P = x.shape[-1]
+    P = x.shape[-1] - still
     dtype = torch.promote_types(x.dtype, torch.float32)
     fp64 = "cpu" if x.device.type == "mps" else x.device  # an Apple GPU has none
     freq = base ** (-torch.arange(0, P, 2, device=fp64, dtype=torch.float64) / P)  # (P/2,)
@@ -88,8 +92,8 @@ def rope(x, pos, base=10000.0, factor=1.0):
     angle = pos[:, None, :, None].to(dtype) * freq.to(dtype).to(x.device)  # (B, 1, T, P/2)
     cos = angle.cos()
     sin = angle.sin()
-    a, b = x.to(dtype).chunk(2, dim=-1)  # (B, H, T, P/2) each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    fixed, a, b = x.to(dtype).split([still, P // 2, P // 2], dim=-1)  # (B, H, T, still or P/2)
+    return torch.cat([fixed, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -412,16 +416,20 @@ class LatentAttention(nn.Module):
         return {"tokens": SlotCache(batch, max_len, widths, self.window, margin, **kind)}
 
     def project(self, x, pos, source=None):
-        """x (B, T, C) -> q_c (B, H, T, D), q_r (B, H, T, P), to cache: c (B, G, T, R), k_r (B, 1, T, P)."""
-        source = x if source is None else source
-        q = split_heads(self.q_up(self.q_norm(self.q_down(x))), self.heads)  # (B, H, T, D + P)
-        q_c, q_r = q.tensor_split([-self.rotary], dim=-1)
-        c, k_r = self.kv_down(source).tensor_split([-self.rotary], dim=-1)  # (B, T, G R), (B, T, P)
+        """x (B, T, C) -> q = [q_c ; q_r] (B, H, T, D + P), to cache: c (B, G, T, R), k_r (B, 1, T, P)."""
+        q = self.queries(x, pos, self.q_up.weight)
+        c, k_r = self.kv_down(x if source is None else source).tensor_split([-self.rotary], dim=-1)
         c = self.kv_norm(split_heads(c, self.latents))  # (B, G, T, R)
-        return q_c, rope(q_r, pos, self.base), c, rope(k_r[:, None], pos, self.base)
+        return q, c, rope(k_r[:, None], pos, self.base)
 
-    def absorb(self, q_c, q_r):
+    def queries(self, x, pos, up):
+        """x (B, T, C), up (H (D + P), C / 2) -> (B, H, T, D + P), of which the last P are turned."""
+        q = split_heads(F.linear(self.q_norm(self.q_down(x)), up), self.heads)  # (B, H, T, D + P)
+        return rope(q, pos, self.base, still=q.shape[-1] - self.rotary)
+
+    def absorb(self, q):
         """The query that reads [c ; k_r], (B, H, T, R + P): q_c . (W_UK c) = (W_UK^T q_c) . c."""
+        q_c, q_r = q.tensor_split([-self.rotary], dim=-1)
         q = torch.einsum("bhtd,hdr->bhtr", q_c, self.k_up.to(q_c.dtype))  # (B, H, T, R)
         return torch.cat([q, q_r], dim=-1)
 
@@ -429,13 +437,12 @@ class LatentAttention(nn.Module):
         """Weighted latents of every head -> values -> output: (B, H, T, R) -> (B, T, C)."""
         return self.out(merge_heads(torch.einsum("bhtr,hdr->bhtd", o, self.v_up.to(o.dtype))))
 
-    def materialised(self, q_c, q_r, c, k_r, pos):
+    def materialised(self, q, c, k_r, pos):
         """Attention of a whole text to keys and values made for each head, eqs 10, 11, 16-18 -> (B, T, C)."""
         k_up = self.k_up.to(c.dtype).unflatten(0, (self.latents, -1))  # (G, h, D, R)
         v_up = self.v_up.to(c.dtype).unflatten(0, (self.latents, -1))  # (G, h, D, R)
         k = torch.einsum("bgsr,ghdr->bghsd", c, k_up).flatten(1, 2)  # (B, H, T, D)
         v = torch.einsum("bgsr,ghdr->bghsd", c, v_up).flatten(1, 2)  # (B, H, T, D)
-        q = torch.cat([q_c, q_r], dim=-1)  # (B, H, T, D + P)
         keys = keys_of(None, pos, None, k, v, k_r)
         if self.window is None:
             k, v = keys.joined()
@@ -445,11 +452,10 @@ class LatentAttention(nn.Module):
         return self.out(merge_heads(o))
 
     def forward(self, x, pos, cache=None, count=None, source=None):
-        q_c, q_r, c, k_r = self.project(x, pos, source)
+        q, c, k_r = self.project(x, pos, source)
         if cache is None:
-            return self.materialised(q_c, q_r, c, k_r, pos)
-        q = self.absorb(q_c, q_r)  # (B, H, T, R + P)
-        o = cache["tokens"].attend(q, pos, count, self.scale, k=c, k2=k_r)  # (B, H, T, R)
+            return self.materialised(q, c, k_r, pos)
+        o = cache["tokens"].attend(self.absorb(q), pos, count, self.scale, k=c, k2=k_r)  # (B, H, T, R)
         return self.finish(o).to(x.dtype)
 
 

@@ -52,6 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
+from latent_attention import rms_norm
 
 # ----------------------------------------------------------------------------------------------------------
 # The module
@@ -75,7 +76,7 @@ class MTP(nn.Module):
         self.eps = eps
 
     def norm(self, x, weight):
-        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+        return rms_norm(x, weight, self.eps)
 
     def embed_half(self, embedded):
         """What an embedding (..., C) adds to the input (..., C). It is the same at every depth."""

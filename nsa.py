@@ -344,9 +344,24 @@ class ASAGlobal(LatentAttention):
         turned = rope(k_r.flatten(1, 2), turn[None], self.base).view_as(k_r)  # (B, 1, N, 16, P)
         return {"k": (c * weight.to(c.dtype)).sum(-2), "k2": turned.mean(-2)}
 
+    def queries(self, x, pos, up):
+        """Absorbed queries (B, H, T, R + P). W_UK is multiplied into W_UQ, not into each query.
+
+        With R = D a query then costs what it costs without latents; so does `finish`, with W_UV in W_O.
+        """
+        up = up.unflatten(0, (self.heads, -1))  # (H, D + P, C / 2)
+        up_c, up_r = up.tensor_split([-self.rotary], dim=1)
+        up_c = torch.einsum("hdc,hdr->hrc", up_c, self.k_up)  # (H, R, C / 2)
+        return super().queries(x, pos, torch.cat([up_c, up_r.to(up_c.dtype)], dim=1).flatten(0, 1))
+
+    def finish(self, o):
+        """Weighted latents of every head -> output: (B, H, T, R) -> (B, T, C)."""
+        out = self.out.weight.unflatten(1, (self.heads, -1))  # (C, H, D)
+        out = torch.einsum("chd,hdr->chr", out, self.v_up)  # (C, H, R)
+        return F.linear(merge_heads(o), out.flatten(1))
+
     def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
-        q_c, q_r, c, k_r = self.project(x, pos, source)
-        q = self.absorb(q_c, q_r)  # (B, H, T, R + P)
+        q, c, k_r = self.project(x, pos, source)  # (B, H, T, R + P), ..
         slots = cache or dict.fromkeys(("tokens", "blocks"))
         tokens = keys_of(slots["tokens"], pos, count, c.to(q.dtype), k2=k_r.to(q.dtype))
         q = q.to(tokens.k.dtype)

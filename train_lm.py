@@ -90,7 +90,9 @@ def build_asa(cfg, layer):
     if layer % 2 == 0:
         rank = 4 * cfg.head_width
         return LatentAttention(*sizes, 1, rank, cfg.rotary, cfg.window, cfg.rope_base, cfg.norm_eps)
-    return ASAGlobal(*sizes, cfg.groups, cfg.latent_width, cfg.rotary, cfg.blocks, cfg.rope_base, cfg.norm_eps)
+    return ASAGlobal(
+        *sizes, cfg.groups, cfg.latent_width, cfg.rotary, cfg.blocks, cfg.rope_base, cfg.norm_eps
+    )
 
 
 # How a layer is built; of what the context is a multiple; whether sparse_rl.py can evict from its cache.
