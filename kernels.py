@@ -15,7 +15,7 @@ anew for every list that names it: at 64k tokens and n l' = 1024 these are 137 G
     2) rope       angles, rotation and halves in one pass over x; its gradient is the rotation back
     3) steps      rows of a tile; one step of the softmax, one of the gradient of queries, one of keys
     4) dense      a walk through keys in a row: window and compressed; forward, dq, dk and dv
-    5) lists      a walk through the blocks of a list; dk and dv from the lists inverted
+    5) lists      a walk through the blocks of a list; dk and dv from the lists inverted, or by atomics
     6) attention  4) or 5) with their gradients
     7) select     block scores, made again from lse and summed over heads by a matrix product; the n best
     8) decoding   a few queries against the slots of a cache, or of a list's blocks, split over programs
@@ -29,8 +29,11 @@ anew for every list that names it: at 64k tokens and n l' = 1024 these are 137 G
               forward pass. For dk = scale ds q and dv = p do a tile of keys walks through the queries that
               read it: positions say which these are, or the entries of the lists, sorted by block.
 
-Sums are taken in a fixed order, never by atomics, so two runs give the same bits. A key may be [k ; k2],
-where all groups may share k2 (the rotary key). The value may be k itself (a latent): one load serves both.
+Sums are taken in a fixed order, so two runs give the same bits, with one exception: where 64 rows or more
+read one list, dk and dv are added up by atomics, which is 1.5 times as fast (results/kernels.md). There
+torch.use_deterministic_algorithms(True) brings the fixed order back. No preset has so many heads.
+A key may be [k ; k2], where all groups may share k2 (the rotary key). The value may be k itself (a latent):
+one load serves both.
 What lies behind the end of a shorter row is never read by what lies before it.
 
 Limits: widths up to 256, 64 heads in a group (32 where 4 queries share a list), blocks of 16 to 128 tokens;
@@ -198,11 +201,12 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
 
 @jit
 def rope_kernel(
-    x, out, pos, H, T, strides, sign, log2_base, more, factor,
-    D: constexpr, PD: constexpr, P: constexpr, HALF: constexpr, BT: constexpr,
+    x, out, pos, H, T, strides, to_strides, pos_strides, sign, log2_base, more, factor,
+    HEADS: constexpr, D: constexpr, PD: constexpr, P: constexpr, HALF: constexpr, BT: constexpr,
 ):  # fmt: skip
-    """One program: BT tokens of one head. x (B, H, T, D + P) has strides but for its last axis; out is dense."""
-    bh = tl.program_id(0).to(tl.int64)
+    """One program: BT tokens of HEADS heads. x and out (B, H, T, D + P) have strides but for their last axis."""
+    parts = tl.cdiv(H, HEADS)
+    b = (tl.program_id(0) // parts).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
     i = tl.arange(0, HALF)
     # Numbers arrive in fp32. At position 4096 their last bit is an angle of 1e-4, so `more` brings the rest.
@@ -212,56 +216,64 @@ def rope_kernel(
     turns = freq * 1303.7972938088067  # in 8192 tokens
     keep = tl.minimum(tl.maximum((turns - 1) / 3, 0.0), 1.0)
     freq = (freq * (keep + (1 - keep) / factor)).to(tl.float32)
-    pos += bh // H * strides[3] + t * strides[4]
-    p = tl.load(pos, mask=t < T, other=0).to(tl.float32)  # (BT,)
+    p = tl.load(pos + b * pos_strides[0] + t * pos_strides[1], mask=t < T, other=0).to(tl.float32)  # (BT,)
     angle = sign * p[:, None] * freq[None, :]  # (BT, HALF)
     cos = tl.cos(angle)
     sin = tl.sin(angle)
     ok = (t < T)[:, None] & (i < P // 2)[None, :]
-    x += bh // H * strides[0] + bh % H * strides[1]
-    at = x + t[:, None].to(tl.int64) * strides[2]
-    to = out + (bh * T + t[:, None]) * (D + P)
-    if D > 0:  # these are not turned
-        d = tl.arange(0, PD)[None, :]
-        still = (t < T)[:, None] & (d < D)
-        tl.store(to + d, tl.load(at + d, mask=still), mask=still)
-    at += D + i[None, :]
-    to += D + i[None, :]
-    u = tl.load(at, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
-    v = tl.load(at + P // 2, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
-    tl.store(to, (u * cos - v * sin).to(out.dtype.element_ty), mask=ok)
-    tl.store(to + P // 2, (v * cos + u * sin).to(out.dtype.element_ty), mask=ok)
+    d = tl.arange(0, PD)[None, :]  # of what is not turned
+    still = (t < T)[:, None] & (d < D)
+    row = t[:, None].to(tl.int64)
+    first = tl.program_id(0) % parts * HEADS
+    for h in range(first, tl.minimum(first + HEADS, H)):
+        at = x + b * strides[0] + h * strides[1] + row * strides[2]
+        to = out + b * to_strides[0] + h * to_strides[1] + row * to_strides[2]
+        if D > 0:
+            tl.store(to + d, tl.load(at + d, mask=still), mask=still)
+        at += D + i[None, :]
+        to += D + i[None, :]
+        u = tl.load(at, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
+        v = tl.load(at + P // 2, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
+        tl.store(to, (u * cos - v * sin).to(out.dtype.element_ty), mask=ok)
+        tl.store(to + P // 2, (v * cos + u * sin).to(out.dtype.element_ty), mask=ok)
 
 
 class Rope(torch.autograd.Function):
-    """rope, below; sign -1 turns backwards, which is its gradient."""
+    """rope, below. Its gradient turns backwards, and lies as (B, T, H, ..), which is how a matrix made x."""
 
     @staticmethod
-    def forward(ctx, x, pos, base, factor, still, sign):
+    def forward(ctx, x, pos, base, factor, still):
         ctx.save_for_backward(pos)
-        ctx.rest = (base, factor, still, -sign)
-        B, H, T, width = x.shape
-        P = width - still
-        x = x if x.stride(3) == 1 else x.contiguous()
-        out = x.new_empty(B, H, T, width)
-        strides = (*x.stride()[:3], *pos.expand(B, T).stride())
-        log2_base = torch.tensor(float(base), dtype=torch.float64).log2()
-        most = log2_base.float().item()
-        BT = min(64, power(T))
-        grid = (B * H, triton.cdiv(T, BT))
-        widths = (still, power(still), P, power(P // 2), BT)
-        rest = (float(sign), most, log2_base.item() - most, float(factor), *widths)
-        rope_kernel[grid](x, out, pos, H, T, strides, *rest)
-        return out
+        ctx.rest = (base, factor, still)
+        return Rope.turn(x, x.new_empty(x.shape), pos, *ctx.rest, 1.0)
 
     @staticmethod
     def backward(ctx, grad):
-        return Rope.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+        B, H, T, D = grad.shape
+        out = grad.new_empty(B, T, H, D).transpose(1, 2)
+        return Rope.turn(grad, out, *ctx.saved_tensors, *ctx.rest, -1.0), None, None, None, None
+
+    @staticmethod
+    def turn(x, out, pos, base, factor, still, sign):
+        B, H, T, width = x.shape
+        P = width - still
+        x = x if x.stride(3) == 1 else x.contiguous()
+        strides = (x.stride()[:3], out.stride()[:3], pos.expand(B, T).stride())
+        log2_base = torch.tensor(float(base), dtype=torch.float64).log2()
+        most = log2_base.float().item()
+        BT = min(64, power(T))
+        HEADS = 1 if T < 64 else 4  # which share their sines
+        grid = (B * triton.cdiv(H, HEADS), triton.cdiv(T, BT))
+        widths = (HEADS, still, power(still), P, power(P // 2), BT)
+        rope_kernel[grid](
+            x, out, pos, H, T, *strides, sign, most, log2_base.item() - most, float(factor), *widths
+        )
+        return out
 
 
 def rope(x, pos, base=10000.0, factor=1.0, still=0):
     """x (B, H, T, still + P), pos (B or 1, T) -> likewise; angles in fp32."""
-    return Rope.apply(x, pos, base, factor, still, 1)
+    return Rope.apply(x, pos, base, factor, still)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -446,17 +458,17 @@ def query_slopes(x, row, ok, w):
 
 @jit
 def query_step(a, r, keys, s, ok, low, high, scale, grads, w, ALL):
-    """Adds what the keys in rows s give to dq (BM, PK) and dq2 (BM, P2); r is of query_slopes."""
+    """Adds what the keys in rows s give to dq (BM, PK) and dq2 (BM, P2); r is of query_slopes -> these, p, ds."""
     gq, gq2 = grads
     b = load_keys(keys, s, ok, w, ALL)
     values = load_values(keys, b, s, ok, w, ALL)  # (BN, PV)
     key = s[None, :]
-    _, ds = slopes(a, b, r[0], values, r[1], r[2], key, low, high, scale, 1.0, w, ALL)  # (BM, BN)
+    p, ds = slopes(a, b, r[0], values, r[1], r[2], key, low, high, scale, 1.0, w, ALL)  # (BM, BN)
     ds = ds.to(values.dtype)
     gq = tl.dot(ds, b[0], gq, input_precision=EXACT)
     if w.D2 > 0:
         gq2 = tl.dot(ds, b[1], gq2, input_precision=EXACT)
-    return gq, gq2
+    return (gq, gq2), p, ds
 
 
 @jit
@@ -567,7 +579,7 @@ def dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     for phase in tl.static_range(3):  # masked, all read all, masked
         for start in range(walk[phase], walk[phase + 1], tile.BN):
             s = start + tl.arange(0, tile.BN)
-            grads = query_step(a, r, keys, s, s < rule.S, low, high, scale, grads, w, phase == 1)
+            grads, _, _ = query_step(a, r, keys, s, s < rule.S, low, high, scale, grads, w, phase == 1)
     store_queries(x.dq, row, ok, grads, scale, w)
 
 
@@ -674,8 +686,34 @@ def lists_forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: con
 
 
 @jit
-def lists_dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
-    """The same walk again, for dq."""
+def add_rows(x, row, ok, value, D, P):
+    """x[row, :D] += value (rows, P), whoever else adds to it, in no fixed order."""
+    d = tl.arange(0, P)
+    at = x + row.to(tl.int64)[:, None] * D + d[None, :]
+    tl.atomic_add(at, value, mask=ok[:, None] & (d < D)[None, :], sem="relaxed")
+
+
+@jit
+def add_keys(to, bg, rule, s, p, ds, a, douts, scale, w):
+    """What the queries a give to dk, dk2 and dv in rows s of a group; p and ds (BM, BN) as in query_step."""
+    row = bg * rule.S + s
+    ok = s < rule.S
+    unit = scale * 0.6931471805599453  # without log2(e)
+    ds = tl.trans(ds)
+    gk = tl.dot(ds, a[0], input_precision=EXACT) * unit
+    gv = tl.dot(tl.trans(p.to(douts.dtype)), douts, input_precision=EXACT)
+    if w.SHARED:
+        add_rows(to.k, row, ok, gk + gv, w.DK, w.PK)
+    else:
+        add_rows(to.k, row, ok, gk, w.DK, w.PK)
+        add_rows(to.v, row, ok, gv, w.DV, w.PV)
+    if w.D2 > 0:
+        add_rows(to.k2, row, ok, tl.dot(ds, a[1], input_precision=EXACT) * unit, w.D2, w.P2)
+
+
+@jit
+def lists_dq_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr):
+    """The same walk again, for dq; where `to` is given also for dk and dv, which come by atomics."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     x = rows_of_group(x, bg, rule, w)
     a = load_queries(x.q, row, ok, w.DK, w)
@@ -687,7 +725,10 @@ def lists_dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     for phase in tl.static_range(2):  # all read all, masked
         for start in range(walk[phase], walk[phase + 1], tile.BN):
             s = rows_of_blocks(lists, start, walk[2], rule.S, tile.BN, tile.BLOCK)  # (BN,)
-            grads = query_step(a, r, keys, s, s < rule.S, 0, t[:, None] + 1, scale, grads, w, phase == 0)
+            late = t[:, None] + 1
+            grads, p, ds = query_step(a, r, keys, s, s < rule.S, 0, late, scale, grads, w, phase == 0)
+            if to is not None:
+                add_keys(to, bg, rule, s, p, ds, a, r[0], scale, w)
     store_queries(x.dq, row, ok, grads, scale, w)
 
 
@@ -790,7 +831,7 @@ def tile_of(kind, w, dtype, block=0, share=1, n=1):
         BM, BN, warps, stages = next(tile for widest, tile in TILES[kind].items() if width <= widest)
         BM = 64 if kind == "dkv" and width > 160 and w.SHARED else BM
     elif kind == "dkv":  # several lists in a step, or a part of one
-        BM = 32 if max(rows, block) >= 32 else 16
+        BM = 64 if rows >= 64 and width <= 256 else 32
         BN = block
         warps = 4 if block >= 64 else 2
         stages = 3 if width > 64 and rows < 64 else 2
@@ -809,12 +850,13 @@ def tile_of(kind, w, dtype, block=0, share=1, n=1):
     return Tile(BQ, BM, BN, block, power(n)), {"num_warps": warps, "num_stages": stages}
 
 
-def new_gradient(x, G, pieces, BN):
-    """Room for the gradient of x: (B, G, S, width), or (pieces, BN, width) in fp32, to be added up."""
+def new_gradient(x, G, pieces=0, BN=0):
+    """Room in fp32 for what is added to the gradient of x: zeros (B, G, S, width), or (pieces, BN, width)."""
     if x is None:
         return None
-    shape = (pieces, BN) if pieces else (x.shape[0], G, x.shape[2])
-    return x.new_empty(*shape, x.shape[3], dtype=torch.float32 if pieces else x.dtype)
+    B, _, S, D = x.shape
+    kind = {"dtype": torch.float32, "device": x.device}
+    return torch.empty(pieces, BN, D, **kind) if pieces else torch.zeros(B, G, S, D, **kind)
 
 
 def add_pieces(pieces, x, G, firsts, chunks):
@@ -827,6 +869,38 @@ def add_pieces(pieces, x, G, firsts, chunks):
     blocks = triton.cdiv(S, BN)
     sum_kernel[(B * G * blocks,)](pieces, firsts, out, S, blocks, chunks, D, power(D), BN)
     return out
+
+
+def key_gradients(x, k, k2, v, scale, rule, w, lists):
+    """dk, dk2 (B, G, S, P) and dv, in a fixed order of the sums. x: Rows, whose delta is known."""
+    block, share, n = lists
+    B, G, S, _ = k.shape
+    q = x.q
+    tile, options = tile_of("dkv", w, q.dtype, *lists)
+    blocks = B * G * triton.cdiv(S, tile.BN)  # none where T < l: there is no entry yet
+    chunks = 1
+    if block:  # a piece has at most twice the average number of readers: a popular block is many pieces
+        if share * w.HP >= 64:  # much to fetch: chunks of it that stay in L2 while all blocks read them
+            chunks = min(16, triton.cdiv(q.nbytes + x.dout.nbytes, B * G * L2))
+        most = max(1, 2 * n * block // share)
+        *readers, firsts = invert(rule.lists, triton.cdiv(S, block), most, chunks)
+        rule = Readers(*rule[:4], *readers)
+        pieces = len(rule.owners)
+    else:
+        parts = 1
+        if 0 < blocks < 2 * SMS:  # too few to fill the GPU
+            parts = min(triton.cdiv(4 * SMS, blocks), triton.cdiv(rule.T, 16 * tile.BQ))
+        pieces = blocks * parts
+        firsts = torch.arange(0, pieces + 1, parts, device=q.device)
+        rule = rule._replace(parts=parts)
+    cut = pieces > blocks
+    if cut:
+        grads = [new_gradient(y, G, pieces, tile.BN) for y in (k, k2, v)]
+    else:
+        grads = [y if y is None else y.new_empty(B, G, S, y.shape[3]) for y in (k, k2, v)]
+    kernel = lists_dkv_kernel if block else dkv_kernel
+    kernel[(pieces,)](x, kv_of(k, k2, v), kv_of(*grads), scale, rule, w, tile, cut, **options)
+    return [add_pieces(grad, y, G, firsts, chunks) for grad, y in zip(grads, (k, k2, v))] if cut else grads
 
 
 class Attention(torch.autograd.Function):
@@ -857,38 +931,22 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout, _):
         q, k, k2, v, out, lse = ctx.saved_tensors
         scale, rule, w, lists = ctx.rest
-        block, share, n = lists
-        B, G, S, _ = k.shape
-        keys = kv_of(k, k2, v)
+        block, share, _ = lists
+        G = k.shape[1]
         x = Rows(q, out, lse, dout.contiguous(), torch.empty_like(lse), torch.empty_like(q))
-        tile, options = tile_of("dq", w, q.dtype, *lists)
-        kernel = lists_dq_kernel if block else dq_kernel
-        grid = (triton.cdiv(rule.T, tile.BQ), B * G)
-        kernel[grid](x, keys, scale, rule, w, tile, **options)
-
-        tile, options = tile_of("dkv", w, q.dtype, *lists)
-        blocks = B * G * triton.cdiv(S, tile.BN)  # none where T < l: there is no entry yet
-        chunks = 1
-        if block:  # a piece has at most twice the average number of readers: a popular block is many pieces
-            if share * w.HP >= 64:  # much to fetch: chunks of it that stay in L2 while all blocks read them
-                chunks = min(16, triton.cdiv(q.nbytes + dout.nbytes, B * G * L2))
-            most = max(1, 2 * n * block // share)
-            *readers, firsts = invert(rule.lists, triton.cdiv(S, block), most, chunks)
-            rule = Readers(*rule[:4], *readers)
-            pieces = len(rule.owners)
+        own = block and share * w.HP >= 64 and not torch.are_deterministic_algorithms_enabled()
+        keys = kv_of(k, k2, v)
+        tile, options = tile_of("own" if own else "dq", w, q.dtype, *lists)
+        grid = (triton.cdiv(rule.T, tile.BQ), k.shape[0] * G)
+        if own:
+            sums = [new_gradient(y, G) for y in (k, k2, v)]
+            lists_dq_kernel[grid](x, keys, kv_of(*sums), scale, rule, w, tile, **options)
+            grads = [y if y is None else y.to(q.dtype) for y in sums]
         else:
-            parts = 1
-            if 0 < blocks < 2 * SMS:  # too few to fill the GPU
-                parts = min(triton.cdiv(4 * SMS, blocks), triton.cdiv(rule.T, 16 * tile.BQ))
-            pieces = blocks * parts
-            firsts = torch.arange(0, pieces + 1, parts, device=q.device)
-            rule = rule._replace(parts=parts)
-        cut = pieces > blocks
-        grads = [new_gradient(y, G, pieces if cut else 0, tile.BN) for y in (k, k2, v)]
-        kernel = lists_dkv_kernel if block else dkv_kernel
-        kernel[(pieces,)](x, keys, kv_of(*grads), scale, rule, w, tile, cut, **options)
-        if cut:
-            grads = [add_pieces(grad, y, G, firsts, chunks) for grad, y in zip(grads, (k, k2, v))]
+            to = (None,) if block else ()
+            kernel = lists_dq_kernel if block else dq_kernel
+            kernel[grid](x, keys, *to, scale, rule, w, tile, **options)
+            grads = key_gradients(x, k, k2, v, scale, rule, w, lists)
         if k2 is not None and k2.shape[1] < G:
             grads[1] = grads[1].sum(1, keepdim=True)  # one rotary key for all groups
         return x.dq, *grads, None, None, None, None

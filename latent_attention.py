@@ -41,6 +41,9 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.RMSNorm):
+    def __init__(self, width, eps=1e-6):
+        super().__init__(width, eps)
+
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 

@@ -108,8 +108,8 @@ PRESETS = {
         **dict(recall=0.8, context=256, batch=8, micro=8, steps=400, lr=3e-3),
     ),
     "base": dict(),
-    "340m": dict(**LARGE, width=1024, batch=32, micro=2, steps=20000, lr=3e-4, recompute=True),
-    "1.3b": dict(**LARGE, width=2048, batch=64, micro=1, steps=50000, lr=2e-4, recompute=True),
+    "340m": dict(**LARGE, width=1024, batch=32, micro=8, steps=20000, lr=3e-4, recompute=True),
+    "1.3b": dict(**LARGE, width=2048, batch=64, micro=4, steps=50000, lr=2e-4, recompute=True),
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
 WHOLE = 2**31 - 1  # no whole number is larger, unless its option says so
@@ -634,7 +634,7 @@ class LM(nn.Module):
         x = self.embed(tokens)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.cfg.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, pos, use_reentrant=False)
+                x = checkpoint(block, x, pos, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, pos, cache and cache.layers[i], count)
         if cache is not None:

@@ -76,7 +76,7 @@ def local_layer(T, H, D, W=512):
     layer = LatentAttention(H * D, H, D, 1, 4 * D, P, window=W).cuda().bfloat16()
     layer.out = torch.nn.Identity()
     pos = torch.arange(T, device="cuda")[None]
-    parts = (random(1, H, T, D), random(1, H, T, P), random(1, 1, T, 4 * D), random(1, 1, T, P))
+    parts = (random(1, H, T, D + P), random(1, 1, T, 4 * D), random(1, 1, T, P))
     leaves = (random(1, H, T, D + P), random(1, H, T, D), random(1, H, T, D), random(1, 1, T, P))
     q, k, v, k_r = leaves
     keys = keys_of(None, pos, None, k, v, k_r)
@@ -236,7 +236,7 @@ def bench_decoding(S=65536, batches=(1, 4, 16, 64)):
         for B in batches:
             P = D // 2
             W = 512
-            R = 2 * D - P // G
+            R = D
             N = (S - 32) // 16 + 1  # entries of NSA; ASA has S / 16
             pos = torch.full((B, 1), S - 1, device="cuda")
             keys = lambda k, v, k2, *place: Keys(k, v, k2, *filled(B, *place))
