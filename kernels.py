@@ -239,23 +239,22 @@ def rope_kernel(
 
 
 class Rope(torch.autograd.Function):
-    """rope, below. Its gradient turns backwards, and lies as (B, T, H, ..), which is how a matrix made x."""
+    """rope, below. Its gradient turns backwards. Both lie as (B, T, H, ..), as what makes x and what reads it."""
 
     @staticmethod
     def forward(ctx, x, pos, base, factor, still):
         ctx.save_for_backward(pos)
         ctx.rest = (base, factor, still)
-        return Rope.turn(x, x.new_empty(x.shape), pos, *ctx.rest, 1.0)
+        return Rope.turn(x, pos, *ctx.rest, 1.0)
 
     @staticmethod
     def backward(ctx, grad):
-        B, H, T, D = grad.shape
-        out = grad.new_empty(B, T, H, D).transpose(1, 2)
-        return Rope.turn(grad, out, *ctx.saved_tensors, *ctx.rest, -1.0), None, None, None, None
+        return Rope.turn(grad, *ctx.saved_tensors, *ctx.rest, -1.0), None, None, None, None
 
     @staticmethod
-    def turn(x, out, pos, base, factor, still, sign):
+    def turn(x, pos, base, factor, still, sign):
         B, H, T, width = x.shape
+        out = x.new_empty(B, T, H, width).transpose(1, 2)
         P = width - still
         x = x if x.stride(3) == 1 else x.contiguous()
         strides = (x.stride()[:3], out.stride()[:3], pos.expand(B, T).stride())
@@ -282,8 +281,9 @@ def rope(x, pos, base=10000.0, factor=1.0, still=0):
 # keys [k ; k2] and values, or their gradients. What does not exist is k once more.
 KV = namedtuple("KV", "k k2 v")
 # heads of a group; widths of k, k2 (0: there is none) and v; SHARED: the value is k
-# FAN: so many programs share a group's heads, and count as groups of h heads each
-Widths = namedtuple("Widths", "h HP DK PK D2 P2 DV PV SHARED FAN", defaults=(1,))
+# FAN: so many programs share a group's heads, and count as groups of h heads each; ROW: G where k and v lie
+# as (B, S, G, ..), as a matrix makes them, else 1
+Widths = namedtuple("Widths", "h HP DK PK D2 P2 DV PV SHARED FAN ROW", defaults=(1, 1))
 # what a program works on at once: BQ queries, BM rows, BN keys. BLOCK tokens in a block, NP >= n,
 # SPLITS: programs that share the keys of a decoding step
 Tile = namedtuple("Tile", "BQ BM BN BLOCK NP SPLITS", defaults=(1,))
@@ -349,14 +349,14 @@ def load_queries(q, row, ok, D, w):
 @jit
 def load_keys(keys, s, ok, w, ALL=False):
     """Keys [k ; k2] of a group, in rows s -> (BN, PK), (BN, P2)."""
-    k = load_rows(keys.k, s, ok, w.DK, w.PK, w.DK, ALL)
+    k = load_rows(keys.k, s, ok, w.DK, w.PK, w.ROW * w.DK, ALL)
     return k, load_rows(keys.k2, s, ok, w.D2, w.P2, w.D2, ALL) if w.D2 > 0 else k
 
 
 @jit
 def load_values(keys, b, s, ok, w, ALL=False):
     """Values (BN, PV) of the keys b."""
-    return b[0] if w.SHARED else load_rows(keys.v, s, ok, w.DV, w.PV, w.DV, ALL)
+    return b[0] if w.SHARED else load_rows(keys.v, s, ok, w.DV, w.PV, w.ROW * w.DV, ALL)
 
 
 @jit
@@ -377,13 +377,24 @@ def rows_of_tile(rule, w, tile):
     t = i * tile.BQ + m // w.HP
     head = m % w.HP
     ok = (head < w.h) & (m // w.HP < tile.BQ) & (t < rule.T)
-    return bg, i, t, head * rule.T + t, ok
+    return bg, i, t, row_of(t, head, rule, w), ok
+
+
+@jit
+def row_of(t, head, rule, w):
+    """Queries and outputs lie as (B, T, H, ..): so many rows after `first_row` is a head of query t."""
+    return t * (rule.G * w.h) + head
+
+
+@jit
+def first_row(bg, rule, w):
+    return (bg // rule.G * rule.T * rule.G + bg % rule.G) * w.h
 
 
 @jit
 def rows_of_group(x, bg, rule, w):
     """Where what belongs to a group's queries begins."""
-    n = bg * w.h * rule.T
+    n = first_row(bg, rule, w)
     q = n * (w.DK + w.D2)
     o = n * w.DV
     return Rows(x.q + q, x.out + o, x.lse + n, x.dout + o, x.delta + n, x.dq + q)
@@ -393,8 +404,14 @@ def rows_of_group(x, bg, rule, w):
 def of_group(keys, bg, rule, w):
     """Where the keys and values of a group begin."""
     k2 = keys.k2 + (bg // rule.G * rule.G2 + bg % rule.G2) * rule.S * w.D2  # with a FAN G2 is 1
-    bg = bg // w.FAN
-    return KV(keys.k + bg * rule.S * w.DK, k2, keys.v + bg * rule.S * w.DV)
+    row = first_key(bg // w.FAN, rule, w)
+    return KV(keys.k + row * w.DK, k2, keys.v + row * w.DV)
+
+
+@jit
+def first_key(bg, rule, w):
+    """The row of k and v where a group's keys begin: every ROW-th row from there on is one of them."""
+    return bg // w.ROW * rule.S * w.ROW + bg % w.ROW
 
 
 @jit
@@ -511,9 +528,10 @@ def store_keys(grads, piece, bg, rule, s, g, w, BN, CUT):
     """dk, dk2 and dv to the rows s of a group, or with CUT to a piece's own BN rows."""
     row = piece * BN + tl.arange(0, BN) if CUT else bg * rule.S + s
     ok = (s < rule.S) | CUT
-    store_rows(grads.k, row, ok, g[0], w.DK, w.PK, w.DK)
     if w.D2 > 0:
         store_rows(grads.k2, row, ok, g[1], w.D2, w.P2, w.D2)
+    row = row if CUT else first_key(bg, rule, w) + s * w.ROW
+    store_rows(grads.k, row, ok, g[0], w.DK, w.PK, w.DK)
     if not w.SHARED:
         store_rows(grads.v, row, ok, g[2], w.DV, w.PV, w.DV)
 
@@ -551,7 +569,7 @@ def key_bounds(first, rule, tile):
 def forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: constexpr):
     """One program: BQ queries x the h heads of a group, against the keys that they read."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
-    n = bg * w.h * rule.T  # rows of the groups before
+    n = first_row(bg, rule, w)
     a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     low, high = span(t[:, None], rule)  # (BM, 1)
     keys = of_group(keys, bg, rule, w)
@@ -622,7 +640,7 @@ def dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CUT: con
             t = i * tile.BQ + m // w.HP  # (BM,)
             ok = (head < w.h) & (t < rule.T)
             low, high = span(t[None, :], rule)  # (1, BM)
-            row = head * rule.T + t
+            row = row_of(t, head, rule, w)
             grads = key_step(b, values, x, row, ok, s[:, None], low, high, scale, grads, w, phase == 1)
     store_keys(to, piece, bg, rule, s, grads, w, tile.BN, CUT)
 
@@ -671,7 +689,7 @@ def rows_of_blocks(lists, start, end, S, BN, BLOCK):
 def lists_forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: constexpr):
     """One program: the queries of a list x the h heads of a group, against the keys of its blocks."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
-    n = bg * w.h * rule.T  # rows of the groups before
+    n = first_row(bg, rule, w)
     a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     keys = of_group(keys, bg, rule, w)
     lists = rule.lists + (bg * tl.num_programs(0) + i) * rule.n
@@ -763,7 +781,7 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
             reader = tl.load(rule.tiles + i, mask=i < end, other=0)
             t = tl.where(m // ROWS == u, reader * tile.BQ + inside, t)
         ok = (head < w.h) & (t < rule.T) & (start + m // ROWS < end * STEPS)
-        row = head * rule.T + t
+        row = row_of(t, head, rule, w)
         grads = key_step(b, values, x, row, ok, s[:, None], 0, t[None, :] + 1, scale, grads, w, False)
     store_keys(to, piece, bg, rule, s, grads, w, tile.BN, CUT)
 
@@ -897,25 +915,27 @@ def key_gradients(x, k, k2, v, scale, rule, w, lists):
     if cut:
         grads = [new_gradient(y, G, pieces, tile.BN) for y in (k, k2, v)]
     else:
-        grads = [y if y is None else y.new_empty(B, G, S, y.shape[3]) for y in (k, k2, v)]
+        grads = [y if y is None else torch.empty_like(y) for y in (k, k2, v)]
+        if k2 is not None:
+            grads[1] = k2.new_empty(B, G, S, k2.shape[3])
     kernel = lists_dkv_kernel if block else dkv_kernel
     kernel[(pieces,)](x, kv_of(k, k2, v), kv_of(*grads), scale, rule, w, tile, cut, **options)
     return [add_pieces(grad, y, G, firsts, chunks) for grad, y in zip(grads, (k, k2, v))] if cut else grads
 
 
 class Attention(torch.autograd.Function):
-    """q (B, H, T, D + P) to k (B, G, S, D), k2 (B, 1 or G, S, P) or None, v (B, G, S, Dv) or None.
+    """q (B, T, H, D + P) to k (B, G, S, D), k2 (B, 1 or G, S, P) or None, v (B, G, S, Dv) or None.
 
     By `rule`, Dense or Lists; blocks of lists have `block` tokens (0: no lists) and `share` queries have one
-    list -> o (B, H, T, Dv), lse (B, H, T) in base 2.
+    list -> o (B, T, H, Dv), lse (B, T, H) in base 2.
     """
 
     @staticmethod
     def forward(ctx, q, k, k2, v, scale, rule, block, share):
-        B, H, T, _ = q.shape
-        w = widths_of(q, k, k2, v)
-        out = q.new_empty(B, H, T, w.DV)
-        lse = q.new_empty(B, H, T, dtype=torch.float32)
+        B, T, H, _ = q.shape
+        w = widths_of(q.transpose(1, 2), k, k2, v)._replace(ROW=k.shape[1] if lies_by_token(k) else 1)
+        out = q.new_empty(B, T, H, w.DV)
+        lse = q.new_empty(B, T, H, dtype=torch.float32)
         lists = (block, share, rule.n if block else 1)
         tile, options = tile_of("forward", w, q.dtype, *lists)
         kernel = lists_forward_kernel if block else forward_kernel
@@ -958,21 +978,30 @@ def numbers_of(q, keys):
     return q.shape[2], S, G, 1 if keys.k2 is None or keys.k2 is keys.k else keys.k2.shape[1]
 
 
+def lies_by_token(x):
+    """Whether x (B, G, S, D) lies in memory as (B, S, G, D)."""
+    return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+
+
 def in_rows(q, keys):
-    """q, k, k2, v as kernels want them: dense in memory."""
-    given = (q, keys.k, keys.k2, keys.v)
-    return [x if x is None else x.contiguous() for x in given]
+    """q (B, T, H, D + P), k, k2, v, dense in memory; k and v (B, G, S, ..) may both lie as (B, S, G, ..)."""
+    k, k2, v = keys.k, keys.k2, keys.v
+    if v is None or not (lies_by_token(k) and lies_by_token(v)):
+        k = k.contiguous()
+        v = v if v is None else v.contiguous()
+    return q.transpose(1, 2).contiguous(), k, k2 if k2 is None else k2.contiguous(), v
 
 
 def attend(q, keys, scale, window=0, l=1, d=1, lists=None, block=0, share=1):
-    """The door to Attention: Dense, or with lists Lists -> o, lse."""
+    """The door to Attention: Dense, or with lists Lists -> o (B, H, T, Dv), lse (B, T, H)."""
     check(q, keys, share, block=block or 16)
     if block % share:
         raise Refused(f"{share} queries with one list must lie in one block of {block}")
     rule = Dense(*numbers_of(q, keys), window, l, d, 1)
     if lists is not None:
         rule = Lists(*rule[:4], lists, lists.shape[3])
-    return Attention.apply(*in_rows(q, keys), scale * LOG2_E, rule, block, share)
+    o, lse = Attention.apply(*in_rows(q, keys), scale * LOG2_E, rule, block, share)
+    return o.transpose(1, 2), lse
 
 
 def window_attention(q, keys, window, scale):
@@ -1041,8 +1070,8 @@ def score_kernel(q, keys, lse, own, over, scale, rule, x, w: constexpr, tile: co
     j = tl.arange(0, BN // FOLD)
     first = x.row0 + i
     t = (first + m // w.HP) * sizes.share  # (BM,)
-    n = bg * w.h * rule.T  # rows of the groups before
-    row = m % w.HP * rule.T + t
+    n = first_row(bg, rule, w)
+    row = row_of(t, m % w.HP, rule, w)
     ok = (m % w.HP < w.h) & (t < rule.T)
     a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
     norm = tl.load(lse + n + row, mask=ok, other=float("inf")) - 12  # (BM,)
@@ -1114,13 +1143,13 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
 
     The scores of a few thousand lists at a time lie in memory, never those of all.
     """
-    q, k, k2, _ = in_rows(q, keys)
     B, _, T, _ = q.shape
+    q, k, k2, _ = in_rows(q, keys._replace(v=None))
     G = k.shape[1]
-    w = widths_of(q, k, k2, None)
+    w = widths_of(q.transpose(1, 2), k, k2, None)
     keys = kv_of(k, k2, None)
     scale = scale * LOG2_E
-    rule = Dense(*numbers_of(q, keys), T, sizes.l, sizes.d, 1)
+    rule = Dense(*numbers_of(q.transpose(1, 2), keys), T, sizes.l, sizes.d, 1)
     q_pos = q_pos.expand(B, T).contiguous()
     blocks = triton.cdiv(tokens, sizes.block)
     rows = triton.cdiv(T, sizes.share)
@@ -1148,10 +1177,11 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
 # 8) Decoding: a few queries against the slots of a cache
 
 # T queries at q_pos (B, T); S slots of G groups, length (B,) of them filled, positions k_pos (B, heads, S);
-# the last `window` positions count; so many programs split the slots of a group; Q: from row to row of q
-Slots = namedtuple("Slots", "T S G G2 splits length q_pos Q k_pos heads window")
+# the last `window` positions count; so many programs split the slots of a group. In q texts
+# lie Q numbers apart, and tokens N heads
+Slots = namedtuple("Slots", "T S G G2 splits length q_pos Q N k_pos heads window")
 # the same for the n blocks of lists (B, G, T, n)
-SlotLists = namedtuple("SlotLists", "T S G G2 splits length q_pos Q lists n")
+SlotLists = namedtuple("SlotLists", "T S G G2 splits length q_pos Q N lists n")
 # what programs write: out (B, T, H, Dv); or with splits part, their means, and stats, their (top, total); and
 # raw (B, H, T, S): the scores in base 2. Its rows are padded to a multiple of 16, and written up to one, so
 # that a thread moves 16 bytes at once
@@ -1167,16 +1197,17 @@ def split_of(keys, splits, BN):
 
 
 @jit
-def queries_of_row(q, bg, row, ok, rule, w):
-    """load_queries, where the rows of a batch lie rule.Q apart."""
-    group = bg // rule.G * rule.Q + bg % rule.G * w.h * rule.T * (w.DK + w.D2)
+def queries_of_row(q, bg, t, ok, rule, w, tile):
+    """load_queries, where texts lie rule.Q numbers apart, and tokens rule.N heads."""
+    group = bg // rule.G * rule.Q + bg % rule.G * w.h * (w.DK + w.D2)
+    row = t * rule.N + tl.arange(0, tile.BM) % w.HP
     return load_queries(q + group, row, ok, w.DK, w)
 
 
 @jit
 def output_row(bg, t, m, rule, w):
     """Where row m of a tile, a head of query t, lies in (B, T, H)."""
-    return ((bg // rule.G * rule.T + t) * rule.G + bg % rule.G) * w.h + m % w.HP
+    return first_row(bg, rule, w) + row_of(t, m % w.HP, rule, w)
 
 
 @jit
@@ -1199,10 +1230,9 @@ def store_share(to, bg, i, t, ok, o, rule, w, tile):
 @jit
 def cached_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr):
     """One program: BQ queries x the h heads of a group against one share of its filled slots."""
-    bg, i, t, row, ok = rows_of_tile(rule, w, tile)
+    bg, i, t, _, ok = rows_of_tile(rule, w, tile)
     b = bg // rule.G
-    n = bg * w.h * rule.T  # rows of the groups before
-    a = queries_of_row(q, bg, row, ok, rule, w)
+    a = queries_of_row(q, bg, t, ok, rule, w, tile)
     q_pos = rule.q_pos + b * rule.T + t
     stands = tl.load(q_pos, mask=ok, other=0)[:, None]  # (BM, 1)
     keys = of_group(keys, bg, rule, w)
@@ -1216,7 +1246,8 @@ def cached_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr):
         see = (lies >= 0) & (lies <= stands) & (lies > stands - rule.window)  # (BM, BN)
         o, score = softmax_step(a, keys, s, s < filled, see, scale, o, w, False)
         if to.raw is not None:
-            at = (n + row[:, None]) * (tl.cdiv(rule.S, 16) * 16) + s[None, :]
+            head = bg * w.h + tl.arange(0, tile.BM) % w.HP
+            at = (head * rule.T + t)[:, None] * (tl.cdiv(rule.S, 16) * 16) + s[None, :]
             near = ok[:, None] & (s < tl.cdiv(filled, 16) * 16)[None, :]
             tl.store(to.raw + at, tl.where(see, score * scale, -1e30), mask=near)
     store_share(to, bg, i, t, ok, o, rule, w, tile)
@@ -1228,9 +1259,9 @@ def cached_lists_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr)
 
     Slot s holds position s: what the query may see ends where it stands.
     """
-    bg, i, t, row, ok = rows_of_tile(rule, w, tile)
+    bg, i, t, _, ok = rows_of_tile(rule, w, tile)
     b = bg // rule.G
-    a = queries_of_row(q, bg, row, ok, rule, w)
+    a = queries_of_row(q, bg, t, ok, rule, w, tile)
     keys = of_group(keys, bg, rule, w)
     lists = rule.lists + (bg // w.FAN * rule.T + i) * rule.n
     filled = tl.minimum(tl.load(rule.length + b), rule.S).to(tl.int32)
@@ -1320,12 +1351,15 @@ def read_slots(kernel, q, keys, scale, rule, cut):
 
 
 def slots_rule(kind, q, q_pos, keys, cut, *rest):
-    """-> what kernels know of queries and slots, and the queries: each row dense, (H, T, D + P)."""
+    """-> what kernels know of queries and slots, and the queries (B, T, H, D + P), each token dense."""
     T, S, _, G2 = numbers_of(q, keys)
     _, groups, splits = cut[0]  # with a FAN there are more groups than the keys have
     q_pos = q_pos.expand(len(q), T).contiguous()
-    q = q if q[0].is_contiguous() else q.contiguous()
-    return kind(T, S, groups // len(q), G2, splits, keys.length, q_pos, q.stride(0), *rest), q
+    q = q.transpose(1, 2)  # (B, T, H, D + P)
+    width = q.shape[3]
+    q = q if q.stride()[2:] == (width, 1) and q.stride(1) % width == 0 else q.contiguous()
+    place = (q.stride(0), q.stride(1) // width)
+    return kind(T, S, groups // len(q), G2, splits, keys.length, q_pos, *place, *rest), q
 
 
 def cached_attention(q, q_pos, keys, scale, window=None):
@@ -1423,74 +1457,67 @@ def cached_entries(q, q_pos, keys, tokens, sizes, scale):
 
 
 @jit
-def mix_kernel(branches, gates, out, H, T, strides, D: constexpr, P: constexpr, BT: constexpr):
-    """One program: BT queries of one head. out (B, T, H, D) = sum of gate x branch.
-
-    branches (B, H, T, D) each; gates (B, T, N H), with the strides of B and T.
-    """
-    bh = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
-    ok = t < T
-    gates += bh // H * strides[0] + t * strides[1] + bh % H
-    mixed = zeros(BT, P)
+def mix_kernel(branches, gates, out, rows, H, stride, D: constexpr, P: constexpr, BM: constexpr):
+    """One program: BM rows of branches and out (B, T, H, D) = sum of gate x branch; gates (B T, N H), `stride` apart."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    ok = row < rows
+    gates += row // H * stride + row % H
+    mixed = zeros(BM, P)
     for i in tl.static_range(len(branches)):
         gate = tl.load(gates + i * H, mask=ok, other=0).to(tl.float32)[:, None]
-        mixed += gate * load_rows(branches[i], bh * T + t, ok, D, P, D)
-    store_rows(out, (bh // H * T + t) * H + bh % H, ok, mixed, D, P, D)
+        mixed += gate * load_rows(branches[i], row, ok, D, P, D)
+    store_rows(out, row, ok, mixed, D, P, D)
 
 
 @jit
 def unmix_kernel(
-    branches, gates, dout, grads, dgates, H, T, strides, D: constexpr, P: constexpr, BT: constexpr
+    branches, gates, dout, grads, dgates, rows, H, stride, D: constexpr, P: constexpr, BM: constexpr
 ):
-    """Its gradient: gate x dout to a branch, branch . dout to its gate. dout (B, H, T, D) with strides."""
-    bh = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
-    ok = t < T
-    gates += bh // H * strides[0] + t * strides[1] + bh % H
-    dgates += (bh // H * T + t) * len(branches) * H + bh % H
-    d = tl.arange(0, P)
-    dout += bh // H * strides[2] + bh % H * strides[3]
-    at = dout + t[:, None].to(tl.int64) * strides[4] + d[None, :]
-    douts = tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0).to(tl.float32)  # (BT, P)
+    """Its gradient: gate x dout to a branch, branch . dout to its gate."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    ok = row < rows
+    gates += row // H * stride + row % H
+    dgates += row // H * len(branches) * H + row % H
+    douts = load_rows(dout, row, ok, D, P, D).to(tl.float32)  # (BM, P)
     for i in tl.static_range(len(branches)):
         gate = tl.load(gates + i * H, mask=ok, other=0).to(tl.float32)[:, None]
-        store_rows(grads[i], bh * T + t, ok, gate * douts, D, P, D)
-        branch = load_rows(branches[i], bh * T + t, ok, D, P, D).to(tl.float32)  # (BT, P)
+        store_rows(grads[i], row, ok, gate * douts, D, P, D)
+        branch = load_rows(branches[i], row, ok, D, P, D).to(tl.float32)  # (BM, P)
         tl.store(dgates + i * H, tl.sum(douts * branch, 1).to(dgates.dtype.element_ty), mask=ok)
 
 
 class Mix(torch.autograd.Function):
-    """mix, below, with its gradient."""
+    """gates (B T, N H) and branches (B, T, H, D) -> (B, T, H, D), with the gradient."""
 
     @staticmethod
     def forward(ctx, gates, *branches):
-        B, H, T, D = branches[0].shape
         ctx.save_for_backward(gates, *branches)
-        out = branches[0].new_empty(B, T, H, D)
-        grid = (B * H, triton.cdiv(T, 16))
-        mix_kernel[grid](branches, gates, out, H, T, gates.stride()[:2], D, power(D), 16)
-        return out.transpose(1, 2)
+        out = torch.empty_like(branches[0])
+        Mix.run(mix_kernel, branches, gates, out)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
         gates, *branches = ctx.saved_tensors
-        B, H, T, D = branches[0].shape
-        dout = dout if dout.stride(3) == 1 else dout.contiguous()
         grads = tuple(torch.empty_like(x) for x in branches)
         dgates = gates.new_empty(gates.shape)
-        grid = (B * H, triton.cdiv(T, 16))
-        strides = (*gates.stride()[:2], *dout.stride()[:3])
-        rest = (H, T, strides, D, power(D), 16)
-        unmix_kernel[grid](tuple(branches), gates, dout, grads, dgates, *rest)
+        Mix.run(unmix_kernel, branches, gates, dout.contiguous(), grads, dgates)
         return dgates, *grads
+
+    @staticmethod
+    def run(kernel, branches, gates, *more):
+        *_, H, D = branches[0].shape
+        rows = branches[0].numel() // D
+        kernel[(triton.cdiv(rows, 16),)](
+            tuple(branches), gates, *more, rows, H, gates.stride(0), D, power(D), 16
+        )
 
 
 def mix(gates, *branches):
-    """Sum of gate x branch (B, H, T, D), which lies in memory as (B, T, H, D); gates (B, T, N H)."""
-    gates = gates.to(branches[0].dtype)
+    """Sum of gate x branch (B, H, T, D), which all lie in memory as (B, T, H, D); gates (B, T, N H)."""
+    gates = gates.to(branches[0].dtype).flatten(0, 1)
     gates = gates if gates.stride(-1) == 1 else gates.contiguous()
-    return Mix.apply(gates, *(x.contiguous() for x in branches))
+    return Mix.apply(gates, *(x.transpose(1, 2).contiguous() for x in branches)).transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
