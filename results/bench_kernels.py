@@ -65,6 +65,11 @@ def random(*shape):
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
 
+def by_token(heads, T, width):
+    """(1, H, T, D), which lies in memory as (1, T, H, D), as a layer's matrices make it."""
+    return torch.randn(1, T, heads, width, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+
+
 def products(reads, heads, width):
     """FLOP of a forward pass in which query t reads reads[t] keys; width of a key and a value together."""
     return 2.0 * heads * width * reads.clamp(min=0).double().sum().item()
@@ -76,8 +81,8 @@ def local_layer(T, H, D, W=512):
     layer = LatentAttention(H * D, H, D, 1, 4 * D, P, window=W).cuda().bfloat16()
     layer.out = torch.nn.Identity()
     pos = torch.arange(T, device="cuda")[None]
-    parts = (random(1, H, T, D + P), random(1, 1, T, 4 * D), random(1, 1, T, P))
-    leaves = (random(1, H, T, D + P), random(1, H, T, D), random(1, H, T, D), random(1, 1, T, P))
+    parts = (by_token(H, T, D + P), random(1, 1, T, 4 * D), random(1, 1, T, P))
+    leaves = (by_token(H, T, D + P), by_token(H, T, D), by_token(H, T, D), random(1, 1, T, P))
     q, k, v, k_r = leaves
     keys = keys_of(None, pos, None, k, v, k_r)
     flop = products((torch.arange(T) + 1).clamp(max=W), H, 2 * D + P)
@@ -95,7 +100,7 @@ def global_layer(kind, T, H, G, D, W=512):
         layer = nsa.NSA(H * D, H, G, D, W, n=16).cuda().bfloat16()
         branches = 3
         width = 2 * D
-        leaves = (random(1, H, T, D), *(random(1, G, T, D) for _ in range(6)))
+        leaves = (by_token(H, T, D), *(random(1, G, T, D) for _ in range(6)))
         q, k0, v0, k1, v1, k_w, v_w = leaves
         raw = keys_of(None, pos, None, k0, v0)  # to be compressed
         tokens = keys_of(None, pos, None, k1, v1)
@@ -105,7 +110,7 @@ def global_layer(kind, T, H, G, D, W=512):
         layer = nsa.ASAGlobal(H * D, H, D, G, R, P, n=128).cuda().bfloat16()
         branches = 2
         width = 2 * R + P
-        leaves = (random(1, H, T, R + P), random(1, G, T, R), random(1, 1, T, P))
+        leaves = (by_token(H, T, R + P), random(1, G, T, R), random(1, 1, T, P))
         q, c, k_r = leaves
         raw = tokens = keys_of(None, pos, None, c, k2=k_r)
     sizes = layer.sizes
@@ -132,7 +137,7 @@ def global_layer(kind, T, H, G, D, W=512):
     t = torch.arange(T)
     done = (t + 1 - sizes.l + sizes.d) // sizes.d  # entries that a query reads
     chosen = (t + 1).clamp(max=sizes.n * sizes.block)
-    o = [random(1, H, T, o_width(tokens)) for _ in range(branches)]
+    o = [by_token(H, T, o_width(tokens)) for _ in range(branches)]
     what = {
         "compressed": (
             lambda: nsa.compressed_attention(
