@@ -597,7 +597,7 @@ def dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     for phase in tl.static_range(3):  # masked, all read all, masked
         for start in range(walk[phase], walk[phase + 1], tile.BN):
             s = start + tl.arange(0, tile.BN)
-            grads, _, _ = query_step(a, r, keys, s, s < rule.S, low, high, scale, grads, w, phase == 1)
+            grads, p, ds = query_step(a, r, keys, s, s < rule.S, low, high, scale, grads, w, phase == 1)
     store_queries(x.dq, row, ok, grads, scale, w)
 
 
@@ -1230,7 +1230,7 @@ def store_share(to, bg, i, t, ok, o, rule, w, tile):
 @jit
 def cached_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr):
     """One program: BQ queries x the h heads of a group against one share of its filled slots."""
-    bg, i, t, _, ok = rows_of_tile(rule, w, tile)
+    bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     b = bg // rule.G
     a = queries_of_row(q, bg, t, ok, rule, w, tile)
     q_pos = rule.q_pos + b * rule.T + t
@@ -1259,7 +1259,7 @@ def cached_lists_kernel(q, keys, to, scale, rule, w: constexpr, tile: constexpr)
 
     Slot s holds position s: what the query may see ends where it stands.
     """
-    bg, i, t, _, ok = rows_of_tile(rule, w, tile)
+    bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     b = bg // rule.G
     a = queries_of_row(q, bg, t, ok, rule, w, tile)
     keys = of_group(keys, bg, rule, w)
