@@ -2613,7 +2613,7 @@ def test_a_run_that_failed_can_be_begun_again():
             succeeds(in_process(*QUICK, *good, "--name", place))
         with swapped(train_rl, "imitate", fails_to(KeyboardInterrupt())):
             ends(in_rl("--out", tmp, "--steps", 1), 130)
-        succeeds(in_rl("--out", tmp, "--steps", 1), "rl-sums-both")
+        succeeds(in_rl("--out", tmp, "--steps", 1), "rl-sums-twin")
         # the hint of an interrupted run is a command that works; --resume finds it, not a later empty folder
         for name in ("team/exp7", "two words"):
             stop = lambda *args: signal.raise_signal(signal.SIGINT)
@@ -4456,7 +4456,7 @@ def test_extend_a_task():
         shown = re.search(r"^ +(\d{6}=)\|(\d?\.?) (right|wrong)$", said, re.M)
         right = shown[2] == Largest9(6).work(shown[1])
         assert right == (shown[3] == "right"), said
-        assert list(losses(tmp / "rl-digits-both")) == [1]
+        assert list(losses(tmp / "rl-digits-twin")) == [1]
 
 
 def updates_only_where_there_is_a_signal():
@@ -4703,7 +4703,7 @@ def test_rl_learns_or_says_not():
     words = [*RL_QUICK, *RL_CACHE]
     names = [flag[2:].replace("-", "_") for flag in words[::2]]
     quick = {name: int(v) if v.isdigit() else v for name, v in zip(names, words[1::2])}
-    usual = ("small", "both", 0)
+    usual = ("small", "twin", 0)
     easy = {usual: {**train_rl.EXPECTED[usual], "greedy": (0.0, 1.0)}}  # as if the warm start were enough
 
     def said_not(*args, **settings):

@@ -2,7 +2,7 @@
 
     python train_rl.py --small --name small       sums on a CPU, offline, under 3 minutes: compressed, with drafts
     python train_rl.py                            the same at full size on one GPU, in 3 minutes
-    python train_rl.py --warm out/rl-sums-both --correct none     another arm from the same warm start
+    python train_rl.py --warm out/rl-sums-twin --correct none     another arm from the same warm start
     python train_rl.py --init smollm2 --task words                a model that others trained, or a folder
     torchrun --nproc_per_node=2 train_rl.py ...   the same run, the same problems, on 2 GPUs or CPU processes
     python train_rl.py --resume --name NAME       go on with out/NAME
@@ -361,7 +361,7 @@ class Config:
     queries: int = option(4, "newest queries, that score the other entries", least=1, fixed=True)
     sinks: int = option(0, "first entries that always stay", least=0, fixed=True)
     correct: str = option(
-        "both", "of what compression changes (sparse_rl.py)", choices=CORRECTIONS, fixed=True
+        "twin", "of what compression changes (sparse_rl.py)", choices=CORRECTIONS, fixed=True
     )
     draft: str = option(
         "off",
@@ -395,12 +395,18 @@ class Config:
     check: bool = option(False, "exit with 1 if the model did not learn as expected")
 
     @property
+    def corrects(self):
+        """The correction's name. Dense rollouts evict nothing: what replays evictions is `both` there."""
+        replays = "kept" in CORRECTIONS[self.correct].reads
+        return "both" if replays and self.rollout == "dense" else self.correct
+
+    @property
     def arm(self):
-        return self.correct if self.rollout == "sparse" else "dense"
+        return self.corrects if self.rollout == "sparse" else "dense"
 
     @property
     def correction(self):
-        return CORRECTIONS[self.correct]
+        return CORRECTIONS[self.corrects]
 
     @property
     def compress(self):
@@ -412,6 +418,7 @@ class Config:
 # with drafts, the share of rounds that they save.
 EXPECTED = {
     ("small", "both", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6), "rounds": (0.5, 0.7)},
+    ("small", "twin", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6), "rounds": (0.5, 0.7)},
     ("small", "dense", 0): {"greedy": (0.85, 1.0), "gain": (0.2, 0.6), "rounds": (0.5, 0.75)},
     ("base", "both", 0): {"greedy": (0.65, 1.0), "gain": (0.25, 0.55)},
     ("base", "twin", 0): {"greedy": (0.9, 1.0), "gain": (0.38, 0.58)},
@@ -443,8 +450,6 @@ def validate(cfg, world=1):
         raise UserError("--warm-steps must be at least 1 without --init")
     if cfg.rollout == "sparse" and not ATTENTION[cfg.attn]["evicts"]:
         raise UserError(f"--attn {cfg.attn}: its cache cannot be compressed, so give --rollout dense")
-    if "kept" in cfg.correction.reads and cfg.rollout == "dense":
-        raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
     if cfg.draft != "off" and cfg.rollout == "sparse" and cfg.buffer == 1:
         raise UserError("--draft: with --buffer 1 every token evicts, so that no draft can be read")
     try:
@@ -1103,7 +1108,7 @@ def finish(run, found, solved, saved, device):
         lines.append(f"(the allocator's peak, learner and all: {peak / 2**20:.0f} MiB)")
     line, ok = verdict(cfg, found["dense_greedy"], solved, saved["drafts_reads"])
     return run.finished(
-        f"\nresult   {cfg.task}, {cfg.rollout} rollouts, correction {cfg.correct}: "
+        f"\nresult   {cfg.task}, {cfg.rollout} rollouts, correction {cfg.corrects}: "
         f"{cfg.steps} steps of RL in {run.seconds:.0f} s",
         f"  solved when sampling   {last:.0%} in the last 10 steps, {first:.0%} in the first",
         f"  solved when greedy     {greedy}",
