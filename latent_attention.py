@@ -418,17 +418,17 @@ class LatentAttention(nn.Module):
         widths = {"k": (self.latents, self.rank), "k2": (1, self.rotary)}  # the latents c, the rotary key k_r
         return {"tokens": SlotCache(batch, max_len, widths, self.window, margin, **kind)}
 
-    def project(self, x, pos, source=None):
-        """x (B, T, C) -> q = [q_c ; q_r] (B, H, T, D + P), to cache: c (B, G, T, R), k_r (B, 1, T, P)."""
-        q = self.queries(x, pos, self.q_up.weight)
+    def project(self, x, pos, source=None, up=None):
+        """x (B, T, C) -> q = [q_c ; q_r] (B, H, T, D + P), to cache: c (B, G, T, R), k_r (B, 1, T, P).
+
+        up: another matrix than W_UQ, W_QR, with as many columns.
+        """
+        up = self.q_up.weight if up is None else up
+        q = split_heads(F.linear(self.q_norm(self.q_down(x)), up), self.heads)  # (B, H, T, D + P)
+        q = rope(q, pos, self.base, still=q.shape[-1] - self.rotary)
         c, k_r = self.kv_down(x if source is None else source).tensor_split([-self.rotary], dim=-1)
         c = self.kv_norm(split_heads(c, self.latents))  # (B, G, T, R)
         return q, c, rope(k_r[:, None], pos, self.base)
-
-    def queries(self, x, pos, up):
-        """x (B, T, C), up (H (D + P), C / 2) -> (B, H, T, D + P), of which the last P are turned."""
-        q = split_heads(F.linear(self.q_norm(self.q_down(x)), up), self.heads)  # (B, H, T, D + P)
-        return rope(q, pos, self.base, still=q.shape[-1] - self.rotary)
 
     def absorb(self, q):
         """The query that reads [c ; k_r], (B, H, T, R + P): q_c . (W_UK c) = (W_UK^T q_c) . c."""

@@ -344,24 +344,20 @@ class ASAGlobal(LatentAttention):
         turned = rope(k_r.flatten(1, 2), turn[None], self.base).view_as(k_r)  # (B, 1, N, 16, P)
         return {"k": (c * weight.to(c.dtype)).sum(-2), "k2": turned.mean(-2)}
 
-    def queries(self, x, pos, up):
-        """Absorbed queries (B, H, T, R + P). W_UK is multiplied into W_UQ, not into each query.
+    def folded(self):
+        """W_UK within W_UQ (H (R + P), C / 2), and W_UV within W_O (C, H R): multiplied once, not for each token.
 
-        With R = D a query then costs what it costs without latents; so does `finish`, with W_UV in W_O.
+        With R = D a query and an output then cost what they cost without latents.
         """
-        up = up.unflatten(0, (self.heads, -1))  # (H, D + P, C / 2)
-        up_c, up_r = up.tensor_split([-self.rotary], dim=1)
+        up_c, up_r = self.q_up.weight.unflatten(0, (self.heads, -1)).tensor_split([-self.rotary], dim=1)
         up_c = torch.einsum("hdc,hdr->hrc", up_c, self.k_up)  # (H, R, C / 2)
-        return super().queries(x, pos, torch.cat([up_c, up_r.to(up_c.dtype)], dim=1).flatten(0, 1))
-
-    def finish(self, o):
-        """Weighted latents of every head -> output: (B, H, T, R) -> (B, T, C)."""
+        up = torch.cat([up_c, up_r.to(up_c.dtype)], dim=1)  # (H, R + P, C / 2)
         out = self.out.weight.unflatten(1, (self.heads, -1))  # (C, H, D)
-        out = torch.einsum("chd,hdr->chr", out, self.v_up)  # (C, H, R)
-        return F.linear(merge_heads(o), out.flatten(1))
+        return up.flatten(0, 1), torch.einsum("chd,hdr->chr", out, self.v_up).flatten(1)
 
     def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
-        q, c, k_r = self.project(x, pos, source)  # (B, H, T, R + P), ..
+        up, out = self.folded()
+        q, c, k_r = self.project(x, pos, source, up)  # (B, H, T, R + P), ..
         slots = cache or dict.fromkeys(("tokens", "blocks"))
         tokens = keys_of(slots["tokens"], pos, count, c.to(q.dtype), k2=k_r.to(q.dtype))
         q = q.to(tokens.k.dtype)
@@ -378,10 +374,11 @@ class ASAGlobal(LatentAttention):
             lists = self.shared_lists(lists, pos, count, cache["lists"])  # (B, G, T, n)
         o_slc = selected_attention(q, pos, tokens, lists, sizes, self.scale)  # (B, H, T, R)
 
-        # 4) gate, still on latents: W_UV is linear and comes last (3, slide, is the local layer)
+        # 4) gate, still on latents: W_UV is linear and comes last, in W_O (3, slide, is the local layer)
         if trace is not None:
             trace.update(lists=lists, blocks=visible(pos, blocks.pos))
-        return self.finish(mix(self.gate(x).sigmoid(), o_cmp, o_slc)).to(x.dtype)
+        o = mix(self.gate(x).sigmoid(), o_cmp, o_slc)  # (B, H, T, R)
+        return F.linear(merge_heads(o), out).to(x.dtype)
 
     def shared_lists(self, lists, pos, count, cache):
         """Every query's list is that of t0 = 4 floor(t / 4), which may have been made in an earlier call.
