@@ -30,7 +30,7 @@ anew for every list that names it: at 64k tokens and n l' = 1024 these are 137 G
               read it: positions say which these are, or the entries of the lists, sorted by block.
 
 Sums are taken in a fixed order, so two runs give the same bits, with one exception: where 64 rows or more
-read one list, dk and dv are added up by atomics, which is 1.5 times as fast (results/kernels.md). There
+read one list, dk and dv are added up by atomics, which is 1.4 times as fast (results/kernels.md). There
 torch.use_deterministic_algorithms(True) brings the fixed order back. No preset has so many heads.
 A key may be [k ; k2], where all groups may share k2 (the rotary key). The value may be k itself (a latent):
 one load serves both.

@@ -3,7 +3,7 @@
 NSA (native sparse attention, arXiv 2502.11089): every layer mixes three branches with own keys and values.
 ASA (alternating sparse attention, arXiv 2511.00819): even layers are local (MLA in a window, which is
 latent_attention.LatentAttention), odd layers are global (compression and selection on one GLA latent for each
-group of heads). Its cache is half of NSA's.
+group of heads). Its cache is less than a third of NSA's.
 
     1) compress  a learned phi makes one entry of a block of l tokens, every d tokens; a query attends to all
                  finished blocks
@@ -426,7 +426,7 @@ def main():
     layers = {
         "NSA": NSA(C, H, G, D, W, n=4, block=32),
         "ASA local": LatentAttention(C, H, D, 1, 4 * D, D // 2, window=W),
-        "ASA global": ASAGlobal(C, H, D, G, 2 * D, D // 2, n=16),
+        "ASA global": ASAGlobal(C, H, D, G, D, D // 2, n=16),
     }
     text = torch.randn(1, 2048, C)
     print(f"What the query at {T - 1} reads, untrained weights; one mark is 16 tokens")

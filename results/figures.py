@@ -1,6 +1,7 @@
-"""Draws results/base.png from results/base-*.jsonl and results/needles.png from results/attention-arms.jsonl: `python results/figures.py`.
+"""Draws base.png, needles.png and bytes.png in results/: `python results/figures.py`.
 
-A base log is the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; the other is of attention_arms.py.
+base.png from base-*.jsonl, the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; needles.png from
+attention-arms.jsonl, and bytes.png from this and attention-arms-swap.jsonl, which are of attention_arms.py.
 """
 import json
 import math
@@ -31,6 +32,33 @@ def needles():
     figure.savefig(HERE / "needles.png", dpi=110)
 
 
+# the arms of bytes.png: log, name there, name here, where the name stands beside the point in each panel
+POINTS = [("attention-arms", "gqa", "gqa", (6, 6), (6, 6)), ("attention-arms", "nsa", "nsa", (6, -12), (6, -12)),
+          ("attention-arms", "asa-R112", "asa, R 112", (6, -10), (6, -10)), ("attention-arms", "asa-R64", "asa", (-30, 8), (8, -12)),
+          ("attention-arms", "asa-R32", "asa, R 32", (6, 4), (-60, 0)), ("attention-arms", "window", "window", (6, -10), (6, -10)),
+          ("attention-arms-swap", "asa-swap", "asa, global first", (-60, -18), (-104, 4))]  # fmt: skip
+
+
+def quality():
+    """Bits per byte and needles found, against the bytes that a token leaves in the cache."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    for log, arm, name, *places in POINTS:
+        found = list(runs(HERE / f"{log}.jsonl")[arm].values())
+        needles = [sum(e["needles"]["4096"]) / 8 for e in found]
+        for axis, values, beside in zip(axes, ([e["bpb"] for e in found], needles), places):
+            mean = sum(values) / len(values)
+            spread = [[mean - min(values)], [max(values) - mean]]
+            axis.errorbar(found[0]["kv"], mean, spread, marker="o", capsize=3, color="#2166ac" if "asa" in name else "#808080")
+            axis.annotate(name, (found[0]["kv"], mean), beside, textcoords="offset points", fontsize=9)
+    for axis in axes:
+        axis.set(xscale="log", xlabel="bytes of cache per token at 4096", xlim=(70, 14000))
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="bits per byte", title="500 steps of base, from the worst to the best seed")
+    axes[1].set(ylabel="share found", title="a pair told once in 4096 tokens")
+    figure.tight_layout()
+    figure.savefig(HERE / "bytes.png", dpi=110)
+
+
 def base():
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     for log in sorted(HERE.glob("base-*.jsonl")):
@@ -55,3 +83,4 @@ def base():
 if __name__ == "__main__":
     base()
     needles()
+    quality()
