@@ -47,6 +47,7 @@ DV of k, k2, v. ALL: all is read and no mask is needed.
 """
 
 import functools
+import math
 import os
 import sys
 from collections import namedtuple
@@ -238,6 +239,14 @@ def rope_kernel(
         tl.store(to + P // 2, (v * cos + u * sin).to(out.dtype.element_ty), mask=ok)
 
 
+@functools.cache
+def log2_of(base):
+    """log2 of base in fp32, and what that lacks."""
+    exact = math.log2(base)
+    most = torch.tensor(exact, dtype=torch.float32).item()
+    return most, exact - most
+
+
 class Rope(torch.autograd.Function):
     """rope, below. Its gradient turns backwards. Both lie as (B, T, H, ..), as what makes x and what reads it."""
 
@@ -258,15 +267,11 @@ class Rope(torch.autograd.Function):
         P = width - still
         x = x if x.stride(3) == 1 else x.contiguous()
         strides = (x.stride()[:3], out.stride()[:3], pos.expand(B, T).stride())
-        log2_base = torch.tensor(float(base), dtype=torch.float64).log2()
-        most = log2_base.float().item()
         BT = min(64, power(T))
         HEADS = 1 if T < 64 else 4  # which share their sines
         grid = (B * triton.cdiv(H, HEADS), triton.cdiv(T, BT))
         widths = (HEADS, still, power(still), P, power(P // 2), BT)
-        rope_kernel[grid](
-            x, out, pos, H, T, *strides, sign, most, log2_base.item() - most, float(factor), *widths
-        )
+        rope_kernel[grid](x, out, pos, H, T, *strides, sign, *log2_of(base), float(factor), *widths)
         return out
 
 
