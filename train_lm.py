@@ -860,7 +860,10 @@ def config_of(saved, config, path):
     kinds += [isinstance(saved["step"], int), isinstance(saved.get("seconds", 0.0), float)]
     if not all(kinds):
         raise UserError(f"{path}: the checkpoint has values of a wrong kind")
-    return config(**found)
+    cfg = config(**found)
+    if "rank" in fields and "rank" not in found:  # before it could be chosen latents were wider
+        cfg.rank = 2 * cfg.head_width - cfg.rotary // cfg.groups
+    return cfg
 
 
 def load_state(folder, target, state):
