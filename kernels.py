@@ -77,6 +77,7 @@ L2 = 2**25  # bytes of queries that find room in its L2 cache of 50 MB, beside a
 BYTES = 40 * 2**10  # of keys and values that a decoding program multiplies at once
 AREA = 2**13  # numbers of its output that fit well into registers
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
+LN_2 = constexpr and constexpr(0.6931471805599453)
 
 # ------------------------------------------------------------------------------------------------------------
 # 1) Pairs
@@ -205,7 +206,7 @@ def rope_kernel(
     x, out, pos, H, T, strides, to_strides, pos_strides, sign, log2_base, more, factor,
     HEADS: constexpr, D: constexpr, PD: constexpr, P: constexpr, HALF: constexpr, BT: constexpr,
 ):  # fmt: skip
-    """One program: BT tokens of HEADS heads. x and out (B, H, T, D + P) have strides but for their last axis."""
+    """One program: BT tokens of HEADS heads. x and out (B, H, T, D + P) have strides, but the last is 1."""
     parts = tl.cdiv(H, HEADS)
     b = (tl.program_id(0) // parts).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
@@ -248,7 +249,7 @@ def log2_of(base):
 
 
 class Rope(torch.autograd.Function):
-    """rope, below. Its gradient turns backwards. Both lie as (B, T, H, ..), as what makes x and what reads it."""
+    """rope, below. Its gradient turns backwards. What both give lies as (B, T, H, ..)."""
 
     @staticmethod
     def forward(ctx, x, pos, base, factor, still):
@@ -345,10 +346,10 @@ def store_rows(x, row, ok, value, D, P, STRIDE):
 
 
 @jit
-def load_queries(q, row, ok, D, w):
+def load_queries(q, row, ok, w):
     """Rows [a ; b] of q, D and D2 wide -> (BM, PK), (BM, P2)."""
-    a = load_rows(q, row, ok, D, w.PK, D + w.D2)
-    return a, load_rows(q + D, row, ok, w.D2, w.P2, D + w.D2) if w.D2 > 0 else a
+    a = load_rows(q, row, ok, w.DK, w.PK, w.DK + w.D2)
+    return a, load_rows(q + w.DK, row, ok, w.D2, w.P2, w.DK + w.D2) if w.D2 > 0 else a
 
 
 @jit
@@ -460,6 +461,7 @@ def slopes(a, b, x, y, norm, inner, key, low, high, scale, unit, w, ALL):
 
     a, x are queries and do, b, y keys and values, norm and inner lse and delta; or the other way round. A
     query reads the keys from low to high - 1; this mask is made late, because registers are short before.
+    unit is scale where dk is added up beside dv, for both may be one sum; dq takes it at the end.
     """
     p = tl.exp2(dot(a, b, w) * scale - norm)
     if not ALL:
@@ -480,7 +482,7 @@ def query_slopes(x, row, ok, w):
 
 @jit
 def query_step(a, r, keys, s, ok, low, high, scale, grads, w, ALL):
-    """Adds what the keys in rows s give to dq (BM, PK) and dq2 (BM, P2); r is of query_slopes -> these, p, ds."""
+    """Adds what the keys in rows s give to dq (BM, PK), dq2 (BM, P2); r is of query_slopes -> they, p, ds."""
     gq, gq2 = grads
     b = load_keys(keys, s, ok, w, ALL)
     values = load_values(keys, b, s, ok, w, ALL)  # (BN, PV)
@@ -495,7 +497,7 @@ def query_step(a, r, keys, s, ok, low, high, scale, grads, w, ALL):
 
 @jit
 def store_queries(dq, row, ok, grads, scale, w):
-    unit = scale * 0.6931471805599453  # without log2(e)
+    unit = scale * LN_2  # without log2(e)
     STRIDE: constexpr = w.DK + w.D2
     store_rows(dq, row, ok, grads[0] * unit, w.DK, w.PK, STRIDE)
     if w.D2 > 0:
@@ -511,11 +513,11 @@ def no_gradients(BN, w):
 def key_step(b, values, x, row, ok, key, low, high, scale, grads, w, ALL):
     """Adds what the queries in these rows give to dk (BN, PK), dk2 (BN, P2) and dv (BN, PV)."""
     gk, gk2, gv = grads
-    a = load_queries(x.q, row, ok, w.DK, w)
+    a = load_queries(x.q, row, ok, w)
     douts = load_rows(x.dout, row, ok, w.DV, w.PV, w.DV)  # (BM, PV)
     norm = tl.load(x.lse + row, mask=ok, other=float("inf"))[None, :]
     inner = tl.load(x.delta + row, mask=ok, other=0)[None, :]
-    unit = scale * 0.6931471805599453  # without log2(e)
+    unit = scale * LN_2  # without log2(e)
     p, ds = slopes(b, a, values, douts, norm, inner, key, low, high, scale, unit, w, ALL)  # (BN, BM)
     ds = ds.to(douts.dtype)
     if w.SHARED:
@@ -575,7 +577,7 @@ def forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: constexpr
     """One program: BQ queries x the h heads of a group, against the keys that they read."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     n = first_row(bg, rule, w)
-    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
+    a = load_queries(q + n * (w.DK + w.D2), row, ok, w)
     low, high = span(t[:, None], rule)  # (BM, 1)
     keys = of_group(keys, bg, rule, w)
     o = nothing(tile.BM, w.PV)
@@ -593,7 +595,7 @@ def dq_kernel(x, keys, scale, rule, w: constexpr, tile: constexpr):
     """The same walk again: dq = scale sum_j p_j (do . v_j - delta) k_j."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     x = rows_of_group(x, bg, rule, w)
-    a = load_queries(x.q, row, ok, w.DK, w)
+    a = load_queries(x.q, row, ok, w)
     low, high = span(t[:, None], rule)  # (BM, 1)
     r = query_slopes(x, row, ok, w)
     keys = of_group(keys, bg, rule, w)
@@ -695,7 +697,7 @@ def lists_forward_kernel(q, keys, out, lse, scale, rule, w: constexpr, tile: con
     """One program: the queries of a list x the h heads of a group, against the keys of its blocks."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     n = first_row(bg, rule, w)
-    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
+    a = load_queries(q + n * (w.DK + w.D2), row, ok, w)
     keys = of_group(keys, bg, rule, w)
     lists = rule.lists + (bg * tl.num_programs(0) + i) * rule.n
     o = nothing(tile.BM, w.PV)
@@ -721,7 +723,7 @@ def add_keys(to, bg, rule, s, p, ds, a, douts, scale, w):
     """What the queries a give to dk, dk2 and dv in rows s of a group; p and ds (BM, BN) as in query_step."""
     row = bg * rule.S + s
     ok = s < rule.S
-    unit = scale * 0.6931471805599453  # without log2(e)
+    unit = scale * LN_2  # without log2(e)
     ds = tl.trans(ds)
     gk = tl.dot(ds, a[0], input_precision=EXACT) * unit
     gv = tl.dot(tl.trans(p.to(douts.dtype)), douts, input_precision=EXACT)
@@ -739,7 +741,7 @@ def lists_dq_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr):
     """The same walk again, for dq; where `to` is given also for dk and dv, which come by atomics."""
     bg, i, t, row, ok = rows_of_tile(rule, w, tile)
     x = rows_of_group(x, bg, rule, w)
-    a = load_queries(x.q, row, ok, w.DK, w)
+    a = load_queries(x.q, row, ok, w)
     r = query_slopes(x, row, ok, w)
     keys = of_group(keys, bg, rule, w)
     lists = rule.lists + (bg * tl.num_programs(0) + i) * rule.n
@@ -873,15 +875,6 @@ def tile_of(kind, w, dtype, block=0, share=1, n=1):
     return Tile(BQ, BM, BN, block, power(n)), {"num_warps": warps, "num_stages": stages}
 
 
-def new_gradient(x, G, pieces=0, BN=0):
-    """Room in fp32 for what is added to the gradient of x: zeros (B, G, S, width), or (pieces, BN, width)."""
-    if x is None:
-        return None
-    B, _, S, D = x.shape
-    kind = {"dtype": torch.float32, "device": x.device}
-    return torch.empty(pieces, BN, D, **kind) if pieces else torch.zeros(B, G, S, D, **kind)
-
-
 def add_pieces(pieces, x, G, firsts, chunks):
     """-> the gradient of x. firsts: the first piece of each block in each chunk."""
     if x is None:
@@ -918,7 +911,8 @@ def key_gradients(x, k, k2, v, scale, rule, w, lists):
         rule = rule._replace(parts=parts)
     cut = pieces > blocks
     if cut:
-        grads = [new_gradient(y, G, pieces, tile.BN) for y in (k, k2, v)]
+        room = lambda y: y if y is None else y.new_empty(pieces, tile.BN, y.shape[3], dtype=torch.float32)
+        grads = [room(y) for y in (k, k2, v)]
     else:
         grads = [y if y is None else torch.empty_like(y) for y in (k, k2, v)]
         if k2 is not None:
@@ -950,6 +944,7 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, k2, v, out, lse)
         ctx.rest = (scale, rule, w, lists)
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
@@ -959,12 +954,13 @@ class Attention(torch.autograd.Function):
         block, share, _ = lists
         G = k.shape[1]
         x = Rows(q, out, lse, dout.contiguous(), torch.empty_like(lse), torch.empty_like(q))
-        own = block and share * w.HP >= 64 and not torch.are_deterministic_algorithms_enabled()
+        atomics = block and share * w.HP >= 64 and not torch.are_deterministic_algorithms_enabled()
         keys = kv_of(k, k2, v)
-        tile, options = tile_of("own" if own else "dq", w, q.dtype, *lists)
+        tile, options = tile_of("dq and dkv" if atomics else "dq", w, q.dtype, *lists)
         grid = (triton.cdiv(rule.T, tile.BQ), k.shape[0] * G)
-        if own:
-            sums = [new_gradient(y, G) for y in (k, k2, v)]
+        if atomics:
+            zeros_of = lambda y: y if y is None else y.new_zeros(len(y), G, *y.shape[2:], dtype=torch.float32)
+            sums = [zeros_of(y) for y in (k, k2, v)]
             lists_dq_kernel[grid](x, keys, kv_of(*sums), scale, rule, w, tile, **options)
             grads = [y if y is None else y.to(q.dtype) for y in sums]
         else:
@@ -1078,7 +1074,7 @@ def score_kernel(q, keys, lse, own, over, scale, rule, x, w: constexpr, tile: co
     n = first_row(bg, rule, w)
     row = row_of(t, m % w.HP, rule, w)
     ok = (m % w.HP < w.h) & (t < rule.T)
-    a = load_queries(q + n * (w.DK + w.D2), row, ok, w.DK, w)
+    a = load_queries(q + n * (w.DK + w.D2), row, ok, w)
     norm = tl.load(lse + n + row, mask=ok, other=float("inf")) - 12  # (BM,)
     half = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     heads_of = (m[:, None] // w.HP == r[None, :]).to(half)  # (BM, LISTS)
@@ -1206,7 +1202,7 @@ def queries_of_row(q, bg, t, ok, rule, w, tile):
     """load_queries, where texts lie rule.Q numbers apart, and tokens rule.N heads."""
     group = bg // rule.G * rule.Q + bg % rule.G * w.h * (w.DK + w.D2)
     row = t * rule.N + tl.arange(0, tile.BM) % w.HP
-    return load_queries(q + group, row, ok, w.DK, w)
+    return load_queries(q + group, row, ok, w)
 
 
 @jit
@@ -1463,7 +1459,7 @@ def cached_entries(q, q_pos, keys, tokens, sizes, scale):
 
 @jit
 def mix_kernel(branches, gates, out, rows, H, stride, D: constexpr, P: constexpr, BM: constexpr):
-    """One program: BM rows of branches and out (B, T, H, D) = sum of gate x branch; gates (B T, N H), `stride` apart."""
+    """One program: BM rows of out (B, T, H, D) = sum of gate x branch. gates (B T, N H), `stride` apart."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ok = row < rows
     gates += row // H * stride + row % H
@@ -1595,7 +1591,7 @@ def norm_kernel(x, y, weight, total, normed, rows, eps, C: constexpr, P: constex
 def unnorm_kernel(
     x, dnormed, dtotal, weight, dx, dy, parts, rows, eps, C: constexpr, P: constexpr, BM: constexpr
 ):
-    """One program: some of the tiles of BM rows; what they give to the weight's gradient is a row of parts."""
+    """One program: some of the tiles of BM rows; what they give to the weight's gradient is one of parts."""
     i = tl.arange(0, P)
     w = tl.load(weight + i, mask=i < C, other=0).to(tl.float32)[None, :]
     dw = tl.zeros((P,), tl.float32)
@@ -1603,7 +1599,7 @@ def unnorm_kernel(
         row = tile * BM + tl.arange(0, BM)
         ok = row < rows
         unit = load_rows(x, row, ok, C, P, C).to(tl.float32)  # (BM, P)
-        inner = tl.rsqrt(tl.sum(unit * unit, 1) / C + eps)[:, None]
+        inner = tl.where(ok, tl.rsqrt(tl.sum(unit * unit, 1) / C + eps), 0)[:, None]  # eps may be 0
         unit *= inner
         d = load_rows(dnormed, row, ok, C, P, C).to(tl.float32)
         dw += tl.sum(d * unit, 0)
@@ -1650,12 +1646,14 @@ class AddNorm(torch.autograd.Function):
 
 
 def rms_norm(x, weight, eps):
-    """x (.., C) -> its norm, under autocast in the dtype that matrix products would cast it to."""
+    """x (.., C) -> its norm."""
     return AddNorm.apply(x, None, weight, eps)
 
 
 def add_norm(x, y, norm):
     """x, y (B, T, C), norm an RMSNorm -> x + y, and its norm as rms_norm gives it."""
+    if x.shape != y.shape:
+        raise Refused(f"{tuple(x.shape)} and {tuple(y.shape)} are added row by row")
     return AddNorm.apply(x, y, norm.weight, norm.eps)
 
 

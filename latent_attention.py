@@ -31,13 +31,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import fast_path
+from kernels import amp_dtype, fast_path
 
 
 @fast_path
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x; the mean is fp32 or better."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean is fp32 or better.
+
+    In the dtype of x, or that of autocast, to which the matrices behind it would cast it, each anew.
+    """
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(amp_dtype(x))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -83,8 +86,8 @@ def rope(x, pos, base=10000.0, factor=1.0, still=0):
 
     x (B, H, T, P), P even; pos (B or 1, T) in tokens, fractions allowed (nsa.py turns to the middle of a
     block) -> like x. Angles are computed in fp32, or in fp64 for fp64 input. Llama pairs channels like this.
-    factor is Llama 3's: channels that turn less than once in 8192 tokens turn so many times slower, those that
-    turn 4 times or more as ever, and between the two a mixture. The first `still` channels of x are not turned.
+    factor is Llama 3's: channels that turn less than once in 8192 tokens turn so many times slower, those
+    that turn 4 times or more as ever, and between the two a mixture. The first `still` channels of x stay.
     """
     P = x.shape[-1] - still
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -340,9 +343,10 @@ class GQA(nn.Module):
     It caches 2 G D numbers a token. Every attention layer of this project has these two methods:
     new_cache(batch, max_len, ..) -> a dict of SlotCaches
     forward(x (B, T, C), pos (B or 1, T), cache, count (B,)) -> (B, T, C). Without a cache x is a whole text,
-    position t at row t. With one, T new tokens a row, of which count[b] are real, are appended and read all
-    that lies before them; with count None they only read. source (B, T, C), for mtp.py: keys and values are
-    made of it instead of x, and row t of x reads rows up to t of it.
+    position t at row t. With one, at pos (B, T), T new tokens a row, of which count[b] are real, are appended
+    and read all that lies before them; with count None they only read (not so in ASA's global layer).
+    source (B, T, C), for mtp.py: keys and values are made of it instead of x, and row t of x reads rows up
+    to t of it.
     """
 
     def __init__(self, width, heads, groups, head_width, base=10000.0, factor=1.0, bias=False, eps=None):
@@ -438,7 +442,8 @@ class LatentAttention(nn.Module):
 
     def finish(self, o):
         """Weighted latents of every head -> values -> output: (B, H, T, R) -> (B, T, C)."""
-        return self.out(merge_heads(torch.einsum("bhtr,hdr->bhtd", o, self.v_up.to(o.dtype))))
+        o = torch.einsum("bhtr,hdr->bhtd", o.to(self.v_up.dtype), self.v_up)  # (B, H, T, D)
+        return self.out(merge_heads(o))
 
     def materialised(self, q, c, k_r, pos):
         """Attention of a whole text to keys and values made for each head, eqs 10, 11, 16-18 -> (B, T, C)."""
@@ -459,7 +464,7 @@ class LatentAttention(nn.Module):
         if cache is None:
             return self.materialised(q, c, k_r, pos)
         o = cache["tokens"].attend(self.absorb(q), pos, count, self.scale, k=c, k2=k_r)  # (B, H, T, R)
-        return self.finish(o).to(x.dtype)
+        return self.finish(o)
 
 
 @torch.no_grad()

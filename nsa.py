@@ -196,6 +196,7 @@ def selected_attention(q, q_pos, keys, lists, sizes, scale):
     """Attention to the tokens of the lists' blocks: eq. 12. All keys are scored here, then masked.
 
     q (B, H, T, Dk), q_pos (B or 1, T), keys of the tokens, lists (B, G, ceil(T / share), n) -> (B, H, T, Dv).
+    Kernels count on lists as compressed_attention gives them: ascending, the own block last, then -1.
     """
     lists = lists.repeat_interleave(sizes.share, 2)[:, :, : q.shape[2]]  # (B, G, T, n)
     see = chosen_tokens(lists, keys.pos, sizes.block, visible(q_pos, keys.pos))  # (B, G, T, S)
@@ -345,9 +346,9 @@ class ASAGlobal(LatentAttention):
         return {"k": (c * weight.to(c.dtype)).sum(-2), "k2": turned.mean(-2)}
 
     def folded(self):
-        """W_UK within W_UQ (H (R + P), C / 2), and W_UV within W_O (C, H R): multiplied once, not for each token.
+        """W_UK within W_UQ (H (R + P), C / 2), W_UV within W_O (C, H R): `absorb` and `finish` in advance.
 
-        With R = D a query and an output then cost what they cost without latents.
+        With R = D a query and an output then cost what they cost without latents. It pays from 3/4 C tokens.
         """
         up_c, up_r = self.q_up.weight.unflatten(0, (self.heads, -1)).tensor_split([-self.rotary], dim=1)
         up_c = torch.einsum("hdc,hdr->hrc", up_c, self.k_up)  # (H, R, C / 2)
@@ -356,8 +357,12 @@ class ASAGlobal(LatentAttention):
         return up.flatten(0, 1), torch.einsum("chd,hdr->chr", out, self.v_up).flatten(1)
 
     def forward(self, x, pos, cache=None, count=None, source=None, trace=None):
-        up, out = self.folded()
-        q, c, k_r = self.project(x, pos, source, up)  # (B, H, T, R + P), ..
+        if cache is None:
+            up, out = self.folded()
+            q, c, k_r = self.project(x, pos, source, up)  # (B, H, T, R + P), ..
+        else:  # of a few tokens
+            q, c, k_r = self.project(x, pos, source)
+            q = self.absorb(q)
         slots = cache or dict.fromkeys(("tokens", "blocks"))
         tokens = keys_of(slots["tokens"], pos, count, c.to(q.dtype), k2=k_r.to(q.dtype))
         q = q.to(tokens.k.dtype)
@@ -378,7 +383,7 @@ class ASAGlobal(LatentAttention):
         if trace is not None:
             trace.update(lists=lists, blocks=visible(pos, blocks.pos))
         o = mix(self.gate(x).sigmoid(), o_cmp, o_slc)  # (B, H, T, R)
-        return F.linear(merge_heads(o), out).to(x.dtype)
+        return F.linear(merge_heads(o), out) if cache is None else self.finish(o)
 
     def shared_lists(self, lists, pos, count, cache):
         """Every query's list is that of t0 = 4 floor(t / 4), which may have been made in an earlier call.
