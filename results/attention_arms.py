@@ -26,7 +26,7 @@ import train_lm  # noqa: E402
 from latent_attention import GQA, RMSNorm, SlotCache, keys_of, merge_heads, rope, window_attention  # noqa: E402
 from side_by_side import logged, side_by_side  # noqa: E402
 
-MAIN = ["gqa", "nsa", "asa", "asa-R64", "nsa-n16", "window"]
+MAIN = ["gqa", "nsa", "asa", "asa-R112", "nsa-n16", "window"]  # R 112: as wide as the keys and values it replaces
 
 
 class WindowGQA(GQA):
