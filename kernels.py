@@ -862,7 +862,7 @@ def tile_of(kind, w, dtype, block=0, share=1, n=1):
         stages = 3 if width > 64 and rows < 64 else 2
     else:
         BM = max(rows, 16)
-        BN = max(block, 64 if kind == "forward" and rows < 64 else 32)
+        BN = max(block, 64 if rows < 64 else 32)
         warps = BM // 16 * (2 if width > 160 and rows < 64 else 1)
         stages = 1 if kind == "dq" and rows >= 64 else 2
     if dtype == torch.float32:

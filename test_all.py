@@ -4700,19 +4700,22 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
     cases = """--resume --warm nowhere | --lr -1 | --warm-steps 0 | --max-norm -1 | --recent -1 | --wrong
         | --task chess | --budget 2 | --buffer 0 | --queries 0 | --group-size 1 | --minibatches 3 | --attn asa
         | --width 30 | --warm nowhere | --resume | --clip 2 | --correct twice | --size 0 | --sinks 7
-        | --rollout dense --correct replay | --draft maybe | --depths 0 | --draft-lr -1
+        | --draft maybe | --depths 0 | --draft-lr -1
         | --draft e2e --buffer 1""".split("|")
     with folder() as tmp:
         torn = tmp / "torn.pt"
         torn.write_bytes(b"no checkpoint")
         once = ["--out", tmp, "--steps", 0, "--warm-steps", 1]
-        succeeds(in_rl(*once, "--name", "asa", "--attn", "asa", "--rollout", "dense"))
+        succeeds(in_rl(*once, "--name", "asa", "--attn", "asa", "--rollout", "dense"), "correction both")
         # what a warm start brings along counts
         cases += [f"--warm {tmp}/asa", f"--warm {torn}"]
         cases += ["--device cuda"] * (not CUDA)
         for args in cases:
             refused(in_rl("--out", tmp, "--name", "bad", *args.split()), what=args)
             assert not (tmp / "bad" / "ckpt.pt").exists(), f"{args}: something was written"
+    for correct, dense in (("twin", "both"), ("replay", "both"), ("answer", "answer"), ("none", "none")):
+        assert train_rl.Config(correct=correct).corrects == correct
+        assert train_rl.Config(rollout="dense", correct=correct).corrects == dense, "nothing is evicted"
 
 
 def test_rl_learns_or_says_not():
