@@ -77,7 +77,7 @@ L2 = 2**25  # bytes of queries that find room in its L2 cache of 50 MB, beside a
 BYTES = 40 * 2**10  # of keys and values that a decoding program multiplies at once
 AREA = 2**13  # numbers of its output that fit well into registers
 LOG2_E = 1.4426950408889634  # softmax in base 2: exp2(x log2(e)) = exp(x)
-LN_2 = constexpr and constexpr(0.6931471805599453)
+LN_2 = constexpr and constexpr(0.6931471805599453)  # of a gradient in base 2: 1 / log2(e)
 
 # ------------------------------------------------------------------------------------------------------------
 # 1) Pairs
@@ -394,6 +394,7 @@ def row_of(t, head, rule, w):
 
 @jit
 def first_row(bg, rule, w):
+    """The row of a group's first head at the first query of its text, in (B, T, H)."""
     return (bg // rule.G * rule.T * rule.G + bg % rule.G) * w.h
 
 
@@ -1573,7 +1574,7 @@ def write_slots(length, buffers, new, count, ring):
 
 @jit
 def norm_kernel(x, y, weight, total, normed, rows, eps, C: constexpr, P: constexpr, BM: constexpr):
-    """One program: BM rows of C numbers. If total is x itself, there is nothing to add."""
+    """One program: BM rows of C numbers; y None: nothing is added, and total stays unwritten."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ok = row < rows
     z = load_rows(x, row, ok, C, P, C).to(tl.float32)  # (BM, P)

@@ -44,6 +44,8 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.RMSNorm):
+    """torch's, by `rms_norm`; eps is a number, as kernels want it."""
+
     def __init__(self, width, eps=1e-6):
         super().__init__(width, eps)
 

@@ -4700,7 +4700,7 @@ def test_rl_bad_input_is_one_line_and_exit_code_2():
     cases = """--resume --warm nowhere | --lr -1 | --warm-steps 0 | --max-norm -1 | --recent -1 | --wrong
         | --task chess | --budget 2 | --buffer 0 | --queries 0 | --group-size 1 | --minibatches 3 | --attn asa
         | --width 30 | --warm nowhere | --resume | --clip 2 | --correct twice | --size 0 | --sinks 7
-        | --draft maybe | --depths 0 | --draft-lr -1
+        | --rollout dense --correct replay | --draft maybe | --depths 0 | --draft-lr -1
         | --draft e2e --buffer 1""".split("|")
     with folder() as tmp:
         torn = tmp / "torn.pt"

@@ -396,7 +396,7 @@ class Config:
 
     @property
     def corrects(self):
-        """The correction's name. Dense rollouts evict nothing: what replays evictions is `both` there."""
+        """The correction's name. Dense rollouts evict nothing: the default, which replays, is `both` there."""
         replays = "kept" in CORRECTIONS[self.correct].reads
         return "both" if replays and self.rollout == "dense" else self.correct
 
@@ -912,6 +912,8 @@ def evaluate(decoder, task, count):
 
 def train(cfg, given):
     """One run, from its folder to its last line. Returns the exit code."""
+    if "correct" in given and cfg.corrects != cfg.correct:
+        raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
     warm, cfg = read_warm(cfg, given)
     cfg = read_init(cfg, given)
     device = train_lm.pick_device(cfg)

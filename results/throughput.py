@@ -3,7 +3,8 @@
     python results/throughput.py [--preset 340m] [--contexts 8192 32768] [--kinds gqa nsa asa]
 
 Random bytes, 65,536 tokens a step in one pass, as the preset has them at 8k (with half of them the GPU waits for Python), AdamW and
-clipping included, --recompute as the preset has it. The share of the matmul rate counts 6 products per weight and token, not attention nor recomputation, over 790 TFLOP/s (bf16, measured on an H200).
+clipping included, --recompute as the preset has it. The share of the matmul rate counts 6 products per weight and token, not attention
+nor recomputation, over 790 TFLOP/s (bf16, measured on an H200).
 """
 import argparse
 import pathlib
@@ -19,7 +20,7 @@ from train_lm import LM, PRESETS, Config, Objective, make_optimizer  # noqa: E40
 
 # a kernel's name -> what it is for; the first that fits
 KINDS = {"attention": ("flash", "fmha", "cudnn_generated", "forward_kernel", "dq_kernel", "dkv_kernel", "sum_kernel"),
-         "choosing blocks": ("score_kernel", "select_kernel", "sort", "Sort", "searchsorted", "scan"),
+         "choosing blocks": ("score_kernel", "choose_kernel", "sort", "Sort", "searchsorted", "scan"),
          "rope, gates": ("rope_kernel", "mix_kernel"), "norms, SwiGLU": ("norm_kernel", "swiglu_kernel"),
          "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"), "optimizer": ("multi_tensor", "Adam")}  # fmt: skip
 
