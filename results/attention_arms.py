@@ -86,6 +86,24 @@ class FromStart(nsa.ASAGlobal):
         return {"k": found["k"], "k2": start.view_as(middle)}
 
 
+def with_more_forced(attention, more):
+    """compressed_attention whose lists always name `more` blocks before those that all lists name; others make room."""
+
+    def forced(q, q_pos, keys, tokens, sizes, scale):
+        o, lists = attention(q, q_pos, keys, tokens, sizes._replace(n=sizes.n - more), scale)  # lists (B, G, tiles, n - more)
+        own = q_pos[:, :: sizes.share, None] // sizes.block  # (B or 1, tiles, 1)
+        near = (own - 2 - torch.arange(more, device=own.device)).clamp(min=0)  # (B or 1, tiles, more): 0 is in every list
+        near = near[:, None].expand(*lists.shape[:3], more)
+        blocks = -(-tokens // sizes.block)
+        lists = torch.cat([lists, near.to(lists.dtype)], -1)  # (B, G, tiles, n)
+        lists = lists.masked_fill(lists < 0, blocks).sort(-1).values
+        twice = F.pad(lists.diff(dim=-1) == 0, (1, 0))
+        lists = lists.masked_fill(twice, blocks).sort(-1).values[..., : min(sizes.n, blocks)]
+        return o, lists.masked_fill(lists == blocks, -1)
+
+    return forced
+
+
 PHI = {"mean": Mean, "input": InputPhi, "start": FromStart}
 
 
@@ -94,20 +112,23 @@ def changed(arm):
     """Inside, train_lm.py builds this arm -> its --attn and more options.
 
     window: asa's local layers alone. nsa-n16: as many tokens in a list as asa has. asa-..: R the latents' width, G their number,
-    S queries that share a list, swap global layers first, gqa local layers with plain keys and values, and the names of PHI.
+    S queries that share a list, f blocks that every list names (3: the first, its own, the one before), swap global layers
+    first, gqa local layers with plain keys and values, and the names of PHI.
     """
     kind, *changes = arm.split("-")
     if kind == "window":
         kind, changes = "asa", ["local"]
-    found = [re.fullmatch(r"([RGSn])(\d+)|([a-z]+)()", change) for change in changes]
+    found = [re.fullmatch(r"([RGSfn])(\d+)|([a-z]+)()", change) for change in changes]
     given = dict((m[1] or m[3], m[2]) for m in found if m)
-    allowed = {"gqa": set(), "nsa": {"n"}, "asa": {"R", "G", "S", "local", "swap", "gqa", *PHI}}
+    allowed = {"gqa": set(), "nsa": {"n"}, "asa": {"R", "G", "S", "f", "local", "swap", "gqa", *PHI}}
     if len(given) < len(changes) or not given.keys() <= allowed.get(kind, set()) or kind not in allowed:
         raise train_lm.UserError(f"--arms {arm}: not an arm like gqa or asa-R64-swap")
     build = train_lm.ATTENTION["asa"]["build"]
-    kept = nsa.SHARE, train_lm.ASAGlobal
+    kept = nsa.SHARE, nsa.compressed_attention, train_lm.ASAGlobal
     if "S" in given:
         nsa.SHARE = int(given["S"])
+    if "f" in given:
+        nsa.compressed_attention = with_more_forced(nsa.compressed_attention, int(given["f"]) - 3)
     if "local" in given:
         train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, 0)
     if "swap" in given:
@@ -122,7 +143,7 @@ def changed(arm):
         yield ["--attn", kind, *(x for key, word in words.items() if key in given for x in (word, given[key]))]
     finally:
         train_lm.ATTENTION["asa"]["build"] = build
-        nsa.SHARE, train_lm.ASAGlobal = kept
+        nsa.SHARE, nsa.compressed_attention, train_lm.ASAGlobal = kept
 
 
 def parameters(words):
