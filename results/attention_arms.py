@@ -218,7 +218,7 @@ def needles(model, data, amp, length, depth, documents=32):
 
 
 KEPT = ("bpb bpb_by_position recall_inside recall_beyond recall_by_distance tokens_per_second peak_bytes parameters hardware options "
-        "final kv needles english seconds").split()  # fmt: skip
+        "final kv needles english seconds data").split()  # fmt: skip
 
 
 def gather(folder, jobs, out):

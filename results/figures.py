@@ -1,7 +1,7 @@
-"""Draws base.png, needles.png and bytes.png in results/: `python results/figures.py`.
+"""Draws base.png, needles.png, bytes.png and 340m.png in results/: `python results/figures.py`.
 
-base.png from base-*.jsonl, the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; needles.png from
-attention-arms.jsonl, and bytes.png from this and attention-arms-swap.jsonl, which are of attention_arms.py.
+base.png from base-*.jsonl, the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; the others from logs
+of attention_arms.py: attention-arms*.jsonl and attention-340m.jsonl.
 """
 import json
 import math
@@ -17,26 +17,66 @@ from attention_arms import runs  # noqa: E402
 HERE = pathlib.Path(__file__).resolve().parent
 
 
+# the rows of needles.png: title, {panel: (log, arm there)}
+ORDER, MAIN, LARGE = "attention-arms-order", "attention-arms-1000", "attention-340m"
+ROWS = {
+    "base": {"gqa": (MAIN, "gqa"), "nsa": (MAIN, "nsa"), "asa": (ORDER, "asa"), "asa, global first": (ORDER, "asa-swap"),
+             "asa, plain local layers": (ORDER, "asa-gqa")},
+    "340m": {"gqa": (LARGE, "gqa"), "nsa": (LARGE, "nsa"), "asa": (LARGE, "asa"), "asa, global first": (LARGE, "asa-swap")},
+}  # fmt: skip
+
+
 def needles():
     """The share of needles found by depth and length, a panel for each arm, the mean over its seeds."""
-    arms = {arm: list(seeds.values()) for arm, seeds in runs(HERE / "attention-arms.jsonl").items() if seeds}
-    figure, axes = plt.subplots(1, len(arms), figsize=(2.1 * len(arms), 2.6), sharey=True)
-    for axis, (arm, found) in zip(axes, arms.items()):
-        lengths = sorted(map(int, found[0]["needles"]))
-        share = [[sum(e["needles"][str(n)][depth] for e in found) / len(found) for n in lengths] for depth in range(8)]
-        axis.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set(title=f"{arm} ({len(found)})", xticks=range(len(lengths)), xlabel="length")
-        axis.set_xticklabels(lengths, rotation=60)
-    axes[0].set(yticks=range(0, 8, 2), yticklabels=["begin", "1/4", "1/2", "3/4"], ylabel="where it was told")
+    figure, axes = plt.subplots(len(ROWS), 5, figsize=(11, 4.8), sharey=True)
+    for row, (title, panels) in zip(axes, ROWS.items()):
+        for axis, (name, (log, arm)) in zip(row, panels.items()):
+            found = list(runs(HERE / f"{log}.jsonl")[arm].values())
+            lengths = sorted(map(int, found[0]["needles"]))
+            share = [[sum(e["needles"][str(n)][depth] for e in found) / len(found) for n in lengths] for depth in range(8)]
+            axis.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            axis.set_title(f"{title}: {name} ({len(found)})", fontsize=8)
+            axis.set(xticks=range(len(lengths)), yticks=range(0, 8, 2), yticklabels=["begin", "1/4", "1/2", "3/4"])
+            axis.set_xticklabels(lengths, fontsize=8)
+        for axis in row[len(panels) :]:
+            axis.axis("off")
+        row[0].set_ylabel("where it was told")
+    for axis in axes[-1]:
+        axis.set_xlabel("length of the text")
     figure.tight_layout()
     figure.savefig(HERE / "needles.png", dpi=110)
 
 
+def large():
+    """340m: loss against tokens, bits by place in the context, recall by distance, needles by length."""
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4))
+    entries = [json.loads(line) for line in open(HERE / f"{LARGE}.jsonl")]
+    for name, (_, arm) in ROWS["340m"].items():
+        losses = [(e["step"], e["loss"] / math.log(2)) for e in entries if e["arm"] == arm and "loss" in e]
+        e = runs(HERE / f"{LARGE}.jsonl")[arm][0]
+        axes[0].plot([step * 0.065536 for step, _ in losses], [loss for _, loss in losses], label=name)
+        axes[1].plot([1, 2, 3, 4], e["bpb_by_position"], marker="o", label=name)
+        told = e["recall_by_distance"]
+        axes[2].plot([math.log2(int(d)) for d in told], [share for share, _ in told.values()], marker="o", label=name)
+        found = {math.log2(int(n)): sum(v) / 8 for n, v in sorted(e["needles"].items(), key=lambda x: int(x[0]))}
+        axes[3].plot(list(found), list(found.values()), marker="o", label=name)
+    axes[0].set(title="training", xlabel="million tokens", ylabel="bits per byte, told pairs included", ylim=(0.8, 2.4))
+    axes[1].set(title="code that was not trained on", xlabel="quarter of the context", ylabel="bits per byte", xticks=[1, 2, 3, 4])
+    axes[2].set(title="recall of pairs that are told often", xlabel="log2 of the distance", ylabel="share right", ylim=(0, 1.04))
+    axes[3].set(title="recall of a pair told once", xlabel="log2 of the length", ylabel="share found", ylim=(0, 1.04))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(HERE / "340m.png", dpi=110)
+
+
 # the arms of bytes.png: log, name there, name here, where the name stands beside the point in each panel
 POINTS = [("attention-arms", "gqa", "gqa", (6, 6), (6, 6)), ("attention-arms", "nsa", "nsa", (6, -12), (6, -12)),
-          ("attention-arms", "asa-R112", "asa, R 112", (6, -10), (6, -10)), ("attention-arms", "asa-R64", "asa", (-30, 8), (8, -12)),
-          ("attention-arms", "asa-R32", "asa, R 32", (6, 4), (-60, 0)), ("attention-arms", "window", "window", (6, -10), (6, -10)),
-          ("attention-arms-swap", "asa-swap", "asa, global first", (-60, -18), (-104, 4))]  # fmt: skip
+          ("attention-arms", "window", "window", (6, -10), (6, -10)), ("attention-arms", "asa-R112", "R 112", (-38, -12), (-40, 2)),
+          ("attention-arms-sweeps", "asa", "asa", (-10, 8), (-10, 26)), ("attention-arms-sweeps", "asa-R128", "R 128", (8, -8), (8, -8)),
+          ("attention-arms-sweeps", "asa-R32", "R 32", (6, 6), (-32, -10)), ("attention-arms-sweeps", "asa-G1", "G 1", (-26, -6), (-26, 6)),
+          ("attention-arms-sweeps", "asa-G4", "G 4", (8, 4), (8, 4))]  # fmt: skip
 
 
 def quality():
@@ -48,7 +88,7 @@ def quality():
         for axis, values, beside in zip(axes, ([e["bpb"] for e in found], needles), places):
             mean = sum(values) / len(values)
             spread = [[mean - min(values)], [max(values) - mean]]
-            axis.errorbar(found[0]["kv"], mean, spread, marker="o", capsize=3, color="#2166ac" if "asa" in name else "#808080")
+            axis.errorbar(found[0]["kv"], mean, spread, marker="o", capsize=3, color="#2166ac" if "asa" in arm else "#808080")
             axis.annotate(name, (found[0]["kv"], mean), beside, textcoords="offset points", fontsize=9)
     for axis in axes:
         axis.set(xscale="log", xlabel="bytes of cache per token at 4096", xlim=(70, 14000))
@@ -83,4 +123,5 @@ def base():
 if __name__ == "__main__":
     base()
     needles()
+    large()
     quality()
