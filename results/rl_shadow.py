@@ -34,6 +34,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import kernels  # noqa: E402
 import mtp  # noqa: E402
+import runs  # noqa: E402
 import sparse_rl  # noqa: E402
 import train_lm  # noqa: E402
 import train_rl  # noqa: E402
@@ -139,9 +140,9 @@ def on_fixed_texts(modules, model, text, mask, K, entropy):
 
 def begin(words):
     """Options of train_rl.py -> its config, a policy after the warm start, the task, the policy's optimizer."""
-    cfg, said = train_lm.parse([str(w) for w in words], train_rl.Config, train_rl.PRESETS)
+    cfg, said = runs.parse([str(w) for w in words], train_rl.Config, train_rl.PRESETS, "train_rl.py", train_rl.__doc__)
     warm, cfg = train_rl.read_warm(cfg, said)
-    device = train_lm.pick_device(cfg)
+    device = runs.pick_device(cfg)
     model, task = train_rl.build(cfg, device)
     if warm:
         model.load_state_dict(warm["model"])

@@ -19,7 +19,7 @@ import time
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import train_lm  # noqa: E402
+import runs  # noqa: E402
 import train_rl  # noqa: E402
 from rl_arms import work  # noqa: E402
 
@@ -71,8 +71,8 @@ def measure(folder, names, out):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with open(out, "w", buffering=1) as f:
         for name in names:
-            saved = train_lm.load_checkpoint(folder / name / "ckpt.pt", ("model", "config", "module"), device)
-            cfg = train_lm.config_of(saved, train_rl.Config, name)
+            saved = runs.load_checkpoint(folder / name / "ckpt.pt", ("model", "config", "module"), device)
+            cfg = runs.config_of(saved, train_rl.Config, name)
             model, task = train_rl.build(cfg, device)
             model.load_state_dict(saved["model"])
             teacher = train_rl.Teacher(model, task, cfg)
