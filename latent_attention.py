@@ -31,7 +31,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import amp_dtype, fast_path
+from kernels import fast_path
+from rowwise import amp_dtype
 
 
 @fast_path

@@ -23,7 +23,6 @@ from latent_attention import GQA, LatentAttention, RMSNorm, SlotCache, add_norm,
 from nsa import ASA_BLOCK, NSA, ASAGlobal
 from runs import UserError
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 1) attention
 

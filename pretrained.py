@@ -26,7 +26,6 @@ import torch
 from lm import LM, check_heads
 from runs import UserError, check_options, said_by
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 1) names
 

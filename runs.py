@@ -32,7 +32,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 1) options
 

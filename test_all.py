@@ -53,6 +53,7 @@ import latent_attention as la
 import mtp
 import nsa
 import pretrained
+import rowwise
 import runs
 import sparse_rl
 import train_lm
@@ -1098,7 +1099,7 @@ def test_rope_and_append_reach_far():
         raise unittest.SkipTest("needs 4 GB")
     want = torch.arange(24.0, device=DEVICE).view(1, 1, 3, 8).half()
     x = memory.as_strided((1, 1, 3, 8), (8, 8, 2**30 + 8, 1)).copy_(want)
-    close(kernels.rope(x, torch.zeros(1, 3, device=DEVICE)), want, 0, "turned by nothing")
+    close(rowwise.rope(x, torch.zeros(1, 3, device=DEVICE)), want, 0, "turned by nothing")
 
     class Grid:
         def __getitem__(self, grid):
@@ -1108,8 +1109,8 @@ def test_rope_and_append_reach_far():
     T = 70_000
     grid = Grid()
     buffers = [torch.empty(3, 2, T, 1), torch.empty(3, 2, T)]
-    with swapped(kernels, "write_slots_kernel", grid):
-        kernels.write_slots(torch.zeros(3), buffers, buffers, torch.zeros(3), False)
+    with swapped(rowwise, "write_slots_kernel", grid):
+        rowwise.write_slots(torch.zeros(3), buffers, buffers, torch.zeros(3), False)
     assert grid.grid == (T, 3, 2), f"(tokens, rows, heads), not {grid.grid}"
 
 
@@ -5044,6 +5045,7 @@ def test_demos_run():
     }
     if kernels.triton:
         shown["kernels.py"] = ("window", "lists")
+        shown["rowwise.py"] = ("rope", "swiglu")
         refused(as_main("kernels.py", "--bnch"), what="a wrong option")
     for script, words in shown.items():
         began = time.time()

@@ -64,7 +64,6 @@ from runs import (
     whole_file,
 )
 
-
 # ------------------------------------------------------------------------------------------------------------
 # 1) options
 
@@ -744,10 +743,12 @@ def report(run, data, model, found):
     )
 
 
+# what runs.parse is told of this script
 ABOUT = dict(config=Config, presets=PRESETS, script="train_lm.py", doc=__doc__)
 
 
 def main(argv=None, work=train, **how):
+    """Of these options, or of others -> exit code: runs.main."""
     return runs.main(argv, work, **{**ABOUT, **how})
 
 
