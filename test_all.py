@@ -56,6 +56,7 @@ import pretrained
 import rowwise
 import runs
 import sparse_rl
+import tasks
 import train_lm
 import train_rl
 from latent_attention import GQA, LatentAttention, SlotCache, attend, rope, visible
@@ -3939,9 +3940,9 @@ def replay_is_the_samplers(name="rkv"):
     """The learner's replay: xi = 1 for prompts of different lengths, whatever was evicted."""
     sizes = {"compressor": name, "budget": 14, "buffer": 3, "recent": 3, "size": 3}
     cfg = train_rl.Config(correct="replay", **sizes)
-    task = train_rl.Sums(3)
+    task = tasks.Sums(3)
     model = LM(tiny("gqa", vocab=len(task.symbols))).double()
-    asked = train_rl.problems(task, 12, 0)
+    asked = tasks.problems(task, 12, 0)
     sampler = train_rl.engine(model, task, cfg, 12, 1.0, sparse=True)
     for _ in range(2):  # the second time from a used recorder
         r = train_rl.rollout(sampler, task, asked)
@@ -4158,7 +4159,7 @@ def test_tasks_have_exact_rewards():
         ("words", story, "3*4=12;12+12=24;24-5=19."),
     )
     for name, prompt, answer in examples:
-        task = train_rl.TASKS[name](2)
+        task = tasks.TASKS[name](2)
         rng = random.Random(0)
         assert task.work(prompt) == answer
         assert answer in task.__doc__ and prompt in task.__doc__, f"{name}: the docstring's example"
@@ -4171,7 +4172,7 @@ def test_tasks_have_exact_rewards():
             assert found == reward, f"{name}: {said!r} is worth {found}, not {reward}"
         rewards = []
         for size in (1, 4, 9):
-            task = train_rl.TASKS[name](size)
+            task = tasks.TASKS[name](size)
             for _ in range(300):
                 asked = task.problem(rng)
                 assert task.reward(asked, task.work(asked)) == 1
@@ -4181,9 +4182,9 @@ def test_tasks_have_exact_rewards():
                 assert len(asked) <= task.room[0] and len(shown) <= task.room[1], what
                 rewards.append(task.reward(asked, shown))
         assert 0.3 < np.mean(rewards) < 0.9, f"{name}: {np.mean(rewards):.0%} of the demonstrations are right"
-    some = lambda: train_rl.problems(train_rl.Sums(6), 300, 0, "train", 5)
+    some = lambda: tasks.problems(tasks.Sums(6), 300, 0, "train", 5)
     assert some() == some() and len(set(some())) == 300
-    held_out = train_rl.problems(train_rl.Sums(6), 300, "held out")
+    held_out = tasks.problems(tasks.Sums(6), 300, "held out")
     assert not set(some()) & set(held_out), "held-out problems are others"
 
 
@@ -4200,9 +4201,9 @@ def test_rollouts_are_what_the_learner_scores():
     """A rollout's parts; rho is 1 before the first update, and no signal means no update."""
     sizes = {"size": 2, "largest": 9, "problems": 4, "group_size": 4}
     cfg = train_rl.Config(**sizes, rollout="dense", minibatches=1, correct="none")
-    task = train_rl.Sums(2, 9)
+    task = tasks.Sums(2, 9)
     model = LM(tiny("gqa", layers=2, heads=2, vocab=len(task.symbols)))
-    asked = [p for p in train_rl.problems(task, 4, 0) for _ in range(4)]
+    asked = [p for p in tasks.problems(task, 4, 0) for _ in range(4)]
     r = train_rl.rollout(train_rl.engine(model, task, cfg, 16, 1.0, sparse=False), task, asked)
     for prompt, row, mask, logp, answer in zip(asked, r.text, r.mask, r.sampler, r.answers):
         whole = prompt + answer
@@ -4227,10 +4228,10 @@ def answered(correct="none", name="rkv", **changes):
     """Compressed answers of a tiny model in fp64, two groups of 4 -> model, rollout, config, engine."""
     sizes = {"compressor": name, "budget": 9, "buffer": 3, "recent": 3, "size": 3, "group_size": 4}
     cfg = train_rl.Config(**{**sizes, "correct": correct, "clip": 0.02, "max_norm": 0.0, **changes})
-    task = train_rl.Sums(3)
+    task = tasks.Sums(3)
     torch.manual_seed(1)
     model = LM(tiny("gqa", layers=2, vocab=len(task.symbols))).double()
-    asked = [p for p in train_rl.problems(task, 2, 0) for _ in range(4)]
+    asked = [p for p in tasks.problems(task, 2, 0) for _ in range(4)]
     engine = train_rl.engine(model, task, cfg, 8, 1.0, sparse=True)
     r = train_rl.rollout(engine, task, asked)
     r.reward = torch.tensor([1.0, 0, 1, 0, 0, 0, 1, 0]).double()
@@ -4308,7 +4309,7 @@ def test_learn_by_hand():
     for correct in ("none", "both", "answer", "bypass", "replay", "twin", "center"):
         learn_equals_formulas(correct)
     _, r, cfg, _ = answered()
-    symbols = train_rl.TASKS[cfg.task].symbols
+    symbols = tasks.TASKS[cfg.task].symbols
     row = r.text.shape[1] * len(symbols)  # logits of an answer
     assert train_rl.pieces(4, 11, 1, row) == [slice(4, 11)]
     with swapped(train_rl, "LOGITS", 3 * row):  # a minibatch comes in uneven pieces
@@ -4334,7 +4335,7 @@ def test_learn_by_hand():
 
 def test_imitation_in_pieces_is_that_of_whole_batches():
     cfg = train_rl.Config(size=2, largest=9, warm_steps=3, warm_batch=7, warm_lr=1e-2)
-    task = train_rl.Sums(2, 9)
+    task = tasks.Sums(2, 9)
     weights = []
     two = 2 * sum(task.most) * len(task.symbols)  # two rows a piece, of seven
     for logits in (train_rl.LOGITS, two):
@@ -4454,7 +4455,7 @@ def test_extend_a_correction():
         extended_by_a_correction()
 
 
-class Largest9(train_rl.Task):
+class Largest9(tasks.Task):
     """A task that is not in the table: the largest of some digits. By hand: `394=` -> `9.`"""
 
     symbols = "0123456789=."
@@ -4472,7 +4473,7 @@ class Largest9(train_rl.Task):
 
 def test_extend_a_task():
     """A new task is one class: imitated, sampled, rewarded."""
-    with registered(train_rl.TASKS, "digits", Largest9), folder() as tmp:
+    with registered(tasks.TASKS, "digits", Largest9), folder() as tmp:
         options = ["--task", "digits", "--size", 6, "--steps", 1, "--out", tmp]
         said = succeeds(in_rl(*options), "digits of 6, 9 tokens", "result   digits", "solved when sampling")
         shown = re.search(r"^ +(\d{6}=)\|(\d?\.?) (right|wrong)$", said, re.M)
@@ -4570,9 +4571,9 @@ def test_rl_of_a_model_that_reads_text():
         data = tmp / "questions.jsonl"
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         enc = train_lm.tokenizer("bytes")
-        task = train_rl.Lines(data, enc, shots=1)
-        seen = {train_rl.problems(task, 1, i)[0] for i in range(400)}
-        other = {train_rl.problems(task.held_out, 1, i)[0] for i in range(100)}
+        task = tasks.Lines(data, enc, shots=1)
+        seen = {tasks.problems(task, 1, i)[0] for i in range(400)}
+        other = {tasks.problems(task.held_out, 1, i)[0] for i in range(100)}
         assert len(seen) == 36 and len(other) == 4 and not seen & other
         prompt = "Question: What is 7 and 7?\nAnswer: "
         for answer, reward in (
@@ -4626,7 +4627,7 @@ def test_the_module_learns_beside_the_policy():
     for draft in ("ce", "soft", "e2e", "advantage"):
         cfg.draft = draft
         torch.manual_seed(0)
-        teacher = train_rl.Teacher(model, train_rl.Sums(3), cfg)
+        teacher = train_rl.Teacher(model, tasks.Sums(3), cfg)
         module = teacher.module
         loss = [teacher.teach(r, step)["draft_loss"] for step in range(60)]
         assert loss[-1] < loss[0] - 0.005, f"{draft}: {loss[0]} to {loss[-1]}"
@@ -4667,7 +4668,7 @@ def test_weights_of_answers():
     losses = []
     for weight in (None, torch.ones_like(mask), 1 + r.reward[:, None] * torch.ones_like(mask)):
         torch.manual_seed(0)
-        teacher = train_rl.Teacher(model, train_rl.Sums(3), cfg)
+        teacher = train_rl.Teacher(model, tasks.Sums(3), cfg)
         states, head, p = mtp.lesson(model, teacher.module, text, 2)
         loss = mtp.e2e_loss(states, head, p, mask, weight=weight)
         losses.append([loss, *torch.autograd.grad(loss, teacher.module.parameters())])
@@ -5040,6 +5041,7 @@ def test_demos_run():
         "mtp.py": ("drafted", "tokens per read"),
         "sparse_rl.py": ("rkv", "snapkv", "streaming", "xi", "#"),
         "lm.py": ("gqa", "nsa", "asa"),
+        "tasks.py": ("sums", "ledger", "words", "slip"),
         "pretrained.py": ("self_attn.q_proj", "blocks.0.attn.q"),
         "runs.py": ("stopped  by a signal at step 4", "resumed at step 4", "w is 2.95"),
     }

@@ -14,6 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import sparse_rl  # noqa: E402
 import runs  # noqa: E402
 import train_rl  # noqa: E402
+import tasks  # noqa: E402
 from mtp import Decoder  # noqa: E402
 from sparse_rl import Compressor  # noqa: E402
 
@@ -38,7 +39,7 @@ def main(run, *tried, problems=256):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, task = train_rl.build(cfg, device)
     model.load_state_dict(saved["model"])
-    asked = train_rl.problems(task, problems, "held out")
+    asked = tasks.problems(task, problems, "held out")
     dense = model.new_cache(1, sum(task.most)).nbytes * problems
     print(f"{problems} held-out problems of {cfg.task}; k3: KL from the sampler to the full cache, nats a token; vetoed: share of answers\n\n"
           "compressor  entries  recent sinks queries | saved  greedy  at T = 1    k3   vetoed")  # fmt: skip

@@ -38,6 +38,7 @@ import runs  # noqa: E402
 import sparse_rl  # noqa: E402
 import train_lm  # noqa: E402
 import train_rl  # noqa: E402
+from tasks import TASKS, problems  # noqa: E402
 
 
 class Arm(NamedTuple):
@@ -176,7 +177,7 @@ def run(given):
         for step in range(given.steps):
             torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
             train_lm.set_rate(optimizer, cfg.lr * min(1, (step + 1) / 10))
-            asked = train_rl.problems(task, cfg.problems, cfg.seed, "train", step)
+            asked = problems(task, cfg.problems, cfg.seed, "train", step)
             r = train_rl.rollout(sampler, task, [prompt for prompt in asked for _ in range(cfg.group_size)])
             every = max(1, N // 128)
             advantage = sparse_rl.group_advantage(r.reward, cfg.group_size)  # (N,)
@@ -252,7 +253,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", nargs="+")
     parser.add_argument("--out", default="out/shadow.jsonl")
-    parser.add_argument("--task", default="sums", choices=train_rl.TASKS)
+    parser.add_argument("--task", default="sums", choices=TASKS)
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100)

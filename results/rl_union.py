@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import runs  # noqa: E402
 import train_rl  # noqa: E402
+from tasks import problems  # noqa: E402
 from rl_arms import work  # noqa: E402
 
 MODELS = {"gqa": ["--attn", "gqa"], "asa": ["--attn", "asa", "--groups", 2, "--rollout", "dense"]}
@@ -83,7 +84,7 @@ def measure(folder, names, out):
                     found = []
                     for i in range(16):
                         engine.forget_counts()
-                        asked = train_rl.problems(task, N // cfg.group_size, "measure", i)
+                        asked = problems(task, N // cfg.group_size, "measure", i)
                         r = train_rl.rollout(engine, task, [p for p in asked for _ in range(cfg.group_size)])
                         rounds, tokens = engine.state.reads.sum(0).tolist()
                         found.append((r.seconds, tokens / rounds, sum(map(len, r.answers))))
