@@ -1,8 +1,8 @@
 """Fast paths on a GPU, in Triton: sparse attention with its gradients, and what decoding does.
 
 The definitions are the functions under `@fast_path` in latent_attention.py, nsa.py and mtp.py. A function
-of the same name here, or in rowwise.py, takes the same arguments and gives the same result, but touches memory less often.
-test_all.py compares every pair, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
+of the same name here, or in rowwise.py, takes the same arguments and gives the same result, but touches
+memory less often. test_all.py compares every pair, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 
 What moves: the h heads of a group read the same keys. A program keeps a tile of queries x h heads on the
 chip and walks through the keys that they may read: load keys and values, multiply, add up. A key is loaded
@@ -129,7 +129,7 @@ class Compiled:
 
 
 def fast_path(definition):
-    """Decorator: on a GPU the function of this name here, or in rowwise.py, runs, if it can take the arguments.
+    """Decorator: on a GPU the function of this name, here or in rowwise.py, runs if it takes the arguments.
 
     Where there is none, the definition is compiled. `.definition` of the result is the definition itself.
     """

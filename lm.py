@@ -1,17 +1,17 @@
 """The language model: a Transformer whose attention is one of three.
 
-    1) attention  --attn gqa | nsa | asa: how a layer is built. With gqa the model is exactly a Llama-type one
+    1) shape      how a layer of gqa, nsa or asa is built, and all sizes. With gqa it is a Llama-type model
     2) cache      the caches of all layers, and how far each row is
     3) model      RMSNorm, attention, SwiGLU; optionally the module of mtp.py that drafts
 
 One forward pass serves training, prefill, decoding and verification: with a cache each row stands at its own
 position. Does NOT include: dropout, masks between packed texts, tensor parallelism.
 `python lm.py` compares the three. Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
-A cfg is train_lm.Config, or what has its fields.
 """
 
 import copy
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -21,10 +21,10 @@ import kernels
 import mtp
 from latent_attention import GQA, LatentAttention, RMSNorm, SlotCache, add_norm, cache_bytes, joins, swiglu
 from nsa import ASA_BLOCK, NSA, ASAGlobal
-from runs import UserError
+from runs import UserError, option
 
 # ------------------------------------------------------------------------------------------------------------
-# 1) attention
+# 1) shape
 
 
 def build_gqa(cfg, layer):
@@ -55,6 +55,66 @@ ATTENTION = {
     "nsa": dict(build=build_nsa, block=lambda cfg: cfg.nsa_block, evicts=False),
     "asa": dict(build=build_asa, block=lambda cfg: ASA_BLOCK, evicts=False),
 }
+
+
+@dataclass
+class Shape:
+    """What a model is: sizes, the tokenizer it reads with, the longest text it is made for."""
+
+    attn: str = option(
+        "asa",
+        "gqa: dense, nsa: three branches, asa: local, global",
+        group="model",
+        choices=ATTENTION,
+        fixed=True,
+    )
+    layers: int = option(10, "Transformer blocks", least=1, most=512, fixed=True)
+    width: int = option(512, "model width C", least=1, fixed=True)
+    heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
+    groups: int = option(2, "key-value heads G of gqa and nsa, latents of asa", least=1, fixed=True)
+    rank: int = option(
+        0, "width R of a latent of asa's global layers; 0 = the head width", least=0, fixed=True
+    )
+    ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32", least=0, fixed=True)
+    window: int = option(64, "tokens in the window of nsa and of asa's local layers", least=1, fixed=True)
+    blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers", least=3, fixed=True)
+    nsa_blocks: int = option(
+        8, "blocks in a list of nsa; asa's lists are in half its layers", least=3, fixed=True
+    )
+    nsa_block: int = option(64, "tokens in a block of nsa, a multiple of 16", least=32, most=4096, fixed=True)
+    vocab: int = option(0, "vocabulary; 0 = the tokenizer's", least=0, fixed=True)
+    tied: bool = option(False, "the output matrix is the embedding", fixed=True)
+    rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, most=1e12, fixed=True)
+    norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, most=1, fixed=True)
+    head: int = option(0, "head width D; 0 = C / H", least=0, fixed=True)
+    rope_factor: float = option(
+        1.0, "gqa: slow rotary frequencies, so much slower (Llama 3)", least=1, most=1000, fixed=True
+    )
+    bias: bool = option(False, "gqa: q, k and v have a bias (Qwen2)", fixed=True)
+    qk_norm: bool = option(False, "gqa: queries and keys are normed (Qwen3)", fixed=True)
+    mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, most=64, fixed=True)
+    tokenizer: str = option(
+        "bytes", "bytes, an encoding's name (tiktoken may download it), or a model's folder", fixed=True
+    )
+    context: int = option(4096, "tokens per sequence T", least=16, most=2**24)
+    recompute: bool = option(False, "keep less for the backward pass: less memory, a third slower")
+
+    @property
+    def head_width(self):
+        return self.head or self.width // self.heads
+
+    @property
+    def rotary(self):
+        return self.head_width // 2  # P, as in MLA
+
+    @property
+    def latent_width(self):
+        return self.rank or self.head_width  # R of a global layer. Ours: results/attention.md compares widths
+
+    def upgrade(self, found):
+        """Give what a checkpoint of an earlier version lacks its old meaning. found: {option: value}."""
+        if "rank" not in found:  # before it could be chosen latents were wider
+            self.rank = 2 * self.head_width - self.rotary // self.groups
 
 
 def check_heads(cfg):
@@ -166,7 +226,7 @@ class LM(nn.Module):
             torch._assert_async((cache.used + count <= cache.max_len).all(), "a row of the cache is full")
         x = self.embed(tokens)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            if self.cfg.recompute and torch.is_grad_enabled():
+            if self.cfg.recompute and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, pos, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, pos, cache and cache.layers[i], count)
@@ -186,14 +246,12 @@ def half(model):
 @torch.no_grad()
 def main():
     """Three small models: their weights, their caches, and that a text read in pieces is the text."""
-    from train_lm import Config
-
     torch.manual_seed(0)
     sizes = dict(layers=2, width=128, vocab=257, context=1024, window=64, blocks=8, nsa_blocks=4)
     x = torch.randint(257, (2, 40))  # (B, T)
     print("attention  parameters  KV bytes per token at 1024, bf16   whole text - 7 tokens at a time (fp64)")
     for attn in ATTENTION:
-        model = LM(Config(attn=attn, **sizes)).double()
+        model = LM(Shape(attn=attn, **sizes)).double()
         size = sum(p.numel() for p in model.parameters())
         kept = model.new_cache(1, 1024, dtype=torch.bfloat16).nbytes / 1024
         cache = model.new_cache(2, 40)

@@ -877,6 +877,7 @@ def write(cfg, given):
     import runs
     import train_lm
     from lm import half
+    from pretrained import token_bytes
 
     device = runs.pick_device(cfg)
     model, enc = train_lm.load_model(cfg.run, device)
@@ -894,7 +895,7 @@ def write(cfg, given):
     on, off = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
 
     def shown(tokens):
-        said = text.decode(b"".join(train_lm.token_bytes(enc, t) for t in tokens if t != enc.eot_token))
+        said = text.decode(b"".join(token_bytes(enc, t) for t in tokens if t != enc.eot_token))
         return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in said)
 
     runs.say(words, end="")
@@ -924,12 +925,12 @@ def write(cfg, given):
 def demo():
     """A tiny model learns this file's header, a module beside it; then one sentence of it, read by read."""
     import train_lm
-    from lm import LM
+    from lm import LM, Shape
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # of so small a model more threads mostly wait for each other
     text = torch.tensor([ord(c) for c in __doc__[:600]])  # so little that it learns it nearly by heart
-    cfg = train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
+    cfg = Shape(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
     model = LM(cfg)
     objective = train_lm.Objective(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)

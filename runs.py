@@ -106,7 +106,8 @@ def parse(argv, config, presets, script, doc):
         else:
             kind = kinds.get(f.type, {"type": f.type, "choices": facts["choices"]})
         default = "" if f.type in (bool, list) or not facts["flag"] else f" [{f.default}]"
-        group.add_argument(flag(f.name) if facts["flag"] else f.name, **kind, help=facts["help"] + default)
+        place = parser if f.name == "preset" else group
+        place.add_argument(flag(f.name) if facts["flag"] else f.name, **kind, help=facts["help"] + default)
     given = vars(parser.parse_args(argv))
     cfg = config(**{**presets.get(given.get("preset", "base"), {}), **given})
     check_options(cfg)
@@ -138,19 +139,6 @@ def usual(cfg, presets, free, **more):
 
 # ------------------------------------------------------------------------------------------------------------
 # 2) files
-
-
-def say(*lines, end="\n"):
-    """Print, above a progress bar if there is one. Whatever happens to the screen, the run goes on."""
-    text = "\n".join(lines)
-    try:
-        code = getattr(sys.stdout, "encoding", None) or "utf-8"  # of some terminals it is ascii
-        tqdm.write(text.encode(code, errors="backslashreplace").decode(code), end=end)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has ended; what Python still has to write goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):  # a full disk behind `>`; stdout is closed
-        pass
 
 
 @contextlib.contextmanager
@@ -211,8 +199,8 @@ def config_of(saved, config, path):
     if not all(kinds):
         raise UserError(f"{path}: the checkpoint has values of a wrong kind")
     cfg = config(**found)
-    if "rank" in fields and "rank" not in found:  # before it could be chosen latents were wider
-        cfg.rank = 2 * cfg.head_width - cfg.rotary // cfg.groups
+    if hasattr(cfg, "upgrade"):
+        cfg.upgrade(found)
     return cfg
 
 
@@ -225,18 +213,6 @@ def load_state(folder, target, state):
     except Exception as e:  # what is no state at all raises many kinds
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{folder}: the checkpoint is of another shape ({reason})") from e
-
-
-def look(where, **values):
-    """Before a step is taken, and before it is saved: FloatingPointError if a number is not finite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the {name} is {value} {where}; a lower learning rate may help")
-
-
-def norm_of(model):
-    """-> the sum of the norms of its weights: not finite if one of them is not."""
-    return torch.stack(torch._foreach_norm(list(model.parameters()))).sum().item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -306,6 +282,32 @@ def shared(work, rank, world):
 
 # ------------------------------------------------------------------------------------------------------------
 # 4) run
+
+
+def say(*lines, end="\n"):
+    """Print, above a progress bar if there is one. Whatever happens to the screen, the run goes on."""
+    text = "\n".join(lines)
+    try:
+        code = getattr(sys.stdout, "encoding", None) or "utf-8"  # of some terminals it is ascii
+        tqdm.write(text.encode(code, errors="backslashreplace").decode(code), end=end)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has ended; what Python still has to write goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # a full disk behind `>`; stdout is closed
+        pass
+
+
+def check_finite(where, **values):
+    """Before a step is taken, and before it is saved: FloatingPointError if a number is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name} is {value} {where}; a lower learning rate may help")
+
+
+def norm_of(model):
+    """-> the sum of the norms of its weights: not finite if one of them is not."""
+    return torch.stack(torch._foreach_norm(list(model.parameters()))).sum().item()
+
 
 LOCKS = []  # open files, of the folders that are this process's own
 
@@ -461,12 +463,14 @@ class Run:
             rest = f"{speed}eta {self.pace * (self.cfg.steps - self.step) / 60:.1f} min"
         self.say(f"step {self.step:5d}/{self.cfg.steps} | {line} | {rest}")
 
-    def look(self, **values):
-        look(f"after step {self.step}: nothing saved since the last checkpoint in {self.folder}", **values)
+    def check_finite(self, **values):
+        check_finite(
+            f"after step {self.step}: nothing saved since the last checkpoint in {self.folder}", **values
+        )
 
     def save(self, model, optimizer, **more):
         """Replace the checkpoint, but never by one with broken weights."""
-        self.look(**{"norm of the weights": norm_of(model)})
+        self.check_finite(**{"norm of the weights": norm_of(model)})
         own = {"step": self.step, "seconds": self.seconds, "config": dataclasses.asdict(self.cfg)}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **more, **own}
         if self.rank == 0:
@@ -507,7 +511,7 @@ def main(argv, work, **how):
     except (OSError, MemoryError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
-            reason = "the memory is full: a smaller --micro, --batch or model needs less"
+            reason = "the memory is full: a smaller batch (--micro) or model needs less"
         elif not isinstance(e, OSError):
             raise
         print(f"error: {reason}", file=sys.stderr)
@@ -541,18 +545,22 @@ def fit(cfg, given):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     if saved:
         load_state(run.folder, model, saved["model"])
+        load_state(run.folder, optimizer, saved["optimizer"])
     run.header("CPU")
+    if not saved:
+        run.save(model, optimizer)
+    run.catch_signals()
     while run.step < run.cfg.steps:
         loss = ((model.weight - 3) ** 2).sum()
         loss.backward()
-        run.look(loss=loss.item())
+        run.check_finite(loss=loss.item())
         optimizer.step()
         optimizer.zero_grad()
         run.advance(1e-3)
         run.record(loss=loss.item())
         run.progress(f"loss {loss:.3f} | w {model.weight.item():.2f}")
         if run.step == cfg.stop:
-            run.signals.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # as `kill` would
         run.save(model, optimizer)
         if run.signals:
             return run.stopped()
@@ -560,10 +568,9 @@ def fit(cfg, given):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:  # --help
-        print(__doc__)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            about = dict(config=Demo, presets={}, script="runs.py", doc=__doc__)
-            main(["--out", folder, "--stop", "4"], fit, **about)
-            main(["--out", folder, "--resume"], fit, **about)
+    about = dict(config=Demo, presets={}, script="runs.py", doc=__doc__)
+    if sys.argv[1:]:
+        sys.exit(main(None, fit, **about))
+    with tempfile.TemporaryDirectory() as folder:
+        main(["--out", folder, "--stop", "4"], fit, **about)
+        main(["--out", folder, "--resume"], fit, **about)

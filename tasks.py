@@ -6,7 +6,7 @@
     jsonl    questions and answers of a file, as GSM8K has them
 
 A task makes problems, demonstrations that are often wrong, and an exact reward of 1 or 0 for the number that
-ends an answer. Does NOT include: judges, partial rewards. `python tasks.py` shows a problem of each.
+ends an answer. Does NOT include: judges, partial rewards. `python tasks.py` shows a problem of each but jsonl.
 Read first: nothing. Letters as in latent_attention.py.
 """
 
@@ -17,8 +17,8 @@ import random
 import re
 import sys
 
+from pretrained import decoded
 from runs import UserError, said_by
-from train_lm import decoded
 
 
 class Task:
@@ -270,6 +270,7 @@ def problems(task, count, *seed):
 
 
 def main():
+    """A problem of each task but jsonl, worked right and with a slip."""
     for name, kind in TASKS.items():
         if kind is not Lines:
             task = kind(4)

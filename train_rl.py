@@ -16,9 +16,9 @@
 
 A step depends on weights, optimizer, seed and step alone: runs can be resumed, on any number of processes
 that divides the problems of a minibatch, and arms of a seed get the same problems. Does NOT include: a KL
-term, chat templates, rollouts that go on while the learner learns. Read
-first: sparse_rl.py; mtp.py for the decoding engine and the module that drafts; train_lm.py for options and
-runs. Letters as there; N answers in a step, T tokens of the longest prompt with its answer.
+term, chat templates, rollouts that go on while the learner learns. Read first: sparse_rl.py; tasks.py; mtp.py
+for the decoding engine and the module that drafts; runs.py for options, folder, log and checkpoint. Letters as
+in latent_attention.py; N answers in a step, T tokens of the longest prompt with its answer.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ import mtp
 import runs
 import sparse_rl
 import train_lm
-from lm import ATTENTION, LM, Block, check_heads
+from lm import ATTENTION, LM, Block, Shape, check_heads
 from mtp import Decoder
 from runs import DEVICES, UserError, option
 from sparse_rl import CORRECTIONS, SCORES, Compressor, Recorder
@@ -265,9 +265,9 @@ def imitate(model, task, cfg, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99:
-            runs.look(f"by step {step + 1} of the warm start", loss=seen.item())
+            runs.check_finite(f"by step {step + 1} of the warm start", loss=seen.item())
     total = seen.item() + runs.norm_of(model)
-    runs.look("at the end of the warm start", **{"sum of losses, gradients and weights": total})
+    runs.check_finite("at the end of the warm start", **{"sum of losses, gradients and weights": total})
     return loss.item()
 
 
@@ -295,9 +295,9 @@ def build(cfg, device):
         return model, task
     task = TASKS[cfg.task](cfg.size, cfg.largest)
     sizes = {name: getattr(cfg, name) for name in MODEL}
-    model = train_lm.Config(**sizes, vocab=len(task.symbols), context=sum(task.most))
-    train_lm.fits(model, device)
-    return LM(model).to(device), task
+    shape = Shape(**sizes, vocab=len(task.symbols), context=sum(task.most))
+    train_lm.fits(shape, device)
+    return LM(shape).to(device), task
 
 
 def read_warm(cfg, given):
@@ -492,7 +492,9 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
         world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
         loss = loss.sum()
-        runs.look("in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist())))
+        runs.check_finite(
+            "in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist()))
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         updates.append(torch.stack([loss, clipped.sum(), log_rho.max(), norm]))
@@ -601,7 +603,7 @@ class Teacher:
         self.recent = [lesson, *self.recent][:most]
         found = torch.stack([self.update(*lesson) for lesson in self.recent])  # (updates, 3)
         loss, norm, eta = found.mean(0).tolist()
-        runs.look("in an update of the module", **{"draft loss": loss, "gradient": norm})
+        runs.check_finite("in an update of the module", **{"draft loss": loss, "gradient": norm})
         return {"draft_loss": loss, "draft_norm": norm, "draft_eta": found[0, 2].item()}
 
     def one_update(self, text, mask, old, advantage):
@@ -735,7 +737,7 @@ def train(cfg, given):
         world.copy_first(module)
 
     def save():
-        run.look(**{"norm of the module": runs.norm_of(module) if module else 0.0})
+        run.check_finite(**{"norm of the module": runs.norm_of(module) if module else 0.0})
         run.save(model, optimizer, solved=solved, **(teacher.state() if teacher else {}))
 
     # 3) rollouts, 4) learner, 5) drafter, 6) evaluation; a checkpoint is the last thing that a step does, so

@@ -177,7 +177,8 @@ def work(name, folder, arm, words, english):
 def more(folder, english):
     """Of a finished run: bits per byte of another text, needles found by length and depth, bytes of its cache."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, cfg, _ = train_lm.load_run(folder, device)
+    model = train_lm.load_run(folder, device)
+    cfg = model.cfg
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
     amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=device.type == "cuda")
     T = cfg.context

@@ -29,10 +29,10 @@ def main():
     parser.add_argument("--new", type=int, default=256)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, cfg, folder = train_lm.load_run(given.run, device)
-    data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+    model = train_lm.load_run(given.run, device)
+    data = train_lm.Data(model.cfg, train_lm.tokenizer(model.cfg.tokenizer), pathlib.Path(given.run))
     with tempfile.TemporaryDirectory() as tmp:
-        save_pretrained(model, train_lm.tokenizer(cfg.tokenizer), tmp)
+        save_pretrained(model, data.enc, tmp)
         model = half(model)
         other = transformers.AutoModelForCausalLM.from_pretrained(tmp).to(model.embed.weight).eval()
     how = {"min_new_tokens": given.new, "max_new_tokens": given.new, "do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True, "pad_token_id": 0}

@@ -30,7 +30,9 @@ def crops(tokens, rows, length, seed):
 
 def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     """Train a module of K depths on `samples` texts that the run's model wrote: `prompt` tokens given + `new`."""
-    model, cfg, folder = train_lm.load_run(folder, device, module=False)
+    folder = pathlib.Path(folder)
+    model = train_lm.load_run(folder, device, module=False)
+    cfg = model.cfg
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
     step = runs.load_checkpoint(folder / "ckpt.pt")["step"]
     if cfg.context <= prompt:
@@ -63,7 +65,7 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     mask[:, :prompt] = 0
     rows = max(4, min(32, 2**28 // (texts.shape[1] * cfg.vocab)))  # logits of a depth fit in 1 GiB
     rate = equip_module(model, model.mtp, texts, mask, K, steps, rows)
-    runs.look("after training: nothing was saved", **{"module's norm": runs.norm_of(model.mtp)})
+    runs.check_finite("after training: nothing was saved", **{"module's norm": runs.norm_of(model.mtp)})
     module = {"module": model.mtp.state_dict(), "depths": K, "step": step}
     runs.save_checkpoint(folder / "mtp.pt", module)
     print(
@@ -74,7 +76,9 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
 
 def bench_run(folder, device, batches, new=512, prompt=64, times=4):
     """The same generation with and without drafts: `times` prompts a row, from the run's validation text."""
-    model, cfg, folder = train_lm.load_run(folder, device)
+    folder = pathlib.Path(folder)
+    model = train_lm.load_run(folder, device)
+    cfg = model.cfg
     if not cfg.mtp:
         raise UserError(f"{folder} has no module: python results/drafts.py equip {folder}")
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
