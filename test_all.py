@@ -2145,6 +2145,10 @@ def test_recompute_changes_nothing():
             found = [p.grad for p in model.parameters() if p.grad is not None]
             grads.append(torch.cat([grad.flatten() for grad in found]))
         close(*grads, 1e-12, f"{attn}: gradients with recomputed blocks")
+        text = text_of(model, 2, 50)
+        cache = model.new_cache(2, 50)
+        pieces = torch.cat([model(part, cache) for part in text.split(40, dim=1)], dim=1)  # gradients are on
+        close(pieces, model(text), 1e-9, f"{attn}: a cache is read where gradients are on")
 
 
 def test_greedy_decoding_equals_forward():
@@ -2940,6 +2944,18 @@ def test_every_value_of_every_option_works_or_is_refused():
                 for value in values_of(f.metadata) if f.metadata["least"] is not None else ():
                     code, out, err = in_process(*way, tmp / "none", runs.flag(f.name), value, main=main)
                     assert code == 2 and err.count("\n") == 1, f"{way} --{f.name} {value}: {code} {err}"
+
+
+def test_init_goes_on_from_a_run_of_any_shape():
+    """--init takes over all that makes a model's shape: the first loss is that of the run's weights."""
+    with folder() as tmp:
+        odd = ["--attn", "asa", "--rank", 32, "--rope-base", 500, "--norm-eps", 1e-3, "--ffn", 64]
+        some = ["--out", tmp, "--steps"]
+        succeeds(in_process(*QUICK, *odd, *some, 1, "--name", "odd"))
+        init = ["--init", tmp / "odd", "--preset", "small", "--data", HERE / "README.md"]
+        succeeds(in_process(*init, *some, 0, "--name", "on"))
+        assert all_equal(weights(tmp / "odd").values(), weights(tmp / "on").values())
+        refused(in_process(*init, *some, 0, "--name", "other", "--rank", 16), "has --rank 32, not 16")
 
 
 @slow
