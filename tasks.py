@@ -6,8 +6,8 @@
     jsonl    questions and answers of a file, as GSM8K has them
 
 A task makes problems, demonstrations that are often wrong, and an exact reward of 1 or 0 for the number that
-ends an answer. Does NOT include: judges, partial rewards. `python tasks.py` shows a problem of each but jsonl.
-Read first: nothing. Letters as in latent_attention.py.
+ends an answer. Does NOT include: judges, partial rewards.
+`python tasks.py` shows a problem of each but jsonl. Read first: nothing.
 """
 
 import copy
@@ -25,7 +25,7 @@ class Task:
     """Problems whose answers end in a result and a full stop: reward 1 or 0.
 
     problem(rng) -> a prompt. work(prompt, rng) -> the right answer; with rng a demonstration, each step of
-    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer); most, in tokens.
+    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer); most: in tokens.
     A model of ours reads characters, one token each. One that others trained has a tokenizer `enc`, and reads
     `shots` solved problems, one a line, before each prompt.
     Held-out problems come from a seed of their own. Of 99^7 sums hardly one is met in training too; of

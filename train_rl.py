@@ -1,6 +1,6 @@
 """Reinforcement learning: GRPO on tasks with exact rewards, with rollouts from a full or a compressed cache.
 
-    python train_rl.py --small --name small       sums on a CPU, offline, under 3 minutes: compressed, with drafts
+    python train_rl.py --small --name small       sums on a CPU, offline, 3 minutes: compressed, with drafts
     python train_rl.py                            the same at full size on one GPU, in 3 minutes
     python train_rl.py --warm out/rl-sums-twin --correct none     another arm from the same warm start
     python train_rl.py --init smollm2 --task words                a model that others trained, or a folder
@@ -16,9 +16,10 @@
 
 A step depends on weights, optimizer, seed and step alone: runs can be resumed, on any number of processes
 that divides the problems of a minibatch, and arms of a seed get the same problems. Does NOT include: a KL
-term, chat templates, rollouts that go on while the learner learns. Read first: sparse_rl.py; tasks.py; mtp.py
-for the decoding engine and the module that drafts; runs.py for options, folder, log and checkpoint. Letters as
-in latent_attention.py; N answers in a step, T tokens of the longest prompt with its answer.
+term, chat templates, rollouts that go on while the learner learns.
+Read first: sparse_rl.py; tasks.py; mtp.py for the decoding engine and the module that drafts; runs.py for
+options, folder, log and checkpoint. Letters as in latent_attention.py; N answers in a step, T tokens of the
+longest prompt with its answer.
 """
 
 import dataclasses
@@ -141,7 +142,7 @@ class Config:
 
     @property
     def corrects(self):
-        """The correction's name. Dense rollouts evict nothing: the default, which replays, is `both` there."""
+        """The correction's name. The default replays; dense rollouts evict nothing and have `both`."""
         replays = "kept" in CORRECTIONS[self.correct].reads
         return "both" if replays and self.rollout == "dense" else self.correct
 
