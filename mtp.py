@@ -858,7 +858,7 @@ def options():
     @dataclass
     class Config:
         run: str = option(
-            "", "a run of train_lm.py, say out/small-asa; a Hugging Face folder; or smollm2", flag=False
+            "", "a run of train_lm.py, say out/small-asa; a Hugging Face folder; or smollm2", positional=True
         )
         prompt: str = option("", "the text to continue (default: a new text begins)")
         length: int = option(300, "tokens to write", least=1, most=2**20)

@@ -50,18 +50,18 @@ SEEDS = 2**63 - 1
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def option(default, text, group=None, least=None, most=None, choices=None, fixed=False, flag=True):
+def option(default, text, group=None, least=None, most=None, choices=None, fixed=False, positional=False):
     """A field of a Config: what an option may be stands here; --help shows it, check_options holds to it.
 
-    least, most: of a number; group: it begins a group of --help; fixed: a resumed run cannot change it; flag:
-    False for what is given without one.
+    least, most: of a number; group: it begins a group of --help; fixed: a resumed run cannot change it;
+    positional: it is given without its name.
     """
     allowed = f"at least {least}" if most is None else f"{least} to {most}"
     text += "" if least is None else f" ({allowed})"
     one = default[0] if isinstance(default, list) and default else default
     most = most or (WHOLE if isinstance(one, int) else math.inf)
     limits = {"least": least, "most": most, "allowed": allowed, "choices": choices}
-    facts = {"help": text, "group": group, "fixed": fixed, "flag": flag, **limits}
+    facts = {"help": text, "group": group, "fixed": fixed, "positional": positional, **limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
     return field(default=default, metadata=facts)
@@ -105,9 +105,11 @@ def parse(argv, config, presets, script, doc):
             kind = {"nargs": "+", "type": type(f.default_factory()[0]) if f.default_factory() else str}
         else:
             kind = kinds.get(f.type, {"type": f.type, "choices": facts["choices"]})
-        default = "" if f.type in (bool, list) or not facts["flag"] else f" [{f.default}]"
+        default = "" if f.type in (bool, list) or facts["positional"] else f" [{f.default}]"
         place = parser if f.name == "preset" else group
-        place.add_argument(flag(f.name) if facts["flag"] else f.name, **kind, help=facts["help"] + default)
+        place.add_argument(
+            f.name if facts["positional"] else flag(f.name), **kind, help=facts["help"] + default
+        )
     given = vars(parser.parse_args(argv))
     cfg = config(**{**presets.get(given.get("preset", "base"), {}), **given})
     check_options(cfg)

@@ -549,7 +549,6 @@ class Teacher:
 
     ROLLOUTS = 4  # that --draft advantage learns from in a step
     MOST = 128  # answers of each
-    LOGITS = 2**27  # of a depth, at most: fewer answers where the vocabulary is large
 
     def __init__(self, model, task, cfg, world=World()):
         weight = model.embed.weight
@@ -557,7 +556,7 @@ class Teacher:
         self.cfg = cfg
         self.world = world
         self.room = sum(task.most)
-        self.answers = max(8, min(self.MOST, self.LOGITS // (self.room * len(weight))))
+        self.answers = max(8, min(self.MOST, LOGITS // (self.room * len(weight))))
         self.module = mtp.MTP(Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0, capturable=weight.is_cuda

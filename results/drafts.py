@@ -122,7 +122,7 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
 
 @dataclass
 class Equip:
-    run: str = option("", "the run's folder", flag=False)
+    run: str = option("", "the run's folder", positional=True)
     depths: int = option(8, "K", least=1, most=64)
     steps: int = option(2700, "training steps, 32 texts each, fewer where the vocabulary is large", least=1)
     samples: int = option(16384, "texts that the model writes", least=64, most=2**20)
@@ -130,7 +130,7 @@ class Equip:
 
 @dataclass
 class Bench:
-    run: str = option("", "the run's folder", flag=False)
+    run: str = option("", "the run's folder", positional=True)
     batch: list = option([1, 16, 64, 256], "rows that are decoded at once", least=1, most=2**16)
 
 
