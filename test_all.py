@@ -5068,7 +5068,7 @@ def test_demos_run():
     for script, words in shown.items():
         began = time.time()
         succeeds(as_main(script), *words, what=script)
-        assert time.time() - began < 40, f"{script} took {time.time() - began:.0f} s"
+        assert time.time() - began < 100, f"{script} took {time.time() - began:.0f} s"
 
 
 def run_one(name, everything):
