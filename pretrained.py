@@ -387,6 +387,7 @@ def token_bytes(enc, token):
 
 
 def decoded(enc, tokens):
+    """Tokens -> text; what is no UTF-8 becomes U+FFFD."""
     return b"".join(token_bytes(enc, token) for token in tokens).decode("utf-8", errors="replace")
 
 

@@ -2074,7 +2074,7 @@ def test_a_run_with_a_module():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# train_lm.py: the model
+# lm.py
 
 
 @torch.no_grad()
@@ -2268,7 +2268,7 @@ def test_batches_depend_on_seed_step_and_row_alone():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# train_lm.py: runs
+# runs.py and train_lm.py: runs
 
 QUICK = "--small --layers 2 --width 32 --heads 2 --groups 1 --context 64 --batch 4 --micro 2".split()
 QUICK += "--window 16 --blocks 3".split()
@@ -3160,7 +3160,7 @@ def test_extend_an_attention():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# train_lm.py: models that others trained
+# pretrained.py
 
 
 def needs_package(*names):
