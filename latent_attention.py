@@ -31,8 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import fast_path
-from rowwise import amp_dtype
+from kernels import amp_dtype, fast_path
 
 
 @fast_path
@@ -133,7 +132,7 @@ def write_slots(length, buffers, new, count, ring):
 
     length, count (B,); buffers (B, heads, S) or (B, heads, S, width); new likewise with T. A ring takes the
     last S of more than S entries. Raises RuntimeError where a row is full (the kernel then writes nothing:
-    for it lm.LM asserts for all layers at once).
+    for it train_lm.LM asserts for all layers at once).
     """
     B, _, T = new[0].shape[:3]
     S = buffers[0].shape[2]

@@ -35,7 +35,7 @@ This file knows no model class. A trunk has hidden(tokens, cache, count) -> (B, 
 for a whole text without a cache; embed.weight and head.weight (V, C), no bias; and new_cache(batch, max_len,
 margin, dtype), with `compress` too if the cache is to be compressed: max_len tokens a row, of which `margin`
 can be taken back. A cache has seen (B,) tokens, rollback(seen) and, for a compressor, groups (what it evicts
-from) and used (B,) of max_len slots. A block is anything like lm.Block: block(x, pos, cache, count,
+from) and used (B,) of max_len slots. A block is anything like train_lm.Block: block(x, pos, cache, count,
 source), and block.attn.new_cache for a cache of its own.
 """
 
@@ -853,12 +853,12 @@ def equip(trunk, module, samples, mask, K, steps, rows=32, lr=1e-3, temperature=
 
 def options():
     """-> the Config of `python mtp.py RUN`."""
-    from runs import DEVICES, SEEDS, option
+    from train_lm import DEVICES, SEEDS, option
 
     @dataclass
     class Config:
         run: str = option(
-            "", "a run of train_lm.py, say out/small-asa; a Hugging Face folder; or smollm2", positional=True
+            "", "a run of train_lm.py, say out/small-asa; a Hugging Face folder; or smollm2", flag=False
         )
         prompt: str = option("", "the text to continue (default: a new text begins)")
         length: int = option(300, "tokens to write", least=1, most=2**20)
@@ -874,20 +874,19 @@ def write(cfg, given):
 
     Accepted drafts are underlined, or in brackets where the output is no terminal.
     """
-    import runs
     import train_lm
-    from lm import half
-    from pretrained import token_bytes
 
-    device = runs.pick_device(cfg)
+    device = train_lm.pick_device(cfg)
     model, enc = train_lm.load_model(cfg.run, device)
     run = model.cfg
-    model = half(model)
+    model = train_lm.half(model)
     words = cfg.prompt.encode(errors="replace").decode()  # a shell may hand over what is no UTF-8
     prompt = torch.tensor(enc.encode_ordinary(words) or [enc.eot_token])  # (tokens,)
     room = len(prompt) + cfg.length
     if room > run.context:
-        runs.say(f"note     {room} tokens are more than the {run.context} that the model has learned from")
+        train_lm.say(
+            f"note     {room} tokens are more than the {run.context} that the model has learned from"
+        )
     engine = partial(Decoder, model, 1, room, model.mtp, run.mtp, cfg.temperature, enc.eot_token)
     decoder = engine(drafts=run.mtp)
     torch.manual_seed(cfg.seed)
@@ -895,18 +894,18 @@ def write(cfg, given):
     on, off = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
 
     def shown(tokens):
-        said = text.decode(b"".join(token_bytes(enc, t) for t in tokens if t != enc.eot_token))
+        said = text.decode(b"".join(train_lm.token_bytes(enc, t) for t in tokens if t != enc.eot_token))
         return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in said)
 
-    runs.say(words, end="")
+    train_lm.say(words, end="")
     count = 0
     try:
         for new in decoder.stream(prompt, cfg.length):
             *drafts, last = new.tolist()
             count += len(new)
             said = shown(drafts)
-            runs.say((on + said + off if said else "") + shown([last]), end="")
-        runs.say("\n")
+            train_lm.say((on + said + off if said else "") + shown([last]), end="")
+        train_lm.say("\n")
         speeds = []
         for drafts in sorted({0, run.mtp}, reverse=True):
             decoder = engine(drafts=drafts)
@@ -916,22 +915,21 @@ def write(cfg, given):
             speed = len(tokens) / (time.perf_counter() - start)
             speeds.append(f"{speed:.0f} tokens/s {f'with {drafts} drafts' if drafts else 'without drafts'}")
     except KeyboardInterrupt:
-        runs.say("")
+        train_lm.say("")
         return 130
-    runs.say(f"{count} tokens; {', '.join(speeds)}")
+    train_lm.say(f"{count} tokens; {', '.join(speeds)}")
     return 0
 
 
 def demo():
     """A tiny model learns this file's header, a module beside it; then one sentence of it, read by read."""
     import train_lm
-    from lm import LM, Shape
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # of so small a model more threads mostly wait for each other
     text = torch.tensor([ord(c) for c in __doc__[:600]])  # so little that it learns it nearly by heart
-    cfg = Shape(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
-    model = LM(cfg)
+    cfg = train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
+    model = train_lm.LM(cfg)
     objective = train_lm.Objective(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 250)
@@ -966,9 +964,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         return demo()
-    import runs
+    import train_lm
 
-    return runs.main(argv, write, config=options(), presets={}, script="mtp.py RUN", doc=__doc__)
+    return train_lm.main(argv, write, config=options(), presets={}, script="mtp.py RUN", doc=__doc__)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ One rule serves training, prefill, decoding and verification: a query reads an e
 after the query's, and a compressed entry stands at the position of its block's last token.
 
 Top-n passes no gradient: phi and the block scores learn through the output of the compressed branch. These
-definitions score every key and mask; on a GPU kernels.py and rowwise.py replace the decorated ones.
+definitions score every key and mask; on a GPU kernels.py replaces the decorated ones.
 Ours, where the papers' bodies are not available or silent: every width; ASA's block 16 and lists shared by 4
 queries follow secondary sources; content is pooled un-rotated, and the rotary key is turned to its block's
 middle; NSA's phi is the mean plus an MLP; ASA's phi is a learned weighted mean; the 0-based form of NSA's

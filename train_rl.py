@@ -1,13 +1,13 @@
 """Reinforcement learning: GRPO on tasks with exact rewards, with rollouts from a full or a compressed cache.
 
-    python train_rl.py --small --name small       sums on a CPU, offline, 3 minutes: compressed, with drafts
+    python train_rl.py --small --name small       sums on a CPU, offline, under 3 minutes: compressed, with drafts
     python train_rl.py                            the same at full size on one GPU, in 3 minutes
     python train_rl.py --warm out/rl-sums-twin --correct none     another arm from the same warm start
     python train_rl.py --init smollm2 --task words                a model that others trained, or a folder
     torchrun --nproc_per_node=2 train_rl.py ...   the same run, the same problems, on 2 GPUs or CPU processes
     python train_rl.py --resume --name NAME       go on with out/NAME
 
-    1) options    what a run can be told; tasks.py has the problems, demonstrations and rewards
+    1) task       problems, demonstrations that are often wrong, an exact reward
     2) warm start a small Transformer imitates the demonstrations: right when greedy, rarely when it samples
     3) rollouts   a group of answers to each problem, from the full cache (dense) or a compressed one (sparse)
     4) learner    dense old pass, corrections (sparse_rl.py), a few minibatches of clipped policy gradient
@@ -16,17 +16,20 @@
 
 A step depends on weights, optimizer, seed and step alone: runs can be resumed, on any number of processes
 that divides the problems of a minibatch, and arms of a seed get the same problems. Does NOT include: a KL
-term, chat templates, rollouts that go on while the learner learns.
-Read first: sparse_rl.py; tasks.py; mtp.py for the decoding engine and the module that drafts; runs.py for
-options, folder, log and checkpoint. Letters as in latent_attention.py; N answers in a step, T tokens of the
-longest prompt with its answer.
+term, chat templates, rollouts that go on while the learner learns. Read
+first: sparse_rl.py; mtp.py for the decoding engine and the module that drafts; train_lm.py for options and
+runs. Letters as there; N answers in a step, T tokens of the longest prompt with its answer.
 """
 
+import copy
 import dataclasses
+import functools
 import itertools
+import json
 import math
 import pathlib
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -40,17 +43,268 @@ from tqdm import tqdm
 
 import kernels
 import mtp
-import runs
 import sparse_rl
 import train_lm
-from lm import ATTENTION, LM, Block, Shape, check_heads
 from mtp import Decoder
-from runs import DEVICES, UserError, option
 from sparse_rl import CORRECTIONS, SCORES, Compressor, Recorder
-from tasks import TASKS, Lines, problems
+from train_lm import ATTENTION, DEVICES, LM, UserError, option
 
 # ------------------------------------------------------------------------------------------------------------
-# 1) options
+# 1) tasks
+
+
+class Task:
+    """Problems whose answers end in a result and a full stop: reward 1 or 0.
+
+    problem(rng) -> a prompt. work(prompt, rng) -> the right answer; with rng a demonstration, each step of
+    which goes wrong with probability 0.1. room = (most characters of a prompt, of an answer); most, in tokens.
+    A model of ours reads characters, one token each. One that others trained has a tokenizer `enc`, and reads
+    `shots` solved problems, one a line, before each prompt.
+    Held-out problems come from a seed of their own. Of 99^7 sums hardly one is met in training too; of
+    --small's 256 held-out ones 19 are.
+    """
+
+    end = "."  # of an answer
+
+    def __init__(self, size, largest=99, enc=None, shots=0):
+        self.size = size
+        self.largest = largest
+        self.enc = enc
+        self.prepare(shots)
+
+    def prepare(self, shots):
+        """What follows from the tokenizer."""
+        solved = [self.problem(random.Random(f"shot {i}")) for i in range(shots)]
+        self.lead = "".join(f"{prompt}{self.work(prompt).rstrip()}\n" for prompt in solved)
+        self.stop = self.encode(self.end)[-1]
+        self.most = self.measured() if self.enc else self.room
+
+    def measured(self):
+        """Of 1000 problems the longest prompt and, with a half more, the longest answer, in tokens."""
+        rng = random.Random("room")
+        asked = [self.problem(rng) for _ in range(1000)]
+        longest = max(len(self.encode(self.work(prompt))) for prompt in asked)
+        return max(len(self.asked(prompt)) for prompt in asked), longest + longest // 2
+
+    def encode(self, text):
+        return self.enc.encode_ordinary(text) if self.enc else [self.symbols.index(c) for c in text]
+
+    def asked(self, prompt):
+        """-> the tokens that a model is given."""
+        return self.encode(self.lead + prompt)
+
+    def decode(self, tokens):
+        return train_lm.decoded(self.enc, tokens) if self.enc else "".join(self.symbols[t] for t in tokens)
+
+    def number(self, rng):
+        return rng.randint(1, self.largest)
+
+    def slip(self, rng, chance=0.1):
+        return rng.choice((-1, 1)) * rng.choice((1, 2, 3, 10)) if rng and rng.random() < chance else 0
+
+    def reward(self, prompt, answer):
+        return float(self.result(answer) == self.right(prompt))
+
+    @functools.lru_cache(1024)  # a whole group answers the same prompt
+    def right(self, prompt):
+        return self.result(self.work(prompt))
+
+    @staticmethod
+    def result(answer):
+        """The number that ends an answer, behind `=`, a letter or alone, as text; None: there is none."""
+        found = re.fullmatch(r"\s*(?:.*[=a-z])?(-?\d+)\.", answer)
+        return found and found[1]
+
+    @property
+    def held_out(self):
+        """The task whose problems are held out: itself, where problems are as many as one likes."""
+        return self
+
+
+class Sums(Task):
+    """A sum, reduced from left to right, one operation a step, the rest copied each time.
+
+    By hand: `32-84+9=` -> 32-84 is -52, +9 copied: `-52+9=`; -52+9 is -43: `-43.`. The answer: `-52+9=-43.`,
+    its last number the result. In 15 % of its steps a demonstration does two operations at once, with three
+    times the errors.
+    """
+
+    symbols = "0123456789+-=."
+
+    @property
+    def room(self):
+        operand = 1 + len(str(self.largest))  # with its sign
+        total = 1 + len(str((self.largest + 10) * (self.size + 1)))
+        return operand * (self.size + 1), sum(total + operand * left + 1 for left in range(self.size))
+
+    def problem(self, rng):
+        first = str(self.number(rng))
+        return first + "".join(rng.choice("+-") + str(self.number(rng)) for _ in range(self.size)) + "="
+
+    def work(self, prompt, rng=None):
+        left = [int(x) for x in re.findall(r"[+-]?\d+", prompt)]
+        steps = []
+        while len(left) > 1:
+            two = rng is not None and len(left) > 2 and rng.random() < 0.15
+            left[: 2 + two] = [sum(left[: 2 + two]) + self.slip(rng, 0.3 if two else 0.1)]
+            steps.append(str(left[0]) + "".join(f"{x:+d}" for x in left[1:]))
+        return "=".join(steps) + "."
+
+
+class Ledger(Task):
+    """What letters are worth is told first; then letters are added up. Each step looks far back.
+
+    By hand: `a4b7c9:cab=` -> c is 9: `c9`; a is 4, 9+4 is 13: `a13`; b is 7: `b20`. The answer: `c9a13b20.`
+    """
+
+    symbols = "0123456789abcdefgh:=-."
+
+    @property
+    def room(self):
+        return 16 + 1 + 2 * self.size + 1, 4 * 2 * self.size + 1
+
+    def problem(self, rng):
+        letters = rng.sample("abcdefgh", 8)
+        told = "".join(c + str(rng.randint(1, 9)) for c in letters)
+        return told + ":" + "".join(rng.choices(letters, k=2 * self.size)) + "="
+
+    def work(self, prompt, rng=None):
+        told, asked = prompt.rstrip("=").split(":")
+        worth = dict(zip(told[::2], map(int, told[1::2])))
+        total = 0
+        steps = []
+        for letter in asked:
+            total += worth[letter] + self.slip(rng)
+            steps.append(f"{letter}{total}")
+        return "".join(steps) + "."
+
+
+class Words(Task):
+    """A short story with numbers; the answer writes one equation for each event, two for bags.
+
+    By hand: `tom has 12 pens. he buys 3 bags of 4. he loses 5. how many=` -> 3*4=12, 12+12=24, 24-5=19. The
+    answer is `3*4=12;12+12=24;24-5=19.`
+    """
+
+    symbols = "0123456789abcdefghijklmnopqrstuvwxyz+-*=; ."
+    names = ("tom", "ann", "max", "eva")
+    things = ("pens", "nuts", "eggs", "keys", "caps")
+
+    @property
+    def room(self):
+        # the longest event is `he buys 9 bags of 9. `, its equations `9*9=81;999+81=999;`
+        return len("tom has 99 pens. how many=") + 21 * self.size, 19 * self.size
+
+    def problem(self, rng):
+        have = rng.randint(10, 99)
+        story = [f"{rng.choice(self.names)} has {have} {rng.choice(self.things)}."]
+        for _ in range(self.size):
+            a, b = (rng.randint(2, 9) for _ in range(2))
+            events = [(f"he buys {a} bags of {b}.", a * b), (f"he finds {10 + a}.", 10 + a)]
+            if have > 9:
+                events.append((f"he loses {b}.", -b))
+            event, more = rng.choice(events)
+            story.append(event)
+            have += more
+        return " ".join(story) + " how many="
+
+    def work(self, prompt, rng=None):
+        have = int(re.search(r"has (\d+)", prompt)[1])
+        steps = []
+
+        def write(a, sign, b):
+            made = {"+": a + b, "-": a - b, "*": a * b}[sign] + self.slip(rng)
+            steps.append(f"{a}{sign}{b}={made}")
+            return made
+
+        event = r"buys (\d+) bags of (\d+)|finds (\d+)|loses (\d+)"
+        for bags, each, found, lost in re.findall(event, prompt):
+            if bags:
+                have = write(have, "+", write(int(bags), "*", int(each)))
+            else:
+                have = write(have, "+", int(found)) if found else write(have, "-", int(lost))
+        return ";".join(steps) + "."
+
+
+class Lines(Task):
+    """Questions and answers of a file, one a line: {"question": .., "answer": ..}, as GSM8K has them.
+
+    Right is an answer whose last number is that of the file's answer. It ends with its line. Every tenth
+    question is held out.
+    """
+
+    end = "\n"
+
+    def __init__(self, file, enc, shots=0, longest=0):
+        self.enc = enc
+        pairs = read_lines(file)
+        self.longest = longest  # answer in tokens, or 0
+        self.answers = dict(pairs)
+        self.questions = [q for i, (q, _) in enumerate(pairs) if i % 10]
+        self.others = [q for i, (q, _) in enumerate(pairs) if i % 10 == 0]
+        self.prepare(shots)
+
+    def problem(self, rng):
+        return rng.choice(self.questions)
+
+    def work(self, prompt, rng=None):
+        return self.answers[prompt]
+
+    def measured(self):
+        prompt, answer = (max(len(f(q)) for q in self.answers) for f in (self.asked, self.answer_tokens))
+        return prompt, self.longest or answer + answer // 2
+
+    def answer_tokens(self, prompt):
+        return self.encode(self.answers[prompt])
+
+    @staticmethod
+    def result(answer):
+        found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)
+        return float(found[-1].replace(",", "")) if found else None
+
+    @property
+    def held_out(self):
+        other = copy.copy(self)
+        other.questions = self.others
+        return other
+
+
+def read_lines(file):
+    """-> [(prompt, answer)], each answer in one line. UserError for what is no such file."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            said = [json.loads(line) for line in f if line.strip()]
+        pairs = [("Question: " + " ".join(x["question"].split()) + "\nAnswer: ", x["answer"]) for x in said]
+        pairs = [(prompt, " ".join(answer.split()) + "\n") for prompt, answer in pairs]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"--data {file}: no lines with a question and an answer ({train_lm.said_by(e)})"
+        ) from e
+    wrong = [answer for _, answer in pairs if Lines.result(answer) is None]
+    if wrong or len(pairs) < 20:
+        what = (
+            f"an answer has no number: {wrong[0][:60]!r}" if wrong else f"{len(pairs)} questions, 20 at least"
+        )
+        raise UserError(f"--data {file}: {what}")
+    return pairs
+
+
+TASKS = {"sums": Sums, "ledger": Ledger, "words": Words, "jsonl": Lines}
+
+
+def problems(task, count, *seed):
+    """The same problems for the same seed, on every computer; of a text's tokens no more than its room."""
+    rng = random.Random(" ".join(map(str, seed)))
+    found = []
+    while len(found) < count:
+        prompt = task.problem(rng)
+        if not task.enc or len(task.asked(prompt)) <= task.most[0]:
+            found.append(prompt)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
 
 PRESETS = {
     "small": dict(
@@ -130,7 +384,7 @@ class Config:
     lr: float = option(1.5e-4, "learning rate, after a warm-up of 10 steps", least=0)
     clip: float = option(0.2, "PPO's epsilon", least=0, most=1)
     max_norm: float = option(1.0, "longer gradients are scaled down to this norm; 0: never", least=0)
-    seed: int = option(0, "seeds weights, problems and samples", least=0, most=runs.SEEDS, fixed=True)
+    seed: int = option(0, "seeds weights, problems and samples", least=0, most=train_lm.SEEDS, fixed=True)
     device: str = option("auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=DEVICES)
     out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: rl-TASK-CORRECTION, numbered when taken)")
@@ -142,7 +396,7 @@ class Config:
 
     @property
     def corrects(self):
-        """The correction's name. The default replays; dense rollouts evict nothing and have `both`."""
+        """The correction's name. Dense rollouts evict nothing: the default, which replays, is `both` there."""
         replays = "kept" in CORRECTIONS[self.correct].reads
         return "both" if replays and self.rollout == "dense" else self.correct
 
@@ -178,9 +432,9 @@ MADE = "task size largest data answer init".split() + MODEL  # what a warm start
 
 def validate(cfg, world=1):
     """UserError for options that do not fit together."""
-    runs.check_options(cfg)
+    train_lm.check_options(cfg)
     if not cfg.init:
-        check_heads(cfg)
+        train_lm.check_heads(cfg)
     if cfg.problems % (cfg.minibatches * world):
         by = (
             f"{world} processes x --minibatches {cfg.minibatches}"
@@ -266,9 +520,9 @@ def imitate(model, task, cfg, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99:
-            runs.check_finite(f"by step {step + 1} of the warm start", loss=seen.item())
-    total = seen.item() + runs.norm_of(model)
-    runs.check_finite("at the end of the warm start", **{"sum of losses, gradients and weights": total})
+            train_lm.look(f"by step {step + 1} of the warm start", loss=seen.item())
+    total = seen.item() + train_lm.norm_of(model)
+    train_lm.look("at the end of the warm start", **{"sum of losses, gradients and weights": total})
     return loss.item()
 
 
@@ -296,9 +550,9 @@ def build(cfg, device):
         return model, task
     task = TASKS[cfg.task](cfg.size, cfg.largest)
     sizes = {name: getattr(cfg, name) for name in MODEL}
-    shape = Shape(**sizes, vocab=len(task.symbols), context=sum(task.most))
-    train_lm.fits(shape, device)
-    return LM(shape).to(device), task
+    model = train_lm.Config(**sizes, vocab=len(task.symbols), context=sum(task.most))
+    train_lm.fits(model, device)
+    return LM(model).to(device), task
 
 
 def read_warm(cfg, given):
@@ -308,14 +562,14 @@ def read_warm(cfg, given):
     if cfg.resume:
         raise UserError("--resume goes on from a checkpoint; --warm is for a new run")
     path = pathlib.Path(cfg.warm)
-    saved = runs.load_checkpoint(path / "warm.pt" if path.is_dir() else path, ("model", "made"))
+    saved = train_lm.load_checkpoint(path / "warm.pt" if path.is_dir() else path, ("model", "made"))
     if isinstance(saved["made"], dict):
         saved["made"] = {"init": "", "data": "", "answer": 0, **saved["made"]}  # of before
     if not isinstance(saved["made"], dict) or set(saved["made"]) != set(MADE):
         raise UserError(f"--warm {path}: the warm start of another version of train_rl.py")
     for name, value in saved["made"].items():
         if given.get(name, value) != value:
-            raise UserError(f"--warm {path} was made with {runs.flag(name)} {value}, not {given[name]}")
+            raise UserError(f"--warm {path} was made with {train_lm.flag(name)} {value}, not {given[name]}")
     return saved, dataclasses.replace(cfg, **saved["made"])
 
 
@@ -327,7 +581,7 @@ def read_init(cfg, given):
     shape = {name: getattr(model.cfg, name) for name in MODEL}
     for name, value in shape.items():
         if given.get(name, value) != value:
-            raise UserError(f"--init {cfg.init} has {runs.flag(name)} {value}, not {given[name]}")
+            raise UserError(f"--init {cfg.init} has {train_lm.flag(name)} {value}, not {given[name]}")
     return dataclasses.replace(cfg, **shape, warm_steps=given.get("warm_steps", 0))
 
 
@@ -493,9 +747,7 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
         world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_norm or math.inf)
         loss = loss.sum()
-        runs.check_finite(
-            "in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist()))
-        )
+        train_lm.look("in an update", **dict(zip(("loss", "gradient"), torch.stack([loss, norm]).tolist())))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         updates.append(torch.stack([loss, clipped.sum(), log_rho.max(), norm]))
@@ -557,7 +809,7 @@ class Teacher:
         self.world = world
         self.room = sum(task.most)
         self.answers = max(8, min(self.MOST, LOGITS // (self.room * len(weight))))
-        self.module = mtp.MTP(Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
+        self.module = mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), cfg.draft_lr, (0.9, 0.95), weight_decay=0.0, capturable=weight.is_cuda
         )
@@ -603,7 +855,7 @@ class Teacher:
         self.recent = [lesson, *self.recent][:most]
         found = torch.stack([self.update(*lesson) for lesson in self.recent])  # (updates, 3)
         loss, norm, eta = found.mean(0).tolist()
-        runs.check_finite("in an update of the module", **{"draft loss": loss, "gradient": norm})
+        train_lm.look("in an update of the module", **{"draft loss": loss, "gradient": norm})
         return {"draft_loss": loss, "draft_norm": norm, "draft_eta": found[0, 2].item()}
 
     def one_update(self, text, mask, old, advantage):
@@ -641,8 +893,8 @@ class Teacher:
         return {"module": self.module.state_dict(), "pupil": self.optimizer.state_dict(), "recent": recent}
 
     def load(self, folder, saved):
-        runs.load_state(folder, self.module, saved.get("module"))
-        runs.load_state(folder, self.optimizer, saved.get("pupil"))
+        train_lm.load_state(folder, self.module, saved.get("module"))
+        train_lm.load_state(folder, self.optimizer, saved.get("pupil"))
         self.recent = [tuple(lesson) for lesson in saved.get("recent", ())]
 
 
@@ -663,13 +915,13 @@ def train(cfg, given):
         raise UserError(f"--correct {cfg.correct} replays evictions: only with --rollout sparse")
     warm, cfg = read_warm(cfg, given)
     cfg = read_init(cfg, given)
-    device = runs.pick_device(cfg)
-    world = World(*runs.processes(device))
+    device = train_lm.pick_device(cfg)
+    world = World(*train_lm.processes(device))
     cuda = device.type == "cuda"
     if not cuda:
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more would mostly wait for each other
     check = lambda cfg: validate(cfg, world.size)
-    run, saved = runs.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", check, world.rank, world.size)
+    run, saved = train_lm.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", check, world.rank, world.size)
     cfg = run.cfg
 
     # 1) model, optimizer, engines
@@ -713,13 +965,13 @@ def train(cfg, given):
     # 2) warm start
     solved = []
     if saved:
-        runs.load_state(run.folder, model, saved["model"])
-        runs.load_state(run.folder, optimizer, saved["optimizer"])
+        train_lm.load_state(run.folder, model, saved["model"])
+        train_lm.load_state(run.folder, optimizer, saved["optimizer"])
         solved = list(saved.get("solved", ()))
         if teacher:
             teacher.load(run.folder, saved)
     elif warm:
-        runs.load_state(cfg.warm, model, warm["model"])
+        train_lm.load_state(cfg.warm, model, warm["model"])
     else:
         if cfg.warm_steps and world.rank == 0:
             start = time.time()
@@ -727,7 +979,7 @@ def train(cfg, given):
             took = f"{time.time() - start:.0f} s, loss {loss:.3f}"
             run.say(f"warm     {cfg.warm_steps} steps of {cfg.warm_batch} demonstrations in {took}")
             made = {name: getattr(cfg, name) for name in MADE}
-            runs.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
+            train_lm.save_checkpoint(run.folder / "warm.pt", {"model": model.state_dict(), "made": made})
         world.copy_first(model)
 
     if teacher and not saved:
@@ -737,7 +989,7 @@ def train(cfg, given):
         world.copy_first(module)
 
     def save():
-        run.check_finite(**{"norm of the module": runs.norm_of(module) if module else 0.0})
+        run.look(**{"norm of the module": train_lm.norm_of(module) if module else 0.0})
         run.save(model, optimizer, solved=solved, **(teacher.state() if teacher else {}))
 
     # 3) rollouts, 4) learner, 5) drafter, 6) evaluation; a checkpoint is the last thing that a step does, so
@@ -820,7 +1072,7 @@ def savings(model, task, cfg, sampler):
 def verdict(cfg, greedy, solved, reads):
     """What was expected of the run, and whether it came -> (a line, True or False; None if nothing was)."""
     expected = EXPECTED.get((cfg.preset, cfg.arm, cfg.seed))
-    if not expected or not runs.usual(cfg, PRESETS, FREE):
+    if not expected or not train_lm.usual(cfg, PRESETS, FREE):
         return "expected nothing in particular: no run with these options has been measured", None
     expected = {k: v for k, v in expected.items() if k != "rounds" or cfg.draft != "off"}
     gain = np.mean(solved[-10:] or [0]) - np.mean(solved[:10] or [0])
@@ -852,7 +1104,7 @@ def finish(run, found, solved, saved, device):
         lines.append(
             f"seconds  {1 - seconds / plain:.0%}: a rollout in {seconds:.2f}, without drafts {plain:.2f}{pays}"
         )
-    peak = runs.peak_memory(device) if device.type == "cuda" else 0
+    peak = train_lm.peak_memory(device) if device.type == "cuda" else 0
     if peak:
         lines.append(f"(the allocator's peak, learner and all: {peak / 2**20:.0f} MiB)")
     line, ok = verdict(cfg, found["dense_greedy"], solved, saved["drafts_reads"])
@@ -871,7 +1123,7 @@ def finish(run, found, solved, saved, device):
 
 
 def main(argv=None):
-    return runs.main(argv, train, config=Config, presets=PRESETS, script="train_rl.py", doc=__doc__)
+    return train_lm.main(argv, train, config=Config, presets=PRESETS, script="train_rl.py", doc=__doc__)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import nsa  # noqa: E402
-import lm  # noqa: E402
 import train_lm  # noqa: E402
 from latent_attention import GQA, RMSNorm, SlotCache, keys_of, merge_heads, rope, window_attention  # noqa: E402
-from runs import UserError, parse  # noqa: E402
 from side_by_side import logged, side_by_side  # noqa: E402
 
 MAIN = ["gqa", "nsa", "asa", "asa-R112", "nsa-n16", "window"]  # R 112: as wide as the keys and values it replaces
@@ -124,32 +122,32 @@ def changed(arm):
     given = dict((m[1] or m[3], m[2]) for m in found if m)
     allowed = {"gqa": set(), "nsa": {"n"}, "asa": {"R", "G", "S", "f", "local", "swap", "gqa", *PHI}}
     if len(given) < len(changes) or not given.keys() <= allowed.get(kind, set()) or kind not in allowed:
-        raise UserError(f"--arms {arm}: not an arm like gqa or asa-R64-swap")
-    build = lm.ATTENTION["asa"]["build"]
-    kept = nsa.SHARE, nsa.compressed_attention, lm.ASAGlobal
+        raise train_lm.UserError(f"--arms {arm}: not an arm like gqa or asa-R64-swap")
+    build = train_lm.ATTENTION["asa"]["build"]
+    kept = nsa.SHARE, nsa.compressed_attention, train_lm.ASAGlobal
     if "S" in given:
         nsa.SHARE = int(given["S"])
     if "f" in given:
         nsa.compressed_attention = with_more_forced(nsa.compressed_attention, int(given["f"]) - 3)
     if "local" in given:
-        lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, 0)
+        train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, 0)
     if "swap" in given:
-        lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, layer + 1)
+        train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, layer + 1)
     if "gqa" in given:
         plain = lambda cfg: WindowGQA(cfg.width, cfg.heads, cfg.groups, cfg.head_width, cfg.rope_base, window=cfg.window)
-        lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, layer) if layer % 2 else plain(cfg)
+        train_lm.ATTENTION["asa"]["build"] = lambda cfg, layer: build(cfg, layer) if layer % 2 else plain(cfg)
     for name in PHI.keys() & given.keys():
-        lm.ASAGlobal = PHI[name]
+        train_lm.ASAGlobal = PHI[name]
     words = {"n": "--nsa-blocks", "G": "--groups", "R": "--rank"}
     try:
         yield ["--attn", kind, *(x for key, word in words.items() if key in given for x in (word, given[key]))]
     finally:
-        lm.ATTENTION["asa"]["build"] = build
-        nsa.SHARE, nsa.compressed_attention, lm.ASAGlobal = kept
+        train_lm.ATTENTION["asa"]["build"] = build
+        nsa.SHARE, nsa.compressed_attention, train_lm.ASAGlobal = kept
 
 
 def parameters(words):
-    cfg, _ = parse([str(w) for w in words], **train_lm.ABOUT)
+    cfg, _ = train_lm.parse([str(w) for w in words])
     cfg.vocab = cfg.vocab or train_lm.tokenizer(cfg.tokenizer).n_vocab
     return train_lm.fits(cfg, torch.device("cpu")), cfg
 
@@ -177,8 +175,7 @@ def work(name, folder, arm, words, english):
 def more(folder, english):
     """Of a finished run: bits per byte of another text, needles found by length and depth, bytes of its cache."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = train_lm.load_run(folder, device)
-    cfg = model.cfg
+    model, cfg, _ = train_lm.load_run(folder, device)
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
     amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=device.type == "cuda")
     T = cfg.context
@@ -239,7 +236,7 @@ def gather(folder, jobs, out):
     out.write_text("".join(lines))
 
 
-def ended(path):
+def runs(path):
     """-> {arm: {seed: what its entries say, later ones over earlier}} of the runs that ended."""
     found = {}
     for line in open(path):
@@ -264,7 +261,7 @@ def table(path):
         "peak GiB": lambda e: e["peak_bytes"] / 2**30,
     }
     print("| arm | seeds | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
-    for arm, seeds in ended(path).items():
+    for arm, seeds in runs(path).items():
         if seeds:
             values = {name: [f(e) for e in seeds.values()] for name, f in columns.items()}
             spread = lambda v: f" ± {np.std(v, ddof=1):.2g}" if len(v) > 1 else ""
@@ -301,6 +298,6 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as e:
+    except train_lm.UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

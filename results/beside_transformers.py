@@ -2,7 +2,7 @@
 
     python results/beside_transformers.py out/base-gqa [--batch 64 256] [--new 256]
 
-Needs transformers (measured with the versions that the output names). The run, of gqa, goes there through pretrained.save_pretrained.
+Needs transformers (measured with the versions that the output names). The run, of gqa, goes there through train_lm.save_pretrained.
 """
 import argparse
 import pathlib
@@ -16,9 +16,7 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import mtp  # noqa: E402
 import train_lm  # noqa: E402
-from lm import half  # noqa: E402
 from drafts import crops  # noqa: E402
-from pretrained import save_pretrained  # noqa: E402
 
 
 @torch.no_grad()
@@ -29,11 +27,11 @@ def main():
     parser.add_argument("--new", type=int, default=256)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = train_lm.load_run(given.run, device)
-    data = train_lm.Data(model.cfg, train_lm.tokenizer(model.cfg.tokenizer), pathlib.Path(given.run))
+    model, cfg, folder = train_lm.load_run(given.run, device)
+    data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
+    model = train_lm.half(model)
     with tempfile.TemporaryDirectory() as tmp:
-        save_pretrained(model, data.enc, tmp)
-        model = half(model)
+        train_lm.save_pretrained(given.run, tmp)
         other = transformers.AutoModelForCausalLM.from_pretrained(tmp).to(model.embed.weight).eval()
     how = {"min_new_tokens": given.new, "max_new_tokens": given.new, "do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True, "pad_token_id": 0}
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, "

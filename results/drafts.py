@@ -15,11 +15,9 @@ from dataclasses import dataclass
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import runs  # noqa: E402
 import train_lm  # noqa: E402
-from lm import Block, half  # noqa: E402
 from mtp import MTP, Decoder, equip as equip_module  # noqa: E402
-from runs import UserError, option  # noqa: E402
+from train_lm import UserError, option  # noqa: E402
 
 
 def crops(tokens, rows, length, seed):
@@ -30,11 +28,9 @@ def crops(tokens, rows, length, seed):
 
 def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     """Train a module of K depths on `samples` texts that the run's model wrote: `prompt` tokens given + `new`."""
-    folder = pathlib.Path(folder)
-    model = train_lm.load_run(folder, device, module=False)
-    cfg = model.cfg
+    model, cfg, folder = train_lm.load_run(folder, device, module=False)
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
-    step = runs.load_checkpoint(folder / "ckpt.pt")["step"]
+    step = train_lm.load_checkpoint(folder / "ckpt.pt")["step"]
     if cfg.context <= prompt:
         raise UserError(
             f"{folder} has a context of {cfg.context} tokens; {prompt} of each text are given"
@@ -44,7 +40,7 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
         raise UserError(f"--depths {K} looks beyond texts of {new} new tokens")
     model.requires_grad_(False)
     torch.manual_seed(cfg.seed)
-    model.mtp = MTP(Block(cfg, 0), cfg.width, cfg.norm_eps).to(device)
+    model.mtp = MTP(train_lm.Block(cfg, 0), cfg.width, cfg.norm_eps).to(device)
     trained = sum(p.numel() for p in model.mtp.parameters()) / 1e6
     frozen = sum(p.numel() for p in model.parameters()) / 1e6 - trained
     print(
@@ -54,7 +50,7 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
 
     # 1) the model's own texts
     start = time.time()
-    writer = Decoder(half(model), min(samples, 512), prompt + new)
+    writer = Decoder(train_lm.half(model), min(samples, 512), prompt + new)
     given = crops(data.tokens["train"], samples, prompt, cfg.seed)
     answers = writer.generate(given, new)
     texts = torch.stack([torch.cat([g.to(device), x]) for g, (x, _) in zip(given, answers)])  # (samples, T)
@@ -65,9 +61,9 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
     mask[:, :prompt] = 0
     rows = max(4, min(32, 2**28 // (texts.shape[1] * cfg.vocab)))  # logits of a depth fit in 1 GiB
     rate = equip_module(model, model.mtp, texts, mask, K, steps, rows)
-    runs.check_finite("after training: nothing was saved", **{"module's norm": runs.norm_of(model.mtp)})
+    train_lm.look("after training: nothing was saved", **{"module's norm": train_lm.norm_of(model.mtp)})
     module = {"module": model.mtp.state_dict(), "depths": K, "step": step}
-    runs.save_checkpoint(folder / "mtp.pt", module)
+    train_lm.save_checkpoint(folder / "mtp.pt", module)
     print(
         f"equipped in {time.time() - start:.0f} s: {1 + rate.sum():.2f} tokens per read expected; "
         f"{folder / 'mtp.pt'} holds the module"
@@ -76,15 +72,13 @@ def equip_run(folder, K, steps, device, samples, prompt=64, new=448):
 
 def bench_run(folder, device, batches, new=512, prompt=64, times=4):
     """The same generation with and without drafts: `times` prompts a row, from the run's validation text."""
-    folder = pathlib.Path(folder)
-    model = train_lm.load_run(folder, device)
-    cfg = model.cfg
+    model, cfg, folder = train_lm.load_run(folder, device)
     if not cfg.mtp:
         raise UserError(f"{folder} has no module: python results/drafts.py equip {folder}")
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
     if len(data.tokens["val"]) <= prompt:
         raise UserError(f"{folder}: its validation text has fewer than the {prompt} tokens that are given")
-    model = half(model)
+    model = train_lm.half(model)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(
         f"bench    {folder}, {cfg.attn}, {next(model.parameters()).dtype}, on {name}; {times} texts per row, "
@@ -122,7 +116,7 @@ def bench_run(folder, device, batches, new=512, prompt=64, times=4):
 
 @dataclass
 class Equip:
-    run: str = option("", "the run's folder", positional=True)
+    run: str = option("", "the run's folder", flag=False)
     depths: int = option(8, "K", least=1, most=64)
     steps: int = option(2700, "training steps, 32 texts each, fewer where the vocabulary is large", least=1)
     samples: int = option(16384, "texts that the model writes", least=64, most=2**20)
@@ -130,7 +124,7 @@ class Equip:
 
 @dataclass
 class Bench:
-    run: str = option("", "the run's folder", positional=True)
+    run: str = option("", "the run's folder", flag=False)
     batch: list = option([1, 16, 64, 256], "rows that are decoded at once", least=1, most=2**16)
 
 
@@ -158,7 +152,7 @@ def main(argv=None):
         return 2
     work, config = WAYS[way]
     about = {"presets": {}, "script": f"results/drafts.py {way} RUN", "doc": __doc__}
-    return runs.main(rest, work, config=config, **about)
+    return train_lm.main(rest, work, config=config, **about)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from attention_arms import ended  # noqa: E402
+from attention_arms import runs  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -31,7 +31,7 @@ def needles():
     figure, axes = plt.subplots(len(ROWS), 5, figsize=(11, 4.8), sharey=True)
     for row, (title, panels) in zip(axes, ROWS.items()):
         for axis, (name, (log, arm)) in zip(row, panels.items()):
-            found = list(ended(HERE / f"{log}.jsonl")[arm].values())
+            found = list(runs(HERE / f"{log}.jsonl")[arm].values())
             lengths = sorted(map(int, found[0]["needles"]))
             share = [[sum(e["needles"][str(n)][depth] for e in found) / len(found) for n in lengths] for depth in range(8)]
             axis.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -53,7 +53,7 @@ def large():
     entries = [json.loads(line) for line in open(HERE / f"{LARGE}.jsonl")]
     for name, (_, arm) in ROWS["340m"].items():
         losses = [(e["step"], e["loss"] / math.log(2)) for e in entries if e["arm"] == arm and "loss" in e]
-        e = ended(HERE / f"{LARGE}.jsonl")[arm][0]
+        e = runs(HERE / f"{LARGE}.jsonl")[arm][0]
         axes[0].plot([step * 0.065536 for step, _ in losses], [loss for _, loss in losses], label=name)
         axes[1].plot([1, 2, 3, 4], e["bpb_by_position"], marker="o", label=name)
         told = e["recall_by_distance"]
@@ -83,7 +83,7 @@ def quality():
     """Bits per byte and needles found, against the bytes that a token leaves in the cache."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     for log, arm, name, *places in POINTS:
-        found = list(ended(HERE / f"{log}.jsonl")[arm].values())
+        found = list(runs(HERE / f"{log}.jsonl")[arm].values())
         needles = [sum(e["needles"]["4096"]) / 8 for e in found]
         for axis, values, beside in zip(axes, ([e["bpb"] for e in found], needles), places):
             mean = sum(values) / len(values)

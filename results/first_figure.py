@@ -25,7 +25,7 @@ GRAY, RED, BLUE = "#808080", "#c8442f", "#2166ac"
 def attention(axis):
     """How much memory each kind of attention keeps per token, and how well it predicts."""
     kinds = {"gqa": "dense (GQA)", "nsa": "sparse (NSA)", "asa-R64": "alternating (ASA)"}
-    arms = attention_arms.ended(HERE / "attention-arms-1000.jsonl")
+    arms = attention_arms.runs(HERE / "attention-arms-1000.jsonl")
     mean = lambda values: sum(values) / len(values)
     for row, (kind, name) in enumerate(kinds.items()):
         seeds = list(arms[kind].values())

@@ -12,9 +12,8 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import sparse_rl  # noqa: E402
-import runs  # noqa: E402
+import train_lm  # noqa: E402
 import train_rl  # noqa: E402
-import tasks  # noqa: E402
 from mtp import Decoder  # noqa: E402
 from sparse_rl import Compressor  # noqa: E402
 
@@ -26,11 +25,11 @@ h2o-30-8-8-0-8 h2o-30-8-16-0-8 streaming-28-4-8-4-8 streaming-24-4-8-0-8 streami
 def named(text):
     name, *numbers = text.split("-")
     if name not in sparse_rl.SCORES or len(numbers) != 5 or not all(n.isdigit() for n in numbers):
-        raise runs.UserError(f"{text}: not a compressor like rkv-22-4-18-0-4")
+        raise train_lm.UserError(f"{text}: not a compressor like rkv-22-4-18-0-4")
     try:
         return Compressor(name, *map(int, numbers))
     except ValueError as e:
-        raise runs.UserError(f"{text}: {e}") from e
+        raise train_lm.UserError(f"{text}: {e}") from e
 
 
 @torch.no_grad()
@@ -39,7 +38,7 @@ def main(run, *tried, problems=256):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, task = train_rl.build(cfg, device)
     model.load_state_dict(saved["model"])
-    asked = tasks.problems(task, problems, "held out")
+    asked = train_rl.problems(task, problems, "held out")
     dense = model.new_cache(1, sum(task.most)).nbytes * problems
     print(f"{problems} held-out problems of {cfg.task}; k3: KL from the sampler to the full cache, nats a token; vetoed: share of answers\n\n"
           "compressor  entries  recent sinks queries | saved  greedy  at T = 1    k3   vetoed")  # fmt: skip
@@ -63,6 +62,6 @@ if __name__ == "__main__":
         sys.exit(2)
     try:
         main(*sys.argv[1:])
-    except runs.UserError as e:
+    except train_lm.UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -20,7 +20,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import sparse_rl  # noqa: E402
 import train_lm  # noqa: E402
 import train_rl  # noqa: E402
-from tasks import problems  # noqa: E402
 from rl_shadow import begin  # noqa: E402
 
 
@@ -62,7 +61,7 @@ def run(given, extra):
         for step in range(cfg.steps):
             torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
             train_lm.set_rate(optimizer, cfg.lr * min(1, (step + 1) / 10))
-            asked = problems(task, cfg.problems, cfg.seed, "train", step)
+            asked = train_rl.problems(task, cfg.problems, cfg.seed, "train", step)
             asked = [prompt for prompt in asked for _ in range(cfg.group_size)]
             r = train_rl.rollout(sampler, task, asked)
             entry = {"arm": given.correct, "seed": cfg.seed, "step": step}

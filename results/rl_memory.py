@@ -16,8 +16,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from mtp import Decoder  # noqa: E402
 from sparse_rl import Compressor  # noqa: E402
-from lm import LM  # noqa: E402
-from train_lm import Config  # noqa: E402
+from train_lm import LM, Config  # noqa: E402
 
 
 def measure(model, rows, prompt, new, compress):

@@ -34,11 +34,9 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import kernels  # noqa: E402
 import mtp  # noqa: E402
-import runs  # noqa: E402
 import sparse_rl  # noqa: E402
 import train_lm  # noqa: E402
 import train_rl  # noqa: E402
-from tasks import TASKS, problems  # noqa: E402
 
 
 class Arm(NamedTuple):
@@ -141,9 +139,9 @@ def on_fixed_texts(modules, model, text, mask, K, entropy):
 
 def begin(words):
     """Options of train_rl.py -> its config, a policy after the warm start, the task, the policy's optimizer."""
-    cfg, said = runs.parse([str(w) for w in words], train_rl.Config, train_rl.PRESETS, "train_rl.py", train_rl.__doc__)
+    cfg, said = train_lm.parse([str(w) for w in words], train_rl.Config, train_rl.PRESETS)
     warm, cfg = train_rl.read_warm(cfg, said)
-    device = runs.pick_device(cfg)
+    device = train_lm.pick_device(cfg)
     model, task = train_rl.build(cfg, device)
     if warm:
         model.load_state_dict(warm["model"])
@@ -177,7 +175,7 @@ def run(given):
         for step in range(given.steps):
             torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
             train_lm.set_rate(optimizer, cfg.lr * min(1, (step + 1) / 10))
-            asked = problems(task, cfg.problems, cfg.seed, "train", step)
+            asked = train_rl.problems(task, cfg.problems, cfg.seed, "train", step)
             r = train_rl.rollout(sampler, task, [prompt for prompt in asked for _ in range(cfg.group_size)])
             every = max(1, N // 128)
             advantage = sparse_rl.group_advantage(r.reward, cfg.group_size)  # (N,)
@@ -253,7 +251,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", nargs="+")
     parser.add_argument("--out", default="out/shadow.jsonl")
-    parser.add_argument("--task", default="sums", choices=TASKS)
+    parser.add_argument("--task", default="sums", choices=train_rl.TASKS)
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100)

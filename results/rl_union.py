@@ -19,9 +19,8 @@ import time
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import runs  # noqa: E402
+import train_lm  # noqa: E402
 import train_rl  # noqa: E402
-from tasks import problems  # noqa: E402
 from rl_arms import work  # noqa: E402
 
 MODELS = {"gqa": ["--attn", "gqa"], "asa": ["--attn", "asa", "--groups", 2, "--rollout", "dense"]}
@@ -72,8 +71,8 @@ def measure(folder, names, out):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with open(out, "w", buffering=1) as f:
         for name in names:
-            saved = runs.load_checkpoint(folder / name / "ckpt.pt", ("model", "config", "module"), device)
-            cfg = runs.config_of(saved, train_rl.Config, name)
+            saved = train_lm.load_checkpoint(folder / name / "ckpt.pt", ("model", "config", "module"), device)
+            cfg = train_lm.config_of(saved, train_rl.Config, name)
             model, task = train_rl.build(cfg, device)
             model.load_state_dict(saved["model"])
             teacher = train_rl.Teacher(model, task, cfg)
@@ -84,7 +83,7 @@ def measure(folder, names, out):
                     found = []
                     for i in range(16):
                         engine.forget_counts()
-                        asked = problems(task, N // cfg.group_size, "measure", i)
+                        asked = train_rl.problems(task, N // cfg.group_size, "measure", i)
                         r = train_rl.rollout(engine, task, [p for p in asked for _ in range(cfg.group_size)])
                         rounds, tokens = engine.state.reads.sum(0).tolist()
                         found.append((r.seconds, tokens / rounds, sum(map(len, r.answers))))

@@ -16,8 +16,7 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from lm import LM  # noqa: E402
-from train_lm import PRESETS, Config, Objective, make_optimizer  # noqa: E402
+from train_lm import LM, PRESETS, Config, Objective, make_optimizer  # noqa: E402
 
 # a kernel's name -> what it is for; the first that fits
 KINDS = {"attention": ("flash", "fmha", "cudnn_generated", "forward_kernel", "dq_kernel", "dkv_kernel", "sum_kernel"),
