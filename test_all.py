@@ -4830,7 +4830,19 @@ def test_attention_arms_are_what_their_names_say():
         if arm == "nsa-n6":
             assert model.blocks[0].attn.sizes.n == 6
         assert (ATTENTION["asa"]["build"], nsa.SHARE) == (build, share), arm
-    for arm in ("asa-", "asa-R", "asa-R8x", "asa-R8-R9", "foo", "asa-foo", "gqa-R8", "nsa-swap"):
+    definition = nsa.compressed_attention
+    q, pos = torch.randn(1, 2, 160, 4), torch.arange(160)[None]
+    keys = la.keys_of(None, 15 + 16 * torch.arange(10)[None], None, torch.randn(1, 1, 10, 4))
+    ask = lambda: nsa.compressed_attention(q, pos, keys, 160, nsa.Blocks(16, 16, 16, 6, 4), 0.5)[1][0, 0]
+    for row, usual in enumerate(ask().tolist()):
+        with arms.changed("asa-f5"):
+            found = [j for j in ask()[row].tolist() if j >= 0]
+        own = row * 4 // 16
+        always = {0, *range(max(0, own - 3), own + 1)}
+        assert found == sorted(set(found)) and always <= set(found) and found[-1] == own, (row, found)
+        assert len(found) <= 6 and set(found) <= always | set(usual), "others are the most important ones"
+    assert nsa.compressed_attention is definition
+    for arm in ("asa-f2", "asa-", "asa-R", "asa-R8x", "asa-R8-R9", "foo", "asa-foo", "gqa-R8", "nsa-swap"):
         refused(as_main("results/attention_arms.py", "--arms", arm, "--runs", HERE / "no such folder"))
 
 

@@ -121,7 +121,8 @@ def changed(arm):
     found = [re.fullmatch(r"([RGSfn])(\d+)|([a-z]+)()", change) for change in changes]
     given = dict((m[1] or m[3], m[2]) for m in found if m)
     allowed = {"gqa": set(), "nsa": {"n"}, "asa": {"R", "G", "S", "f", "local", "swap", "gqa", *PHI}}
-    if len(given) < len(changes) or not given.keys() <= allowed.get(kind, set()) or kind not in allowed:
+    wrong = len(given) < len(changes) or not given.keys() <= allowed.get(kind, set()) or kind not in allowed
+    if wrong or int(given.get("f", 3)) < 3:
         raise train_lm.UserError(f"--arms {arm}: not an arm like gqa or asa-R64-swap")
     build = train_lm.ATTENTION["asa"]["build"]
     kept = nsa.SHARE, nsa.compressed_attention, train_lm.ASAGlobal
