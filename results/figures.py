@@ -51,9 +51,10 @@ def large():
     """340m: loss against tokens, bits by place in the context, recall by distance, needles by length."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4))
     entries = [json.loads(line) for line in open(HERE / f"{LARGE}.jsonl")]
+    ended = runs(HERE / f"{LARGE}.jsonl")
     for name, (_, arm) in ROWS["340m"].items():
         losses = [(e["step"], e["loss"] / math.log(2)) for e in entries if e["arm"] == arm and "loss" in e]
-        e = runs(HERE / f"{LARGE}.jsonl")[arm][0]
+        e = ended[arm][0]
         axes[0].plot([step * 0.065536 for step, _ in losses], [loss for _, loss in losses], label=name)
         axes[1].plot([1, 2, 3, 4], e["bpb_by_position"], marker="o", label=name)
         told = e["recall_by_distance"]
