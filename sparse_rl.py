@@ -467,8 +467,8 @@ def center(logits, q, mass, advantage, weight, counted):
         E_q[w A grad log p] = E_q[A] mu + (what depends on how A and the token go together),
         mu = sum_v q_v w_v grad log p_v.
     The first part, the drift, says nothing about which token was good, and it is 0 only where w q = p, since
-    sum_v p_v grad log p_v = 0. Each update goes back into the sampler, so that it adds up. Here mu is taken
-    from the score of each token: its loss gets A sum_v (q_v w_v - p_v) log p_v, the bracket without gradient.
+    sum_v p_v grad log p_v = 0. Here mu is taken from the score of each token: its loss gets
+    A sum_v (q_v w_v - p_v) log p_v, the bracket without gradient.
     Where w = p / q, which is importance sampling without truncation, the bracket is 0 already.
 
     What is left is a covariance under q, not the gradient under p. Exact, since the whole of q is known.

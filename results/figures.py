@@ -18,17 +18,17 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 # the rows of needles.png: title, {panel: (log, arm there)}
-ORDER, MAIN, LARGE = "attention-arms-order", "attention-arms-1000", "attention-340m"
+MAIN, LONG, LARGE = "attention-arms-main", "attention-16k", "attention-340m"
 ROWS = {
-    "base": {"gqa": (MAIN, "gqa"), "nsa": (MAIN, "nsa"), "asa": (ORDER, "asa"), "asa, global first": (ORDER, "asa-swap"),
-             "asa, plain local layers": (ORDER, "asa-gqa")},
+    "base": {name: (MAIN, name) for name in ("gqa", "nsa", "nsa-n16", "asa", "window")},
+    "base, 16k": {name: (LONG, name) for name in ("gqa", "asa")},
     "340m": {"gqa": (LARGE, "gqa"), "nsa": (LARGE, "nsa"), "asa": (LARGE, "asa"), "asa, global first": (LARGE, "asa-swap")},
-}  # fmt: skip
+}
 
 
 def needles():
     """The share of needles found by depth and length, a panel for each arm, the mean over its seeds."""
-    figure, axes = plt.subplots(len(ROWS), 5, figsize=(11, 4.8), sharey=True)
+    figure, axes = plt.subplots(len(ROWS), 5, figsize=(11, 7), sharey=True)
     for row, (title, panels) in zip(axes, ROWS.items()):
         for axis, (name, (log, arm)) in zip(row, panels.items()):
             found = list(runs(HERE / f"{log}.jsonl")[arm].values())
@@ -41,8 +41,8 @@ def needles():
         for axis in row[len(panels) :]:
             axis.axis("off")
         row[0].set_ylabel("where it was told")
-    for axis in axes[-1]:
-        axis.set_xlabel("length of the text")
+        for axis in row:
+            axis.set_xlabel("length of the text", fontsize=8)
     figure.tight_layout()
     figure.savefig(HERE / "needles.png", dpi=110)
 

@@ -2,7 +2,7 @@
 
 Three claims, one panel each, read from the committed logs:
 
-    1) attention   attention-arms-1000.jsonl: bytes of the cache per token; on the bars bits per byte and needles, means of three seeds
+    1) attention   attention-arms-main.jsonl: bytes of the cache per token; on the bars bits per byte and needles, means of three seeds
     2) drafts      mtp-redesign.txt: the time that the same texts take with drafts, as a share of the time without
     3) RL          rl-center.jsonl: problems solved over 150 steps, three seeds of each arm; the band is from the worst to the best
 """
@@ -24,13 +24,13 @@ GRAY, RED, BLUE = "#808080", "#c8442f", "#2166ac"
 
 def attention(axis):
     """How much memory each kind of attention keeps per token, and how well it predicts."""
-    kinds = {"gqa": "dense (GQA)", "nsa": "sparse (NSA)", "asa-R64": "alternating (ASA)"}
-    arms = attention_arms.runs(HERE / "attention-arms-1000.jsonl")
+    kinds = {"gqa": "dense (GQA)", "nsa": "sparse (NSA)", "asa": "alternating (ASA)"}
+    arms = attention_arms.runs(HERE / "attention-arms-main.jsonl")
     mean = lambda values: sum(values) / len(values)
     for row, (kind, name) in enumerate(kinds.items()):
         seeds = list(arms[kind].values())
         kept = seeds[0]["kv"]
-        axis.barh(row, kept, color=BLUE if kind == "asa-R64" else GRAY, height=0.72)
+        axis.barh(row, kept, color=BLUE if kind == "asa" else GRAY, height=0.72)
         needles = mean([mean(e["needles"]["4096"]) for e in seeds])
         quality = f"{mean([e['bpb'] for e in seeds]):.2f} bits/byte\n{needles:.0%} found"
         place, color = (kept + 1300, BLUE) if kept < 3000 else (110, "white")  # beside a bar that is too short

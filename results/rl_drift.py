@@ -95,7 +95,7 @@ def table(files):
         for i in range(0, len(of) - width + 1, width):
             some = of[i : i + width]
             values = [[e[name] for e in some if name in e] for name in names]
-            print(f"| {arm} | {seed} | {i} to {i + width - 1} | " + " | ".join(f"{sum(v) / len(v):.3g}" if v else "" for v in values) + " |")
+            print(f"| {arm} | {seed} | {some[0]['step']} to {some[-1]['step']} | " + " | ".join(f"{sum(v) / len(v):.3g}" if v else "" for v in values) + " |")
 
 
 def main():

@@ -1,4 +1,6 @@
-"""Draws rl-arms.png, rl-center.png and rl-small.png from the logs of rl_arms.py: `python results/rl_figures.py`. Needs matplotlib."""
+"""Draws rl-arms.png, rl-center.png and rl-small.png from the logs of rl_arms.py, rl-drift.png from rl-drift-seeds.jsonl of rl_drift.py:
+`python results/rl_figures.py`. Needs matplotlib."""
+import json
 import pathlib
 
 import matplotlib
@@ -14,9 +16,10 @@ SHOWN = ("dense", "none", "bypass", "both", "replay", "twin", "center", "center_
 # a figure: its rows, each of one log
 FIGURES = {
     "rl-arms": {"rl-arms": "learning rate 1.5e-4", "rl-arms-2e-4": "learning rate 2e-4"},
-    "rl-center": {"rl-center": "learning rate 1.5e-4", "rl-center-2e-4": "learning rate 2e-4"},
+    "rl-center": {"rl-center": "22 + 4, lr 1.5e-4", "rl-center-2e-4": "22 + 4, lr 2e-4",
+                  "rl-center-26": "26 + 8, lr 1.5e-4", "rl-center-26-2e-4": "26 + 8, lr 2e-4"},
     "rl-small": {"rl-small": ""},
-}
+}  # fmt: skip
 
 
 def curve(entries, name):
@@ -59,6 +62,36 @@ def band(axes, seeds, label, color):
         axis.fill_between(steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=color, alpha=0.15)
 
 
+def drift():
+    """Along single runs, a line each: the reward, the sampler's distance, and how large the drift is and where it points."""
+    ratio = lambda e: e["norm_drift"] / e["norm_signal"]
+    panels = {
+        "solved when sampling (T = 1)": lambda e: e["solved"],
+        "KL(sampler || dense), k3": lambda e: e["k3"],
+        "drift, of the signal's norm": ratio,
+        "cosine of the drift with itself 5 steps before": lambda e: e.get("cos_drift_before", 0),
+    }
+    runs = {}
+    for line in open(HERE / "rl-drift-seeds.jsonl"):
+        e = json.loads(line)
+        runs.setdefault((e["arm"], e["seed"]), []).append(e)
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4))
+    for axis, (title, value) in zip(axes, panels.items()):
+        for (arm, seed), entries in runs.items():
+            of_three = [sum(map(value, entries[i : i + 3])) / 3 for i in range(len(entries) - 2)]
+            label = arm if seed == 4 else None
+            axis.plot([e["step"] for e in entries[1:-1]], of_three, color=f"C{SHOWN.index(arm)}", linewidth=1, label=label)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    axes[1].set(yscale="log")
+    axes[2].set(yscale="log")
+    axes[3].set(ylim=(-1, 1))
+    figure.tight_layout()
+    figure.savefig(HERE / "rl-drift.png", dpi=80)
+
+
 if __name__ == "__main__":
+    drift()
     for figure_name, rows in FIGURES.items():
         draw(figure_name, rows)
