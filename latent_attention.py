@@ -229,9 +229,8 @@ class SlotCache:
         here = rows[:, None, None]  # (B, 1, 1)
         index = torch.where(here, index, torch.arange(n, device=index.device))  # (B, heads or 1, n)
         for buffer in self.data.values():
-            i = index[..., None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
-            buffer[:, :, :n] = buffer.gather(2, i)
-        self.pos[:, :, :n] = self.pos.gather(2, index.expand(-1, self.pos.shape[1], -1))
+            buffer[:, :, :n] = buffer.take_along_dim(index[..., None], 2)
+        self.pos[:, :, :n] = self.pos.take_along_dim(index, 2)
         self.pos[:, :, n:].masked_fill_(here, -1)
         self.length.masked_fill_(rows, n)
 
@@ -240,8 +239,7 @@ class SlotCache:
         """One SlotCache with the rows of all parts, which become views of it; parts may lie on "meta"."""
         whole = copy.copy(parts[0])
         B = len(parts[0].length)
-        rows = B * len(parts)
-        new = lambda x, value: torch.full((rows, *x.shape[1:]), value, dtype=x.dtype, device=device)
+        new = lambda x, value: x.new_full((B * len(parts), *x.shape[1:]), value, device=device)
         whole.data = {name: new(x, 0) for name, x in whole.data.items()}
         whole.pos = new(whole.pos, -1)
         whole.length = new(whole.length, 0)

@@ -52,7 +52,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from latent_attention import rms_norm
+from latent_attention import cache_bytes, rms_norm
 
 # ----------------------------------------------------------------------------------------------------------
 # The module
@@ -148,12 +148,7 @@ def depth_masks(mask, K):
 
     mask (B, T) of 0 and 1 -> [(B, T - k - 1) for k = 1..K].
     """
-    masks = []
-    m = mask[:, 1:]  # (B, T - 1)
-    for k in range(1, K + 1):
-        m = m[:, :-1] * mask[:, k + 1 :]  # (B, T - k - 1)
-        masks.append(m)
-    return masks
+    return [mask[:, 1:].unfold(1, k + 1, 1).prod(-1) for k in range(1, K + 1)]
 
 
 def depths(states, head, p, mask, weight=None):
@@ -438,18 +433,9 @@ class Decoder:
     PIECE = 64  # tokens of a prompt that are read at once
 
     def __init__(
-        self,
-        trunk,
-        batch,
-        max_len,
-        mtp=None,
-        K=0,
-        temperature=1.0,
-        stop=None,
-        drafts=None,
-        compress=None,
-        share=None,
-    ):
+        self, trunk, batch, max_len, mtp=None, K=0, temperature=1.0, stop=None,
+        drafts=None, compress=None, share=None
+    ):  # fmt: skip
         K = K if mtp is not None else 0
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be at least 0, not {temperature}")
@@ -502,8 +488,7 @@ class Decoder:
     @property
     def nbytes(self):
         """Bytes of the caches, the module's included."""
-        own = self.module.cache.values() if self.module else ()
-        return self.cache.nbytes + sum(part.nbytes for part in own)
+        return self.cache.nbytes + (cache_bytes([self.module.cache]) if self.module else 0)
 
     # -- what a GPU captures: static shapes, no look from the host
 
@@ -613,9 +598,8 @@ class Decoder:
         if not prompts:
             return []
         text, logp, mask = self.answer(prompts, new)  # (N, T) each
-        starts = [len(p) for p in prompts]
-        parts = [slice(a, a + n) for a, n in zip(starts, mask.sum(-1).tolist())]
-        return [(text[i, part], logp[i, part]) for i, part in enumerate(parts)]
+        counts = mask.sum(-1).tolist()
+        return list(zip(text[mask].split(counts), logp[mask].split(counts)))
 
     @torch.no_grad()
     def answer(self, prompts, new):
@@ -738,12 +722,12 @@ class Decoder:
 
     def summary(self):
         """Tokens per read and acceptance so far, counted."""
-        reached, accepted, expected = self.state.counts.sum(0).cpu()  # (K,) each
         rounds, tokens = self.state.reads.sum(0).tolist()
-        some = reached > 0  # (K,)
-        counted = percent((accepted / reached)[some])
-        hoped = percent((expected / reached)[some])
         length = f"{tokens / max(rounds, 1):.2f} tokens per read"
+        reached, *found = self.state.counts.sum(0).cpu()  # (K,) each
+        if not reached.any():
+            return f"{length}; no drafts"
+        counted, hoped = (percent((x / reached)[reached > 0]) for x in found)
         return f"{length}; each depth accepted {counted}, expected from sum min(p, q) {hoped}"
 
 
@@ -834,9 +818,8 @@ def equip(trunk, module, samples, mask, K, steps, rows=32, lr=1e-3, temperature=
         if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
             held = samples[:rows]  # (rows, T)
             with amp():
-                rate = expected_acceptance(
-                    *lesson(trunk, module, held, K, temperature), held, mask[:rows], temperature
-                )  # (K,)
+                laws = lesson(trunk, module, held, K, temperature)
+                rate = expected_acceptance(*laws, held, mask[:rows], temperature)  # (K,)
             if not seen.isfinite():
                 raise FloatingPointError(f"the loss of the module is not finite by step {step + 1}")
             left = (time.time() - start) / (step + 1) * (steps - step - 1)
@@ -857,9 +840,7 @@ def options():
 
     @dataclass
     class Config:
-        run: str = option(
-            "", "a run of train_lm.py, say out/small-asa; a Hugging Face folder; or smollm2", flag=False
-        )
+        run: str = option("", "a run of train_lm.py, a Hugging Face folder, or smollm2", flag=False)
         prompt: str = option("", "the text to continue (default: a new text begins)")
         length: int = option(300, "tokens to write", least=1, most=2**20)
         temperature: float = option(0.8, "0: always the best token", least=0, most=100)
@@ -884,9 +865,7 @@ def write(cfg, given):
     prompt = torch.tensor(enc.encode_ordinary(words) or [enc.eot_token])  # (tokens,)
     room = len(prompt) + cfg.length
     if room > run.context:
-        train_lm.say(
-            f"note     {room} tokens are more than the {run.context} that the model has learned from"
-        )
+        train_lm.say(f"note     {room} tokens are more than the {run.context} that the model learned from")
     engine = partial(Decoder, model, 1, room, model.mtp, run.mtp, cfg.temperature, enc.eot_token)
     decoder = engine(drafts=run.mtp)
     torch.manual_seed(cfg.seed)
@@ -909,7 +888,8 @@ def write(cfg, given):
         speeds = []
         for drafts in sorted({0, run.mtp}, reverse=True):
             decoder = engine(drafts=drafts)
-            decoder.generate([prompt], min(cfg.length, 64))  # warm-up
+            for _ in range(2):  # a GPU warms up, then captures
+                decoder.generate([prompt], min(cfg.length, 64))
             start = time.perf_counter()
             [(tokens, _)] = decoder.generate([prompt], cfg.length)
             speed = len(tokens) / (time.perf_counter() - start)

@@ -413,11 +413,6 @@ class Correction(NamedTuple):
     reads: tuple = ("full",)
     mass: Callable | None = None
 
-    @property
-    def replays(self):
-        """Whether it needs to know what the sampler had kept."""
-        return "kept" in self.reads or self.mass is not None
-
 
 weights = (none, reject, reweight, both, released, tis, mis, sequence_mask, answer)
 CORRECTIONS = {

@@ -2623,12 +2623,15 @@ def test_a_run_that_failed_can_be_begun_again():
                 refused(in_process(*QUICK, *good, *bad, *name))
                 succeeds(in_process(*QUICK, *good, *name, "--name", f"exp{i}" if not name else name[1]))
         full = OSError(28, "No space left on device")
-        for place in ("tokenizer.encode", "stop"):
-            error = full if place != "stop" else KeyboardInterrupt()
+        for place, error, want, word in (
+            ("disk", full, 2, "No space left"),
+            ("memory", MemoryError(), 2, "the memory is full"),
+            ("stop", KeyboardInterrupt(), 130, ""),
+        ):
             with swapped(train_lm, "pieces", fails_to(error)):
                 code, _, said = in_process(*QUICK, *good, "--name", place)
-            assert code == (2 if error is full else 130) and "Traceback" not in said, said
-            assert error is not full or "No space left" in said and said.count("\n") == 1, said
+            assert code == want and "Traceback" not in said, said
+            assert code == 130 or word in said and said.count("\n") == 1, said
             assert not list((tmp / place).glob("*.tmp")), "no half files are left"
             succeeds(in_process(*QUICK, *good, "--name", place))
         with swapped(train_rl, "imitate", fails_to(KeyboardInterrupt())):
@@ -2802,7 +2805,13 @@ def test_files_of_another_kind_are_refused():
         refused(in_rl(*common, "--name", "new", "--warm", tmp / "mixed.pt"), "another shape")
         torch.save({"module": {}, "step": 1}, tmp / "lm" / "mtp.pt")
         refused(texts(str(tmp / "lm")), "depths")
+        torch.save({"module": None, "depths": 1, "step": 1}, tmp / "lm" / "mtp.pt")
+        refused(texts(str(tmp / "lm")), "not a module")
         (tmp / "lm" / "mtp.pt").unlink()
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 1
+        (tmp / "flipped.pt").write_bytes(flipped)
+        raises(train_lm.UserError, "wrong checksum", train_lm.load_checkpoint, tmp / "flipped.pt")
         with open(tmp / "lm" / "log.jsonl", "ab") as f:
             f.write(b"\xff\xfe\x00 bad bytes\n[1, 2]\n{}\n")
         out = succeeds(in_process("--out", tmp, "--resume", "--name", "lm", "--steps", 2))
@@ -3281,6 +3290,13 @@ def test_public_model_goes_on_as_a_run():
         )
         assert "mtp 2" in said and "recall 0.0" in said
         succeeds(in_process("--name", "two", "--out", tmp, "--resume", "--steps", 3), "resumed at step 2")
+        package = train_lm.package
+        missing = lambda name: package("no such package" if name == "tokenizers" else name)
+        with swapped(train_lm, "package", missing):
+            plain = ["--small", "--attn", "gqa", "--batch", 2, "--micro", 2, "--out", tmp, "--name", "bytes"]
+            succeeds(in_process(*plain, "--steps", 1))
+            refused(in_process("--export", tmp / "part", "--name", "bytes", "--out", tmp))
+            assert not list((tmp / "part").iterdir()), "half an export stays behind"
         succeeds(in_process("--export", tmp / "back", "--name", "two", "--out", tmp), "written")
         ours, _ = train_lm.load_model(tmp / "two")
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp / "back").eval()
@@ -3745,10 +3761,10 @@ def replay_equals_record(name="rkv"):
 def test_replayed_eviction_gives_the_recorded_probabilities():
     for name in ("rkv", "h2o", "random"):
         replay_equals_record(name)
-    gathered = "self.pos.gather(2, index.expand(-1, self.pos.shape[1], -1))"
     wrongs = [
-        ("buffer.gather(2, i)", "buffer[:, :, :n]"),  # positions move, keys and values stay behind
-        (gathered, "torch.arange(n).expand(len(index), 2, -1)"),  # positions counted anew
+        # positions move, keys and values stay behind; positions counted anew
+        ("buffer.take_along_dim(index[..., None], 2)", "buffer[:, :, :n]"),
+        ("self.pos.take_along_dim(index, 2)", "torch.arange(n).expand(len(index), 2, -1)"),
     ]
     catches(replay_equals_record, SlotCache, "keep", wrongs)
 
@@ -4573,6 +4589,8 @@ def test_rl_of_a_model_that_reads_text():
         succeeds(in_text(*words, "--warm-steps", 2, "--warm-batch", 2, "--name", "warm"), "warm     2 steps")
         succeeds(in_text(*words, "--warm", tmp / "warm", "--name", "arm"), "result   words")
         succeeds(in_text("--name", "shots", "--resume", "--steps", 2), "resumed at step 1")
+        deep = ["--draft", "e2e", "--depths", 9, "--size", 1, "--rollout", "dense", "--name", "deep"]
+        refused(in_rl(*deep), "has only 8 tokens")
         refused(in_text(*words, "--shots", 9), "made for at most 256 tokens")
         refused(in_text(*words, "--width", 64), "has --width 32, not 64")
 
@@ -4587,6 +4605,10 @@ def test_rl_of_a_model_that_reads_text():
         seen = {train_rl.problems(task, 1, i)[0] for i in range(400)}
         other = {train_rl.problems(task.held_out, 1, i)[0] for i in range(100)}
         assert len(seen) == 36 and len(other) == 4 and not seen & other
+        twice = tmp / "twice.jsonl"
+        twice.write_text("".join(2 * (json.dumps(line) + "\n") for line in lines))
+        told = train_rl.Lines(twice, enc)
+        assert not set(told.questions) & set(told.others) and len(told.questions) == 36
         prompt = "Question: What is 7 and 7?\nAnswer: "
         for answer, reward in (
             ("14\n", 1),
@@ -4612,6 +4634,36 @@ def test_rl_of_a_model_that_reads_text():
             (tmp / "bad.jsonl").write_text(text)
             refused(in_text("--task", "jsonl", "--data", tmp / "bad.jsonl"), word)
         refused(in_text("--task", "jsonl", "--data", tmp), "question and an answer")
+
+
+def test_answers_end_whatever_a_tokenizer_joins():
+    """Llama 3's and Qwen's rule makes the full stop and the line's end one piece: a solved problem ends all the same."""
+    ranks = {**{bytes([i]): i for i in range(256)}, b".\n": 256}
+    special = {"<|endoftext|>": 257}
+    joins = r"[.]\n|[\s\S]"
+    enc = train_lm.tiktoken.Encoding("joins", pat_str=joins, mergeable_ranks=ranks, special_tokens=special)
+    assert enc.encode_ordinary(".\n") == [256]
+    task = train_rl.Sums(2, enc=enc, shots=3)
+    asked = task.asked("1+1+1=")
+    assert asked.count(task.stop) == 3 and task.decode(asked) == task.lead + "1+1+1="
+
+
+def test_lessons_of_a_checkpoint_move_to_the_model():
+    """A checkpoint is read on the CPU; the module's last lessons go where the model is, those of another shape go."""
+    model, r, cfg, _ = answered(depths=2, draft="advantage")
+    r.old = r.sampler
+    teacher = train_rl.Teacher(model, train_rl.Sums(3), cfg)
+    teacher.teach(r, 0)
+    teacher.teach(r, 1)
+    assert len(teacher.recent) == 2
+    teacher.recent[1] = tuple(x[:1] for x in teacher.recent[1])  # of before --resume --problems
+    saved = teacher.state()
+    teacher.teach(r, 2)
+    assert [len(lesson[0]) for lesson in teacher.recent] == 2 * [len(teacher.recent[0][0])]
+    weight = argparse.Namespace(weight=torch.empty(1, device="meta"))
+    teacher.model = argparse.Namespace(embed=weight)
+    teacher.load("a run", saved)
+    assert len(teacher.recent) == 2 and all(x.is_meta for lesson in teacher.recent for x in lesson)
 
 
 @slow

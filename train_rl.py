@@ -47,7 +47,7 @@ import sparse_rl
 import train_lm
 from mtp import Decoder
 from sparse_rl import CORRECTIONS, SCORES, Compressor, Recorder
-from train_lm import ATTENTION, DEVICES, LM, UserError, option
+from train_lm import ATTENTION, DEVICES, LM, UserError, fixed, option
 
 # ------------------------------------------------------------------------------------------------------------
 # 1) tasks
@@ -70,14 +70,10 @@ class Task:
         self.size = size
         self.largest = largest
         self.enc = enc
-        self.prepare(shots)
-
-    def prepare(self, shots):
-        """What follows from the tokenizer."""
         solved = [self.problem(random.Random(f"shot {i}")) for i in range(shots)]
         self.lead = "".join(f"{prompt}{self.work(prompt).rstrip()}\n" for prompt in solved)
         self.stop = self.encode(self.end)[-1]
-        self.most = self.measured() if self.enc else self.room
+        self.most = self.measured() if enc else self.room
 
     def measured(self):
         """Of 1000 problems the longest prompt and, with a half more, the longest answer, in tokens."""
@@ -87,7 +83,10 @@ class Task:
         return max(len(self.asked(prompt)) for prompt in asked), longest + longest // 2
 
     def encode(self, text):
-        return self.enc.encode_ordinary(text) if self.enc else [self.symbols.index(c) for c in text]
+        if not self.enc:
+            return [self.symbols.index(c) for c in text]
+        # A line's end stays a token: some tokenizers join it to the full stop, and no answer would end there.
+        return [t for part in re.split(r"(\n)", text) for t in self.enc.encode_ordinary(part)]
 
     def asked(self, prompt):
         """-> the tokens that a model is given."""
@@ -95,9 +94,6 @@ class Task:
 
     def decode(self, tokens):
         return train_lm.decoded(self.enc, tokens) if self.enc else "".join(self.symbols[t] for t in tokens)
-
-    def number(self, rng):
-        return rng.randint(1, self.largest)
 
     def slip(self, rng, chance=0.1):
         return rng.choice((-1, 1)) * rng.choice((1, 2, 3, 10)) if rng and rng.random() < chance else 0
@@ -138,8 +134,8 @@ class Sums(Task):
         return operand * (self.size + 1), sum(total + operand * left + 1 for left in range(self.size))
 
     def problem(self, rng):
-        first = str(self.number(rng))
-        return first + "".join(rng.choice("+-") + str(self.number(rng)) for _ in range(self.size)) + "="
+        number = lambda: str(rng.randint(1, self.largest))
+        return number() + "".join(rng.choice("+-") + number() for _ in range(self.size)) + "="
 
     def work(self, prompt, rng=None):
         left = [int(x) for x in re.findall(r"[+-]?\d+", prompt)]
@@ -236,13 +232,12 @@ class Lines(Task):
     end = "\n"
 
     def __init__(self, file, enc, shots=0, longest=0):
-        self.enc = enc
-        pairs = read_lines(file)
         self.longest = longest  # answer in tokens, or 0
-        self.answers = dict(pairs)
-        self.questions = [q for i, (q, _) in enumerate(pairs) if i % 10]
-        self.others = [q for i, (q, _) in enumerate(pairs) if i % 10 == 0]
-        self.prepare(shots)
+        self.answers = read_lines(file)
+        self.questions = list(self.answers)
+        self.others = self.questions[::10]
+        del self.questions[::10]
+        super().__init__(0, enc=enc, shots=shots)
 
     def problem(self, rng):
         return rng.choice(self.questions)
@@ -251,11 +246,9 @@ class Lines(Task):
         return self.answers[prompt]
 
     def measured(self):
-        prompt, answer = (max(len(f(q)) for q in self.answers) for f in (self.asked, self.answer_tokens))
+        prompt = max(len(self.asked(question)) for question in self.answers)
+        answer = max(len(self.encode(answer)) for answer in self.answers.values())
         return prompt, self.longest or answer + answer // 2
-
-    def answer_tokens(self, prompt):
-        return self.encode(self.answers[prompt])
 
     @staticmethod
     def result(answer):
@@ -270,23 +263,18 @@ class Lines(Task):
 
 
 def read_lines(file):
-    """-> [(prompt, answer)], each answer in one line. UserError for what is no such file."""
-    try:
+    """-> {prompt: answer}, each answer in one line. UserError for what is no such file."""
+    in_one = lambda text: " ".join(text.split())
+    with train_lm.reading(f"--data {file}: no lines with a question and an answer"):
         with open(file, encoding="utf-8") as f:
             said = [json.loads(line) for line in f if line.strip()]
-        pairs = [("Question: " + " ".join(x["question"].split()) + "\nAnswer: ", x["answer"]) for x in said]
-        pairs = [(prompt, " ".join(answer.split()) + "\n") for prompt, answer in pairs]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"--data {file}: no lines with a question and an answer ({train_lm.said_by(e)})"
-        ) from e
-    wrong = [answer for _, answer in pairs if Lines.result(answer) is None]
-    if wrong or len(pairs) < 20:
-        what = (
-            f"an answer has no number: {wrong[0][:60]!r}" if wrong else f"{len(pairs)} questions, 20 at least"
-        )
-        raise UserError(f"--data {file}: {what}")
-    return pairs
+        found = {f"Question: {in_one(x['question'])}\nAnswer: ": in_one(x["answer"]) + "\n" for x in said}
+    wrong = [answer for answer in found.values() if Lines.result(answer) is None]
+    if wrong:
+        raise UserError(f"--data {file}: an answer has no number: {wrong[0][:60]!r}")
+    if len(found) < 20:
+        raise UserError(f"--data {file}: {len(found)} questions, 20 at least")
+    return found
 
 
 TASKS = {"sums": Sums, "ledger": Ledger, "words": Words, "jsonl": Lines}
@@ -322,61 +310,51 @@ DRAFTS = ("off", "frozen", "ce", "soft", "e2e", "advantage")
 @dataclass
 class Config:
     preset: str = option("base", "sets what is not given: small takes 3 minutes on a CPU", choices=PRESETS)
-    task: str = option("sums", "what is to be learned", group="task", choices=TASKS, fixed=True)
-    size: int = option(6, "operations in a problem", least=1, most=64, fixed=True)
-    largest: int = option(99, "largest number in a sum", least=1, most=10**9, fixed=True)
-    data: str = option("", "of --task jsonl: a file of question / answer lines, as GSM8K has", fixed=True)
-    answer: int = option(
-        0, "most tokens of its answers; 0 = half more than the longest there", least=0, most=2**16, fixed=True
+    task: str = fixed("sums", "what is to be learned", group="task", choices=TASKS)
+    size: int = fixed(6, "operations in a problem", least=1, most=64)
+    largest: int = fixed(99, "largest number in a sum", least=1, most=10**9)
+    data: str = fixed("", "of --task jsonl: a file of question / answer lines, as GSM8K has")
+    answer: int = fixed(
+        0, "most tokens of its answers; 0 = half more than the longest there", least=0, most=2**16
     )
-    attn: str = option("gqa", "all but gqa: dense rollouts", group="model", choices=ATTENTION, fixed=True)
-    layers: int = option(4, "Transformer blocks", least=1, most=512, fixed=True)
-    width: int = option(256, "model width C", least=1, fixed=True)
-    heads: int = option(8, "query heads H; the head width D is C / H", least=1, fixed=True)
-    groups: int = option(8, "key-value heads of gqa, latents of asa's global layers", least=1, fixed=True)
-    window: int = option(16, "tokens in the window of asa's local layers", least=1, fixed=True)
-    init: str = option(
+    attn: str = fixed("gqa", "all but gqa: dense rollouts", group="model", choices=ATTENTION)
+    layers: int = fixed(4, "Transformer blocks", least=1, most=512)
+    width: int = fixed(256, "model width C", least=1)
+    heads: int = fixed(8, "query heads H; the head width D is C / H", least=1)
+    groups: int = fixed(8, "key-value heads of gqa, latents of asa's global layers", least=1)
+    window: int = fixed(16, "tokens in the window of asa's local layers", least=1)
+    init: str = fixed(
         "",
         "instead of a new model: a run of train_lm.py, a folder in the Hugging Face layout, or smollm2; without "
         "imitation unless --warm-steps is given",
         group="warm start",
-        fixed=True,
     )
-    shots: int = option(
-        4, "with --init, without imitation: solved problems before each", least=0, most=64, fixed=True
-    )
+    shots: int = fixed(4, "with --init, without imitation: solved problems before each", least=0, most=64)
     warm: str = option("", "a run: its warm start, task and model are used")
-    warm_steps: int = option(6000, "steps of imitation", least=0, fixed=True)
-    warm_batch: int = option(256, "demonstrations in such a step", least=1, most=2**16, fixed=True)
-    warm_lr: float = option(1e-3, "its highest learning rate", least=0, fixed=True)
-    rollout: str = option(
-        "sparse", "from a full or a compressed cache", "rollouts", choices=("dense", "sparse"), fixed=True
+    warm_steps: int = fixed(6000, "steps of imitation", least=0)
+    warm_batch: int = fixed(256, "demonstrations in such a step", least=1, most=2**16)
+    warm_lr: float = fixed(1e-3, "its highest learning rate", least=0)
+    rollout: str = fixed(
+        "sparse", "from a full or a compressed cache", "rollouts", choices=("dense", "sparse")
     )
-    compressor: str = option("rkv", "what decides which entries stay", choices=SCORES, fixed=True)
-    budget: int = option(
-        22, "entries per layer and head that a compression leaves", least=1, most=2**16, fixed=True
-    )
-    buffer: int = option(4, "tokens between two compressions", least=1, most=2**16, fixed=True)
-    recent: int = option(18, "newest entries that always stay", least=0, fixed=True)
-    queries: int = option(4, "newest queries, that score the other entries", least=1, fixed=True)
-    sinks: int = option(0, "first entries that always stay", least=0, fixed=True)
-    correct: str = option(
-        "twin", "of what compression changes (sparse_rl.py)", choices=CORRECTIONS, fixed=True
-    )
-    draft: str = option(
+    compressor: str = fixed("rkv", "what decides which entries stay", choices=SCORES)
+    budget: int = fixed(22, "entries per layer and head that a compression leaves", least=1, most=2**16)
+    buffer: int = fixed(4, "tokens between two compressions", least=1, most=2**16)
+    recent: int = fixed(18, "newest entries that always stay", least=0)
+    queries: int = fixed(4, "newest queries, that score the other entries", least=1)
+    sinks: int = fixed(0, "first entries that always stay", least=0)
+    correct: str = fixed("twin", "of what compression changes (sparse_rl.py)", choices=CORRECTIONS)
+    draft: str = fixed(
         "off",
         "drafts for rollouts: none, from a frozen module, or from one that goes on learning: by the tokens "
         "(ce), by the policy's law (soft), by expected acceptance (e2e), or by that in answers as the next "
         "policies will write them (advantage)",
         group="drafts",
         choices=DRAFTS,
-        fixed=True,
     )
-    depths: int = option(
-        4, "drafts in a round at most; sparse: also below --buffer", least=1, most=64, fixed=True
-    )
-    equip_steps: int = option(600, "updates of the module before RL", least=1, fixed=True)
-    draft_lr: float = option(3e-4, "learning rate of the module during RL", least=0, fixed=True)
+    depths: int = fixed(4, "drafts in a round at most; sparse: also below --buffer", least=1, most=64)
+    equip_steps: int = fixed(600, "updates of the module before RL", least=1)
+    draft_lr: float = fixed(3e-4, "learning rate of the module during RL", least=0)
     problems: int = option(64, "problems in a step", group="learner", least=1, most=2**16)
     group_size: int = option(8, "answers to each", least=2, most=2**16)
     minibatches: int = option(2, "updates per step", least=1)
@@ -384,7 +362,7 @@ class Config:
     lr: float = option(1.5e-4, "learning rate, after a warm-up of 10 steps", least=0)
     clip: float = option(0.2, "PPO's epsilon", least=0, most=1)
     max_norm: float = option(1.0, "longer gradients are scaled down to this norm; 0: never", least=0)
-    seed: int = option(0, "seeds weights, problems and samples", least=0, most=train_lm.SEEDS, fixed=True)
+    seed: int = fixed(0, "seeds weights, problems and samples", least=0, most=train_lm.SEEDS)
     device: str = option("auto", "auto: an NVIDIA GPU where there is one; mps is untested", choices=DEVICES)
     out: str = option("out", "folder of all runs", group="run")
     name: str = option("", "the run's folder in it (default: rl-TASK-CORRECTION, numbered when taken)")
@@ -436,11 +414,7 @@ def validate(cfg, world=1):
     if not cfg.init:
         train_lm.check_heads(cfg)
     if cfg.problems % (cfg.minibatches * world):
-        by = (
-            f"{world} processes x --minibatches {cfg.minibatches}"
-            if world > 1
-            else f"--minibatches {cfg.minibatches}"
-        )
+        by = f"{world} processes x " * (world > 1) + f"--minibatches {cfg.minibatches}"
         raise UserError(f"{by} must divide --problems {cfg.problems}")
     if (cfg.task == "jsonl") != bool(cfg.data):
         raise UserError("--task jsonl reads questions from --data FILE, and only it does")
@@ -538,15 +512,12 @@ def build(cfg, device):
             task = TASKS[cfg.task](cfg.size, cfg.largest, enc, shots)
         model.mtp = None  # Teacher makes its own
         if cfg.correction.mass and model.cfg.vocab > 4096:
-            raise UserError(
-                f"--correct {cfg.correct} keeps whole laws: at most 4096 tokens in the vocabulary"
-            )
+            raise UserError(f"--correct {cfg.correct} keeps whole laws: a vocabulary of at most 4096 tokens")
         train_lm.fits(model.cfg, device)
-        if sum(task.most) > model.cfg.context:
+        longest = sum(task.most)
+        if longest > model.cfg.context:
             made = f"--init {cfg.init}: its weights were made for at most {model.cfg.context} tokens"
-            raise UserError(
-                f"{made}, a problem with its answer has {sum(task.most)}: fewer --shots, or --answer"
-            )
+            raise UserError(f"{made}, a problem with its answer has {longest}: fewer --shots, or --answer")
         return model, task
     task = TASKS[cfg.task](cfg.size, cfg.largest)
     sizes = {name: getattr(cfg, name) for name in MODEL}
@@ -563,13 +534,9 @@ def read_warm(cfg, given):
         raise UserError("--resume goes on from a checkpoint; --warm is for a new run")
     path = pathlib.Path(cfg.warm)
     saved = train_lm.load_checkpoint(path / "warm.pt" if path.is_dir() else path, ("model", "made"))
-    if isinstance(saved["made"], dict):
-        saved["made"] = {"init": "", "data": "", "answer": 0, **saved["made"]}  # of before
     if not isinstance(saved["made"], dict) or set(saved["made"]) != set(MADE):
         raise UserError(f"--warm {path}: the warm start of another version of train_rl.py")
-    for name, value in saved["made"].items():
-        if given.get(name, value) != value:
-            raise UserError(f"--warm {path} was made with {train_lm.flag(name)} {value}, not {given[name]}")
+    train_lm.agree(given, saved["made"], f"--warm {path} was made with")
     return saved, dataclasses.replace(cfg, **saved["made"])
 
 
@@ -579,9 +546,7 @@ def read_init(cfg, given):
         return cfg
     model, _ = train_lm.load_model(cfg.init)
     shape = {name: getattr(model.cfg, name) for name in MODEL}
-    for name, value in shape.items():
-        if given.get(name, value) != value:
-            raise UserError(f"--init {cfg.init} has {train_lm.flag(name)} {value}, not {given[name]}")
+    train_lm.agree(given, shape, f"--init {cfg.init} has")
     return dataclasses.replace(cfg, **shape, warm_steps=given.get("warm_steps", 0))
 
 
@@ -609,7 +574,8 @@ def engine(model, task, cfg, rows, temperature, sparse, module=None, share=None)
     of mtp.Decoder, where several processes answer.
     """
     compress = cfg.compress if sparse else None
-    if sparse and temperature and cfg.correction.replays:
+    how = cfg.correction
+    if sparse and temperature and ("kept" in how.reads or how.mass):  # the learner reads what was kept
         compress = Recorder(compress, sum(task.most))
     drafts = None if model.embed.weight.is_cuda or module is None else cfg.depths
     more = dict(mtp=module, K=cfg.depths, drafts=drafts, stop=task.stop, compress=compress, share=share)
@@ -643,11 +609,10 @@ class World:
         self.rank = rank
         self.size = size
 
-    def own(self, count, parts=1, rank=None):
-        """Which of `count` items are this process's, or another's: the same share of each of `parts`."""
-        size = count // parts
-        rank = self.rank if rank is None else rank
-        return [i for i in range(count) if i % size * self.size // size == rank]
+    def own(self, count, parts=1):
+        """Which of `count` items are this process's: of each of `parts` the rank-th share."""
+        run = count // parts // self.size
+        return [i for i in range(count) if i // run % self.size == self.rank]
 
     def mean(self, tensors):
         """Replace each tensor by its mean over the processes."""
@@ -663,8 +628,7 @@ class World:
             return x
         found = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(found, x.contiguous())
-        order = [i for rank in range(self.size) for i in self.own(self.size * len(x), parts, rank)]
-        return torch.cat(found)[torch.tensor(order, device=x.device).argsort()]
+        return torch.stack(found).unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 2)
 
     def copy_first(self, model):
         """All processes get the weights of process 0."""
@@ -808,6 +772,8 @@ class Teacher:
         self.cfg = cfg
         self.world = world
         self.room = sum(task.most)
+        if cfg.depths > self.room - 2:
+            raise UserError(f"--depths {cfg.depths}: a problem with its answer has only {self.room} tokens")
         self.answers = max(8, min(self.MOST, LOGITS // (self.room * len(weight))))
         self.module = mtp.MTP(train_lm.Block(model.cfg, 0), model.cfg.width, model.cfg.norm_eps).to(weight)
         self.optimizer = torch.optim.AdamW(
@@ -824,35 +790,34 @@ class Teacher:
         for i in range(rollouts):
             asked = problems(task, decoder.batch * self.world.size, cfg.seed, "equip", i)
             r = rollout(decoder, task, [asked[i] for i in self.world.own(len(asked))])
-            parts.append(self.padded(r.text, nn.functional.pad(r.mask, (1, 0))))
+            parts.append(self.padded(r.text, r.mask))
         # (rollouts N, room) each, of all processes
         text, mask = (self.world.gather(torch.cat(x), rollouts) for x in zip(*parts))
         rows = min(32, self.answers, decoder.batch)
-        quiet = lambda line: None
-        self.model.requires_grad_(False)
-        settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": quiet}
+        settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": lambda line: None}
         rate = mtp.equip(self.model, self.module, text, mask, **settings)  # (K,)
-        self.model.requires_grad_(True)
         took = f"{cfg.equip_steps} updates in {time.time() - start:.0f} s"
         say(f"equip    {took}: {1 + rate.sum():.2f} tokens per read expected")
 
-    def padded(self, *columns):
-        """(n, T) each -> (n, room), which is the same in every step."""
-        return [nn.functional.pad(x, (0, self.room - x.shape[1])) for x in columns]
+    def padded(self, text, *about):
+        """text (n, T); the others (n, T - 1), column t about token t + 1 -> (n, room) each, t about token t."""
+        end = self.room - text.shape[1]  # room is the same in every step, T is not
+        pad = nn.functional.pad
+        return [pad(text, (0, end)), *(pad(x, (1, end)) for x in about)]
 
     def teach(self, r, step):
         """After the policy's update, from its answers -> what there is to log.
 
         All processes learn the same, from answers of all.
         """
-        mask, old = (nn.functional.pad(x, (1, 0)) for x in (r.mask, r.old))  # (n, T) each
         advantage = sparse_rl.group_advantage(r.reward, self.cfg.group_size)  # (n,)
-        columns = [*self.padded(r.text, mask, old), advantage]
+        columns = [*self.padded(r.text, r.mask, r.old), advantage]
         columns = [self.world.gather(x, self.cfg.minibatches) for x in columns]  # of all N answers
         every = max(1, len(columns[0]) // self.answers)
         lesson = tuple(x[step % every :: every][: self.answers] for x in columns)
         most = self.ROLLOUTS if self.cfg.draft == "advantage" else 1
-        self.recent = [lesson, *self.recent][:most]
+        alike = [x for x in self.recent if x[0].shape == lesson[0].shape]  # not so after --resume --problems
+        self.recent = [lesson, *alike][:most]
         found = torch.stack([self.update(*lesson) for lesson in self.recent])  # (updates, 3)
         loss, norm, eta = found.mean(0).tolist()
         train_lm.look("in an update of the module", **{"draft loss": loss, "gradient": norm})
@@ -889,13 +854,14 @@ class Teacher:
 
     def state(self):
         """What a checkpoint keeps."""
-        recent = [list(lesson) for lesson in self.recent]
-        return {"module": self.module.state_dict(), "pupil": self.optimizer.state_dict(), "recent": recent}
+        own = {"module": self.module.state_dict(), "pupil": self.optimizer.state_dict()}
+        return {**own, "recent": self.recent}
 
     def load(self, folder, saved):
         train_lm.load_state(folder, self.module, saved.get("module"))
         train_lm.load_state(folder, self.optimizer, saved.get("pupil"))
-        self.recent = [tuple(lesson) for lesson in saved.get("recent", ())]
+        device = self.model.embed.weight.device  # a checkpoint is read on the CPU
+        self.recent = [tuple(x.to(device) for x in lesson) for lesson in saved.get("recent", ())]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -920,8 +886,8 @@ def train(cfg, given):
     cuda = device.type == "cuda"
     if not cuda:
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more would mostly wait for each other
-    check = lambda cfg: validate(cfg, world.size)
-    run, saved = train_lm.open_run(cfg, given, f"rl-{cfg.task}-{cfg.arm}", check, world.rank, world.size)
+    name = f"rl-{cfg.task}-{cfg.arm}"
+    run, saved = train_lm.open_run(cfg, given, name, validate, world.rank, world.size)
     cfg = run.cfg
 
     # 1) model, optimizer, engines
@@ -1032,9 +998,7 @@ def train(cfg, given):
             )
             run.progress(line.format(**log))
         found = test() if run.due(cfg.eval_every) and world.rank == 0 else None
-        signals = torch.tensor([float(len(run.signals))], device=device)
-        world.mean([signals])
-        stopping = signals.item() > 0
+        stopping = world.gather(torch.tensor([len(run.signals)], device=device)).any().item()
         if stopping or run.due(cfg.save_every):
             save()
         if stopping:
@@ -1089,25 +1053,22 @@ def finish(run, found, solved, saved, device):
     greedy = ", ".join(f"{share:.1%} with the {name.split('_')[0]} cache" for name, share in found.items())
     first, last = (np.mean(part or [0]) for part in (solved[:10], solved[-10:]))
     MiB = {name: f"{saved.get(name, 0) / 2**20:.1f} MiB" for name in ("policy", "module", "gqa", "asa")}
-    lines = [
-        f"bytes    {1 - saved['policy'] / saved['gqa']:.0%} of the full cache's {MiB['gqa']}: {MiB['policy']}"
-    ]
+    share = 1 - saved["policy"] / saved["gqa"]
+    lines = [f"bytes    {share:.0%} of the full cache's {MiB['gqa']}: {MiB['policy']}"]
     if cfg.attn == "gqa" and not cfg.init:
         lines[0] += f"; asa in its place: {MiB['asa']}"
+    reads, seconds, plain = (saved[name] for name in ("drafts_reads", "drafts_seconds", "plain_seconds"))
     if cfg.draft != "off":
         lines[0] += f"; the module that drafts has {MiB['module']}"
-        seconds, plain = saved["drafts_seconds"], saved["plain_seconds"]
         pays = "" if seconds < plain else "; on this machine drafts do not pay"
-        lines.append(
-            f"rounds   {1 - 1 / saved['drafts_reads']:.0%}: {saved['drafts_reads']:.2f} tokens per read"
-        )
-        lines.append(
-            f"seconds  {1 - seconds / plain:.0%}: a rollout in {seconds:.2f}, without drafts {plain:.2f}{pays}"
-        )
+        lines += [
+            f"rounds   {1 - 1 / reads:.0%}: {reads:.2f} tokens per read",
+            f"seconds  {1 - seconds / plain:.0%}: a rollout in {seconds:.2f}, without drafts {plain:.2f}{pays}",
+        ]
     peak = train_lm.peak_memory(device) if device.type == "cuda" else 0
     if peak:
         lines.append(f"(the allocator's peak, learner and all: {peak / 2**20:.0f} MiB)")
-    line, ok = verdict(cfg, found["dense_greedy"], solved, saved["drafts_reads"])
+    line, ok = verdict(cfg, found["dense_greedy"], solved, reads)
     return run.finished(
         f"\nresult   {cfg.task}, {cfg.rollout} rollouts, correction {cfg.corrects}: "
         f"{cfg.steps} steps of RL in {run.seconds:.0f} s",
