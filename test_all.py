@@ -2644,6 +2644,12 @@ def test_a_run_that_failed_can_be_begun_again():
                 out = ends(in_process(*QUICK, *good, "--steps", 3, "--name", name), 130)
             hint = re.search(r"saved; (--resume .*) continues", out)[1]
             succeeds(in_process(*shlex.split(hint)), what=hint)
+        # after the last step a signal ends the evaluation; --resume makes it good
+        for number in (signal.SIGINT, signal.SIGTERM):
+            ending = [*QUICK, *good, "--name", f"end{number}"]
+            with swapped(train_lm, "report", lambda *args: signal.raise_signal(number)):
+                ends(in_process(*ending), 130)
+            succeeds(in_process(*ending, "--resume"), "result   ")
 
 
 @slow

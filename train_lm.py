@@ -1361,6 +1361,11 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: self.signals.append(number))
 
+    def release_signals(self):
+        """The last step is saved: from here on a signal ends the program."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
     def advance(self, seconds):
         """A step is finished; it took so long."""
         self.step += 1
@@ -1552,6 +1557,7 @@ def train(cfg, given):
             return run.stopped()
 
     # 4) evaluation
+    run.release_signals()
     return report(run, data, model, found or evaluate(model, data, amp)) if rank == 0 else 0
 
 
@@ -1616,8 +1622,10 @@ def main(argv=None, work=train, **how):
     except FloatingPointError as e:  # a step, or a model, whose numbers are not finite
         say(f"stopped  {e}")
         return 1
-    except KeyboardInterrupt:  # before the first step; later a signal saves first
-        print("stopped  before the first step", file=sys.stderr)
+    except (
+        KeyboardInterrupt
+    ):  # before the first step or after the last one; between them a signal saves first
+        print("stopped  by a signal", file=sys.stderr)
         return 130
     except (OSError, MemoryError, RuntimeError) as e:
         reason = said_by(e)

@@ -1003,6 +1003,7 @@ def train(cfg, given):
             save()
         if stopping:
             return run.stopped()
+    run.release_signals()
     if world.rank:
         return 0
     report = savings(model, task, cfg, sampler)
