@@ -4643,7 +4643,7 @@ def test_rl_of_a_model_that_reads_text():
 
 
 def test_answers_end_whatever_a_tokenizer_joins():
-    """Llama 3's and Qwen's rule makes the full stop and the line's end one piece: a solved problem ends all the same."""
+    """Llama 3's rule joins the full stop and the line's end: a solved problem ends in the stop all the same."""
     ranks = {**{bytes([i]): i for i in range(256)}, b".\n": 256}
     special = {"<|endoftext|>": 257}
     joins = r"[.]\n|[\s\S]"
@@ -4655,7 +4655,7 @@ def test_answers_end_whatever_a_tokenizer_joins():
 
 
 def test_lessons_of_a_checkpoint_move_to_the_model():
-    """A checkpoint is read on the CPU; the module's last lessons go where the model is, those of another shape go."""
+    """A checkpoint is read on the CPU: lessons go where the model is, and those of another shape are left out."""
     model, r, cfg, _ = answered(depths=2, draft="advantage")
     r.old = r.sampler
     teacher = train_rl.Teacher(model, train_rl.Sums(3), cfg)

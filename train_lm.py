@@ -1622,9 +1622,7 @@ def main(argv=None, work=train, **how):
     except FloatingPointError as e:  # a step, or a model, whose numbers are not finite
         say(f"stopped  {e}")
         return 1
-    except (
-        KeyboardInterrupt
-    ):  # before the first step or after the last one; between them a signal saves first
+    except KeyboardInterrupt:  # before the first step or after the last; between them a signal saves first
         print("stopped  by a signal", file=sys.stderr)
         return 130
     except (OSError, MemoryError, RuntimeError) as e:
