@@ -1,6 +1,6 @@
 """Every claim of the code as a test.
 
-    python test_all.py               all tests but the longest, in 4 minutes on two cores
+    python test_all.py               all tests but the longest, in 5 minutes on two cores
     python test_all.py --quick       those that take a moment, in half a minute
     python test_all.py --all         the longest as well: every mode with 200,000 draws, a storm of kills
     python test_all.py -k WORD       those whose name contains WORD
