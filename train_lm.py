@@ -1000,6 +1000,7 @@ def read_gguf(path):
     It pairs channel 2i with 2i + 1 where we turn i and i + D/2: rows of q and k come back in our order.
     """
     gguf = package("gguf")
+    package("tokenizers")  # is missed before the file is read
     found = {}
     with reading(f"{path}: not a readable GGUF file"):
         file = gguf.GGUFReader(path)
@@ -1092,9 +1093,9 @@ def loaded(name, cfg, found, enc, device):
     for key, (_, own) in wanted.items():
         if key not in found:
             raise UserError(f"{name}: the weights lack {key}")
-        shape, said = found[key][0], tuple(own.shape)
-        if shape != said:
-            raise UserError(f"{name}: {key} has the shape {shape}, the config says {said}")
+        shape, _ = found[key]
+        if shape != own.shape:
+            raise UserError(f"{name}: {key} has the shape {shape}, the config says {tuple(own.shape)}")
     for key in found:
         spare = key.endswith("rotary_emb.inv_freq") or cfg.tied and key == "lm_head.weight"
         if key not in wanted and not spare:
