@@ -1,7 +1,7 @@
 """Draws base.png, needles.png, bytes.png and 340m.png in results/: `python results/figures.py`.
 
 base.png from base-*.jsonl, the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; the others from logs
-of attention_arms.py: attention-arms*.jsonl and attention-340m.jsonl.
+of attention_arms.py: attention-arms*.jsonl, attention-16k.jsonl and attention-340m.jsonl.
 """
 import json
 import math
