@@ -148,7 +148,8 @@ def depth_masks(mask, K):
 
     mask (B, T) of 0 and 1 -> [(B, T - k - 1) for k = 1..K].
     """
-    return [mask[:, 1:].unfold(1, k + 1, 1).prod(-1) for k in range(1, K + 1)]
+    windows = (mask[:, 1:].unfold(1, k + 1, 1) for k in range(1, K + 1))  # (B, T - k - 1, k + 1) each
+    return [window.prod(-1) for window in windows]
 
 
 def depths(states, head, p, mask, weight=None):

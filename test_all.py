@@ -4509,7 +4509,7 @@ def test_rl_of_a_model_that_reads_text():
 
 
 def test_answers_end_whatever_a_tokenizer_joins():
-    """Llama 3's rule joins the full stop and the line's end: a solved problem ends in the stop all the same."""
+    """Llama 3's rule lets '.\\n' be one token: a solved problem ends in the stop all the same."""
     ranks = {**{bytes([i]): i for i in range(256)}, b".\n": 256}
     special = {"<|endoftext|>": 257}
     joins = r"[.]\n|[\s\S]"

@@ -628,7 +628,8 @@ class World:
             return x
         found = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(found, x.contiguous())
-        return torch.stack(found).unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 2)
+        shares = torch.stack(found).unflatten(1, (parts, -1))  # (size, parts, n / parts, ..)
+        return shares.transpose(0, 1).flatten(0, 2)  # (size n, ..)
 
     def copy_first(self, model):
         """All processes get the weights of process 0."""
@@ -816,7 +817,8 @@ class Teacher:
         every = max(1, len(columns[0]) // self.answers)
         lesson = tuple(x[step % every :: every][: self.answers] for x in columns)
         most = self.ROLLOUTS if self.cfg.draft == "advantage" else 1
-        alike = [x for x in self.recent if x[0].shape == lesson[0].shape]  # not so after --resume --problems
+        # After --resume with another --problems the checkpoint's lessons have another number of rows.
+        alike = [x for x in self.recent if x[0].shape == lesson[0].shape]
         self.recent = [lesson, *alike][:most]
         found = torch.stack([self.update(*lesson) for lesson in self.recent])  # (updates, 3)
         loss, norm, eta = found.mean(0).tolist()

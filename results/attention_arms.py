@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import nsa  # noqa: E402
 import train_lm  # noqa: E402
 from latent_attention import GQA, RMSNorm, SlotCache, keys_of, merge_heads, rope, window_attention  # noqa: E402
-from side_by_side import logged, side_by_side  # noqa: E402
+from side_by_side import divided, logged, side_by_side  # noqa: E402
 
 MAIN = ["gqa", "nsa", "asa", "asa-R112", "nsa-n16", "window"]  # R 112: as wide as the keys and values it replaces
 
@@ -280,7 +280,7 @@ def main():
     parser.add_argument("--arms", nargs="+", default=MAIN, help="their names; those of the main table by default")
     parser.add_argument("--english", default="", help="another text, whose bits per byte are counted too")
     parser.add_argument("--table", help="only the table of this file")
-    own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+    own, extra = divided()
     given = parser.parse_args(own)
     if given.table:
         return table(given.table)

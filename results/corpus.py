@@ -2,8 +2,8 @@
 
     python results/corpus.py FOLDER [--megabytes 120]        200 text files; then python train_lm.py --data FOLDER/*.txt
 
-A file of 1 to 60 kB is taken once, however often it lies there. Its checksum says which text it joins, so that a machine with the same
-packages gets the same corpus; train_lm.py holds whole texts back to validate, and logs the corpus's size and hash.
+A file of 1 to 60 kB is taken once, however often it lies there. Its checksum says which text it joins, so that
+the same packages in the same places make the same corpus. train_lm.py holds every tenth text back to validate, and logs size and hash.
 """
 import argparse
 import pathlib

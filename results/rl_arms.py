@@ -16,7 +16,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
-from side_by_side import logged, side_by_side  # noqa: E402
+from side_by_side import divided, logged, side_by_side  # noqa: E402
 
 # An arm's name is CORRECTION, with the run's own sampler, or CORRECTION-COMPRESSOR-BUDGET-BUFFER-RECENT-SINKS-QUERIES. dense-...: what
 # dense rollouts train, read by that sampler.
@@ -107,7 +107,7 @@ def main():
     parser.add_argument("--arms", nargs="+", default=[], help="their names, see options(); all of them by default")
     parser.add_argument("--warm", help="a run whose warm start is taken instead of making one")
     parser.add_argument("--table", help="only the table of this file")
-    own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+    own, extra = divided()
     given = parser.parse_args(own)
     if given.table:
         return table(given.table)

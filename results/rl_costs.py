@@ -16,13 +16,13 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_rl  # noqa: E402
-from side_by_side import logged  # noqa: E402
+from side_by_side import divided, logged  # noqa: E402
 
 ARMS = "none none dense both released center center_tis twin center_twin answer replay none".split()
 
 
 def main():
-    own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+    own, extra = divided()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/costs.jsonl"), help="the file")
     parser.add_argument("--warm", required=True, help="a run whose warm start is taken")

@@ -21,6 +21,7 @@ import sparse_rl  # noqa: E402
 import train_lm  # noqa: E402
 import train_rl  # noqa: E402
 from rl_shadow import begin  # noqa: E402
+from side_by_side import divided  # noqa: E402
 
 
 def gradients(model, r, cfg, recorder):
@@ -99,7 +100,7 @@ def table(files):
 
 
 def main():
-    own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+    own, extra = divided()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--table", nargs="+")
     parser.add_argument("--out", default="out/drift.jsonl")

@@ -32,7 +32,7 @@ def curve(entries, name):
 
 
 def draw(figure_name, rows):
-    figure, grid = plt.subplots(len(rows), 4, figsize=(18, 4 * len(rows)), squeeze=False)
+    figure, grid = plt.subplots(len(rows), 4, figsize=(14, 3 * len(rows)), squeeze=False)
     for axes, (log, label) in zip(grid, rows.items()):
         arms = rl_arms.read(HERE / f"{log}.jsonl")
         for i, arm in enumerate(SHOWN):
@@ -43,9 +43,9 @@ def draw(figure_name, rows):
             axis.grid(alpha=0.3)
         axes[0].set(ylabel=label)
         axes[3].set(yscale="log", ylim=(1e-4, 3))
-        axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(HERE / f"{figure_name}.png", dpi=110)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(SHOWN), fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / len(rows) / 3))
+    figure.savefig(HERE / f"{figure_name}.png", dpi=80)
 
 
 def band(axes, seeds, label, color):

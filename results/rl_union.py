@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import train_lm  # noqa: E402
 import train_rl  # noqa: E402
 from rl_arms import work  # noqa: E402
+from side_by_side import divided  # noqa: E402
 
 MODELS = {"gqa": ["--attn", "gqa"], "asa": ["--attn", "asa", "--groups", 2, "--rollout", "dense"]}
 CACHES = {
@@ -136,7 +137,7 @@ def table(files):
 
 
 def main():
-    own, extra = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+    own, extra = divided()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("stage", choices=("warm", "cells", "batches", "measure", "table"))
     parser.add_argument("files", nargs="*", help="of table")

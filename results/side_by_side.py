@@ -2,9 +2,17 @@
 import contextlib
 import json
 import multiprocessing
+import sys
 import time
 
 import torch
+
+
+def divided():
+    """The command line -> the words before --, which are a script's own, and those after it, which it hands on."""
+    argv = sys.argv[1:]
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
 
 
 def worker(jobs, work, gpu):
