@@ -174,23 +174,31 @@ def work(name, folder, arm, words, english):
 
 @torch.no_grad()
 def more(folder, english):
-    """Of a finished run: bits per byte of another text, needles found by length and depth, bytes of its cache."""
+    """Of a finished run: bits per byte of more code and of another text, needles found by length and depth, bytes of its cache."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, cfg, _ = train_lm.load_run(folder, device)
     data = train_lm.Data(cfg, train_lm.tokenizer(cfg.tokenizer), folder)
     amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=device.type == "cuda")
     T = cfg.context
-    found = {"kv": model.new_cache(1, T, dtype=torch.bfloat16, device="cpu").nbytes / T, "needles": {}}
-    if english:
-        told = open(english, encoding="utf-8").read()[: 40 * T]
-        text = np.array(data.enc.encode_ordinary(told))  # (tokens,)
-        rows = torch.from_numpy(text[: len(text) // (T + 1) * (T + 1)].reshape(-1, T + 1)).to(device)  # (rows, T + 1)
+
+    def bits(rows):
+        """rows (n, T + 1) -> bits of a token."""
         nats = []
-        for part in rows.split(cfg.micro):
+        for part in rows.to(device).split(cfg.micro):
             with amp():
                 logits = model(part[:, :-1])  # (b, T, V)
             nats.append(F.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none"))
-        found["english"] = torch.cat(nats).mean().item() / math.log(2) * len(text) / len(told.encode())
+        return torch.cat(nats).mean().item() / math.log(2)
+
+    found = {"kv": model.new_cache(1, T, dtype=torch.bfloat16, device="cpu").nbytes / T, "needles": {}}
+    rng = np.random.default_rng(0)  # the same crops for all seeds, eight times as many as train_lm.py reads at long contexts
+    crops = torch.from_numpy(np.stack([data.crop("val", rng, T) for _ in range(128)]))  # (128, T + 1)
+    found["code"] = bits(crops) / data.bytes_per_token
+    if english:
+        told = open(english, encoding="utf-8").read()[: 40 * T]
+        text = torch.tensor(data.enc.encode_ordinary(told))  # (tokens,)
+        rows = text[: len(text) // (T + 1) * (T + 1)].view(-1, T + 1)  # (n, T + 1)
+        found["english"] = bits(rows) * len(text) / len(told.encode())
     length = T
     while length >= max(64, T // 16):
         found["needles"][length] = [needles(model, data, amp, length, depth) for depth in range(8)]
@@ -219,7 +227,7 @@ def needles(model, data, amp, length, depth, documents=32):
 
 
 KEPT = ("bpb bpb_by_position recall_inside recall_beyond recall_by_distance tokens_per_second peak_bytes parameters hardware options "
-        "final kv needles english seconds data").split()  # fmt: skip
+        "final kv needles code english seconds data").split()  # fmt: skip
 
 
 def gather(folder, jobs, out):
@@ -253,6 +261,7 @@ def table(path):
         "bits per byte": lambda e: e["bpb"],
         "first quarter": lambda e: e["bpb_by_position"][0],
         "last quarter": lambda e: e["bpb_by_position"][-1],
+        "128 contexts": lambda e: e.get("code", math.nan),
         "English": lambda e: e.get("english", math.nan),
         "recall inside": lambda e: e["recall_inside"][0],
         "recall beyond": lambda e: e["recall_beyond"][0],

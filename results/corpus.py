@@ -40,9 +40,10 @@ def main():
         left -= len(code)
         texts[checksum % TEXTS].append(code)
     given.folder.mkdir(parents=True, exist_ok=True)
+    texts = [some for some in texts if some]
     for i, some in enumerate(texts):
         (given.folder / f"{i:03}.txt").write_bytes(b"\n".join(some))
-    print(f"{len(seen)} files, {given.megabytes * 10**6 - left:,} bytes in {TEXTS} texts: {given.folder}")
+    print(f"{len(seen)} files, {given.megabytes * 10**6 - left:,} bytes in {len(texts)} texts: {given.folder}")
 
 
 if __name__ == "__main__":
