@@ -614,7 +614,7 @@ class Decoder:
         state = self.state
         text = state.text.new_zeros(len(prompts), state.text.shape[1])  # (N, width)
         logp = state.logp.new_zeros(text.shape)  # (N, width)
-        lengths = torch.zeros(len(prompts), dtype=torch.long, pin_memory=self.cuda)  # (N,)
+        ends = [0] * len(prompts)
         owner = {}  # row -> the prompt that it answers
         looks = []  # at segments that were started, each with the owners of its time
         g = self.pace.choose()
@@ -629,34 +629,34 @@ class Decoder:
                 owner.update((row, todo.pop()) for row in free)
                 chosen = [prompts[owner[row]] for row in free]
                 self.fill(free, chosen, [min(len(p) + new, self.max_len) for p in chosen], at_once)
-            looks.append((dict(owner), self.segment(g)))
+            looks.append((dict(owner), *self.segment(g)))
             # A look one segment late spares a GPU the wait for the host. Where no prompt waits for a row, it
             # would only keep all rows at work for nothing.
             late = self.cuda and bool(todo)
             while len(looks) > late:
-                then, look = looks.pop(0)
-                active, known = look()
-                ended = [row for row, i in then.items() if owner.get(row) == i and not active[row]]
-                if not ended:
-                    continue
-                pairs = [[row, owner.pop(row)] for row in ended]
-                pairs = torch.tensor(pairs, pin_memory=self.cuda)  # (ended, 2)
-                lengths[pairs[:, 1]] = torch.tensor([int(known[row]) for row in ended])
-                row, i = pairs.to(self.device, non_blocking=True).unbind(1)  # (ended,) each
-                text[i] = state.text[row]  # the row will hold another text
-                logp[i] = state.logp[row]
-        T = int(lengths.max())
-        lengths = lengths.to(self.device, non_blocking=True)[:, None]  # (N, 1)
-        given = torch.tensor([[len(p)] for p in prompts], pin_memory=self.cuda)
-        given = given.to(self.device, non_blocking=True)  # (N, 1)
+                then, told, done = looks.pop(0)
+                if done:
+                    done.synchronize()
+                active, known = told.tolist()
+                ended = [(row, i) for row, i in then.items() if owner.get(row) == i and not active[row]]
+                for row, i in ended:
+                    del owner[row]
+                    ends[i] = known[row]
+                if ended:
+                    row, i = self.send(torch.tensor(ended)).unbind(1)  # (ended,) each
+                    text[i] = state.text[row]  # the row will hold another text
+                    logp[i] = state.logp[row]
+        spans = torch.tensor([[len(p), end] for p, end in zip(prompts, ends)])  # (N, 2)
+        start, end = self.send(spans).split(1, dim=1)  # (N, 1) each
+        T = max(ends)
         at = torch.arange(T, device=self.device)
-        mask = (at >= given) & (at < lengths)  # (N, T)
+        mask = (at >= start) & (at < end)  # (N, T)
         logp = logp[:, :T].masked_fill(~mask, 0)  # (N, T)
         if not logp.isfinite().all():
             raise FloatingPointError("log-probabilities are not finite: the model's weights are broken")
         if not self.cold:
             self.pace.update(g, 1e3 * (time.perf_counter() - began) / max(1, int(mask.sum())))
-        return Answers(text[:, :T].masked_fill(at >= lengths, 0), logp, mask)
+        return Answers(text[:, :T].masked_fill(at >= end, 0), logp, mask)
 
     def restart(self, drafter=None):
         """Before a new list of prompts, with a drafter or None. The weights may have changed."""
@@ -673,19 +673,16 @@ class Decoder:
         state = self.state
         lengths = [len(p) for p in prompts]
         longest = max(lengths)
-        # One copy that the host need not wait for: is a row new, its prompt's length, its limit, its prompt.
-        host = torch.zeros(self.batch, 3 + longest, dtype=torch.long, pin_memory=self.cuda)
-        host[rows, :3] = torch.tensor([[1, *pair] for pair in zip(lengths, limits)])
-        host[rows, 3:] = nn.utils.rnn.pad_sequence([p.cpu() for p in prompts], batch_first=True)
-        new = host.to(self.device, non_blocking=True)  # (B, 3 + longest)
-        fresh = new[:, :1] > 0  # (B, 1)
-        self.fresh.copy_(fresh[:, 0])
-        known = new[:, 1] if at_once else torch.ones_like(state.known)  # (B,)
-        for mine, value in ((state.known, known), (state.given, new[:, 1]), (state.limit, new[:, 2])):
-            mine.copy_(torch.where(self.fresh, value, mine))
-        text = state.text[:, :longest]  # (B, longest)
-        text.copy_(torch.where(fresh, new[:, 3:], text))
-        state.active.logical_or_(self.fresh)
+        about = torch.tensor([*zip(rows, lengths, limits)])  # (rows, 3)
+        text = nn.utils.rnn.pad_sequence([p.cpu() for p in prompts], batch_first=True)  # (rows, longest)
+        new = self.send(torch.cat([about, text], dim=1))  # (rows, 3 + longest), in one copy
+        row, given, limit = new[:, :3].unbind(1)  # (rows,) each
+        self.fresh.zero_().index_fill_(0, row, True)
+        state.active.index_fill_(0, row, True)
+        state.known[row] = given if at_once else torch.ones_like(given)
+        state.given[row] = given
+        state.limit[row] = limit
+        state.text[row, :longest] = new[:, 3:]
         self.cache.rollback(self.cache.seen.masked_fill(self.fresh, 0))
         if self.drafter:
             self.drafter.forget(self.fresh)
@@ -698,22 +695,15 @@ class Decoder:
             self.run(self.read, start, stop)
 
     def segment(self, g):
-        """Start a few rounds -> a function that waits for them: which rows are active, how long each is."""
+        """Start a few rounds -> which rows are active, how long each is (2, B); valid after the event, if any."""
         n = (self.SEGMENT + 1) // 2 if g else self.SEGMENT  # with drafts it is longer, and rows end sooner
         self.run(self.rounds, g, n)
-        result = torch.cat([self.state.active, self.state.known])  # (2 B,)
-        host = torch.empty(result.shape, pin_memory=self.cuda).copy_(result, non_blocking=True)
-        if self.cuda:
-            done = torch.cuda.Event()
-            done.record()
+        told = torch.stack([self.state.active, self.state.known]).to("cpu", non_blocking=self.cuda)  # (2, B)
+        return told, torch.cuda.current_stream().record_event() if self.cuda else None
 
-        def look():
-            if self.cuda:
-                done.synchronize()
-            active, known = host.view(2, self.batch).tolist()
-            return active, known
-
-        return look
+    def send(self, x):
+        """A tensor of the host to the device, in a copy for which the host does not wait."""
+        return (x.pin_memory() if self.cuda else x).to(self.device, non_blocking=self.cuda)
 
     # -- counts
 

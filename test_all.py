@@ -2691,6 +2691,11 @@ def test_data_are_what_was_said():
         (tmp / "wide.txt").write_bytes(("some words\n" * 300).encode("utf-16"))
         out = succeeds(in_process(*good[:-4], "--steps", 1, "--data", tmp / "wide.txt", "--name", "wide"))
         assert "places the texts are not UTF-8" in out
+        many = [tmp / f"{i:02}.txt" for i in range(20)]
+        for path in many:
+            path.write_text("some words\n" * 300)
+        out = succeeds(in_process(*good[:-4], "--steps", 1, "--data", *many, "--name", "many"))
+        assert f"data {many[0]} .. {many[-1]} (20)" in out, "hundreds of files would fill the screen"
 
 
 def opened_data(folder):

@@ -214,7 +214,9 @@ def flag(name):
 
 
 def listed(values):
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    """Names and values in one line; of a long list, such as hundreds of files, its ends and its length."""
+    short = lambda x: f"{x[0]} .. {x[-1]} ({len(x)})" if isinstance(x, (list, tuple)) and len(x) > 3 else x
+    return ", ".join(f"{name} {short(value)}" for name, value in values.items())
 
 
 def parse(argv, config=Config, presets=PRESETS, script="train_lm.py", doc=__doc__):
