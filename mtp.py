@@ -121,10 +121,11 @@ class MTP(nn.Module):
 def law(logits, temperature):
     """The distribution that is sampled from: softmax(logits / temperature) in fp32 or better.
 
-    At temperature 0 all mass is on the best token. Where a logit is nan, all of the law is.
+    Below temperature 1e-6, where the quotient could overflow, all mass is on the best token. Where a logit is
+    nan, all of the law is.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if temperature == 0:
+    if temperature < 1e-6:
         best, index = logits.to(dtype).max(-1, keepdim=True)  # (..., 1) each; max finds a nan
         return F.one_hot(index[..., 0], logits.shape[-1]) + (best - best)
     return (logits.to(dtype) / temperature).softmax(-1)

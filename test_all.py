@@ -2543,6 +2543,9 @@ def test_broken_weights_are_refused():
     raises(ValueError, "new must be", decoder.generate, prompts_of(model, 3), -1)
     for wrong in (math.nan, -1.0, math.inf):
         raises(ValueError, "temperature", mtp.Decoder, model, 1, 20, temperature=wrong)
+    prompt = prompts_of(model, 3)
+    say = lambda t: mtp.Decoder(model, 1, 20, temperature=t).generate(prompt, 9)[0][0]
+    assert torch.equal(say(0), say(1e-40)), "logits / 1e-40 overflow"
     for attn in KINDS:  # the cache takes the model's dtype
         model = LM(tiny(attn)).bfloat16()
         [(text, _)] = mtp.Decoder(model, 1, 40).generate(prompts_of(model, 9), 5)
