@@ -4954,6 +4954,18 @@ def test_every_file_answers_help():
             groups = [f.metadata["group"] for f in dataclasses.fields(config) if f.metadata["group"]]
             assert all(re.search(rf"^{group}:$", out, re.M) for group in groups), f"{script}: {groups}\n{out}"
     succeeds(run("--help", script="latent_attention.py"), "latent", what="the same from the shell")
+    for path in sorted((HERE / "results").glob("*.py")):
+        text = path.read_text()
+        absent = [
+            name
+            for name in ("matplotlib", "transformers", "triton")
+            if importlib.util.find_spec(name) is None
+        ]
+        if '"__main__"' in text and not any(
+            f"import {name}" in text or f"from {name}" in text for name in absent
+        ):
+            code, out, err = as_main(path, "--help")
+            assert code == 0 and path.name in out, f"{path}: {code}\n{out}{err}"
 
 
 def test_formatter_leaves_everything_as_it_is():

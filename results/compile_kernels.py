@@ -4,6 +4,7 @@ The interpreter, in which the tests run on a CPU, forgives what the compiler doe
 no such product. Here a training step and a decoding step of each kind of attention call their kernels as on a GPU, and Triton compiles
 them down to machine code and runs none. So the numbers mean nothing. Triton's driver is replaced by one that knows no more than the target.
 """
+import argparse
 import collections
 import pathlib
 import sys
@@ -58,6 +59,7 @@ def steps(attn, dtype, **more):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     driver.set_active(Nothing())
     jit.JITFunction.run = only_compiled(jit.JITFunction.run)
     kernels.usable = lambda x: x.dtype != torch.float64

@@ -3,6 +3,7 @@
 base.png from base-*.jsonl, the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; the others from logs
 of attention_arms.py: attention-arms*.jsonl, attention-16k.jsonl and attention-340m.jsonl.
 """
+import argparse
 import json
 import math
 import pathlib
@@ -122,6 +123,7 @@ def base():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     base()
     needles()
     large()

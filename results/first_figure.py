@@ -7,6 +7,7 @@ Three claims, one panel each, read from the committed logs:
     3) RL          rl-center.jsonl: problems solved over 150 steps, three seeds of each arm; the band is from the worst to the best
 """
 
+import argparse
 import pathlib
 import re
 
@@ -118,4 +119,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     main()

@@ -5,6 +5,7 @@
 
 RUN: the folder of a run of train_rl.py that made a warm start; that samples. On a CPU about 20 seconds a line.
 """
+import argparse
 import pathlib
 import sys
 
@@ -57,11 +58,12 @@ def main(run, *tried, problems=256):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__, file=sys.stderr)
-        sys.exit(2)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", help="the folder of a run of train_rl.py that made a warm start")
+    parser.add_argument("tried", nargs="*", help="compressors such as rkv-22-4-18-0-4; those of TRIED by default")
+    given = parser.parse_args()
     try:
-        main(*sys.argv[1:])
+        main(given.run, *given.tried)
     except train_lm.UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,6 @@
 """Draws rl-arms.png, rl-center.png and rl-small.png from the logs of rl_arms.py, rl-drift.png from rl-drift-seeds.jsonl of rl_drift.py:
 `python results/rl_figures.py`. Needs matplotlib."""
+import argparse
 import json
 import pathlib
 
@@ -92,6 +93,7 @@ def drift():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     drift()
     for figure_name, rows in FIGURES.items():
         draw(figure_name, rows)

@@ -1,4 +1,5 @@
 """Draws rl-union.png from the logs of rl_union.py and rl_shadow.py: `python results/union_figure.py`. Needs matplotlib."""
+import argparse
 import collections
 import json
 import pathlib
@@ -68,6 +69,7 @@ def acceptance(axis, entries):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     read = lambda name: [json.loads(line) for line in open(HERE / name)]
     figure, axes = plt.subplots(2, 2, figsize=(12.5, 8))
     axes = axes.flatten()
