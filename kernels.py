@@ -1,8 +1,9 @@
 """Fast paths on a GPU, in Triton: rotation, sparse attention with its gradients, and what decoding does.
 
 The definitions are the functions under `@fast_path` in latent_attention.py, nsa.py and mtp.py. A function
-of the same name here takes the same arguments and gives the same result, but touches memory less often.
-test_all.py compares every pair, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
+of the same name here takes the same arguments and gives the same result, but touches memory less often. Where
+there is none (`draw` and `commit` of mtp.py) torch.compile makes it. test_all.py compares every pair that is
+written here, on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 
 What moves: the h heads of a group read the same keys. A program keeps a tile of queries x h heads on the
 chip and walks through the keys that they may read: load keys and values, multiply, add up. A key is loaded
@@ -30,14 +31,16 @@ anew for every list that names it: at 64k tokens and n l' = 1024 these are 137 G
               read it: positions say which these are, or the entries of the lists, sorted by block.
 
 Sums are taken in a fixed order, so two runs give the same bits, with one exception: where 64 rows or more
-read one list, dk and dv are added up by atomics, which is 1.4 times as fast (results/kernels.md). There
-torch.use_deterministic_algorithms(True) brings the fixed order back. No preset has so many heads.
+(heads rounded up to a power of 2) read one list, dk and dv are added up by atomics, which is 1.4 times as
+fast (results/kernels.md). There torch.use_deterministic_algorithms(True) brings the fixed order back. No
+preset has so many heads.
 A key may be [k ; k2], where all groups may share k2 (the rotary key). The value may be k itself (a latent):
 one load serves both.
 What lies behind the end of a shorter row is never read by what lies before it.
 
 Limits: widths up to 256, 64 heads in a group (32 where 4 queries share a list), blocks of 16 to 128 tokens;
-in a cache any width and 128 heads. Does NOT include: FP8, paging, several texts in one row.
+in a cache 128 heads. What does not fit into the GPU's shared memory is left to the definition, too. Tensors
+lie on the current device. Does NOT include: FP8, paging, several texts in one row.
 `python kernels.py` compares with dense attention; results/bench_kernels.py takes times. This is not the
 package `kernels` on PyPI. Read first: latent_attention.py and nsa.py.
 
@@ -87,6 +90,11 @@ PAIRS = {}  # name -> (definition, fast function)
 
 class Refused(ValueError):
     """A fast function cannot take these arguments; raised before anything is launched or written."""
+
+
+# What leaves the work to the definition: also a tile too large for the GPU's shared memory, which Triton says
+# before it launches
+CANNOT = (Refused,) if triton is None else (Refused, triton.OutOfResources)
 
 
 @functools.cache
@@ -168,7 +176,7 @@ def fast_path(definition):
         if tensors and all(usable(x) for x in tensors):
             try:
                 return PAIRS[name][1](*args, **more)
-            except Refused:
+            except CANNOT:
                 pass
         return definition(*args, **more)
 
@@ -184,6 +192,10 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
     H = q.shape[1]
     G = keys.k.shape[1]
     given = [x for x in (keys.k, keys.k2, keys.v) if x is not None]
+    if len(q) != len(keys.k) or q.shape[3] != sum(x.shape[3] for x in given[: 1 + (keys.k2 is not None)]):
+        raise Refused(f"queries {tuple(q.shape)} and keys {tuple(keys.k.shape)} do not fit")
+    if len(q) * G > 65535:
+        raise Refused(f"{len(q)} rows of {G} groups: the second axis of a grid ends at 65,535")
     if H % G or H // G > most:
         raise Refused(f"{H} heads in {G} groups: a group has 1 to {most} heads")
     if H // G * queries > 128:
@@ -228,8 +240,9 @@ def rope_kernel(
     row = t[:, None].to(tl.int64)
     first = tl.program_id(0) % parts * HEADS
     for h in range(first, tl.minimum(first + HEADS, H)):
-        at = x + b * strides[0] + h * strides[1] + row * strides[2]
-        to = out + b * to_strides[0] + h * to_strides[1] + row * to_strides[2]
+        head = tl.cast(h, tl.int64)
+        at = x + b * strides[0] + head * strides[1] + row * strides[2]
+        to = out + b * to_strides[0] + head * to_strides[1] + row * to_strides[2]
         if D > 0:
             tl.store(to + d, tl.load(at + d, mask=still), mask=still)
         at += D + i[None, :]
@@ -284,11 +297,11 @@ def rope(x, pos, base=10000.0, factor=1.0, still=0):
 # ------------------------------------------------------------------------------------------------------------
 # 3) Steps that all attention shares
 
-# keys [k ; k2] and values, or their gradients. What does not exist is k once more.
+# keys [k ; k2] and values, or their gradients; in place of a part that does not exist stands k, never read
 KV = namedtuple("KV", "k k2 v")
 # heads of a group; widths of k, k2 (0: there is none) and v; SHARED: the value is k
-# FAN: so many programs share a group's heads, and count as groups of h heads each; ROW: G where k and v lie
-# as (B, S, G, ..), as a matrix makes them, else 1
+# FAN: so many programs share a group's heads; each counts as a group of its own, of h heads
+# ROW: G if k and v lie as (B, S, G, ..), as a matrix product makes them, else 1
 Widths = namedtuple("Widths", "h HP DK PK D2 P2 DV PV SHARED FAN ROW", defaults=(1, 1))
 # what a program works on at once: BQ queries, BM rows, BN keys. BLOCK tokens in a block, NP >= n,
 # SPLITS: programs that share the keys of a decoding step
@@ -367,7 +380,7 @@ def load_values(keys, b, s, ok, w, ALL=False):
 
 @jit
 def dot(a, b, w):
-    """[a ; a2] [b ; b2]^T."""
+    """[a ; a2] [b ; b2]^T -> rows of a x rows of b."""
     c = tl.dot(a[0], tl.trans(b[0]), input_precision=EXACT)
     if w.D2 > 0:
         c = tl.dot(a[1], tl.trans(b[1]), c, input_precision=EXACT)
@@ -379,10 +392,10 @@ def rows_of_tile(rule, w, tile):
     """This program's group and tile; of its rows (BM,) position t, row in the group, which of them exist."""
     bg = tl.program_id(1).to(tl.int64)
     i = tl.num_programs(0) - 1 - tl.program_id(0)  # long walks first
-    m = tl.arange(0, tile.BM)
-    t = i * tile.BQ + m // w.HP
-    head = m % w.HP
-    ok = (head < w.h) & (m // w.HP < tile.BQ) & (t < rule.T)
+    m = tl.arange(0, tile.BM)  # (BM,)
+    t = i * tile.BQ + m // w.HP  # (BM,)
+    head = m % w.HP  # (BM,)
+    ok = (head < w.h) & (m // w.HP < tile.BQ) & (t < rule.T)  # (BM,)
     return bg, i, t, row_of(t, head, rule, w), ok
 
 
@@ -410,8 +423,9 @@ def rows_of_group(x, bg, rule, w):
 @jit
 def of_group(keys, bg, rule, w):
     """Where the keys and values of a group begin."""
-    k2 = keys.k2 + (bg // rule.G * rule.G2 + bg % rule.G2) * rule.S * w.D2  # with a FAN G2 is 1
-    row = first_key(bg // w.FAN, rule, w)
+    own = bg // w.FAN
+    k2 = keys.k2 + (bg // rule.G * rule.G2 + own % rule.G2) * rule.S * w.D2
+    row = first_key(own, rule, w)
     return KV(keys.k + row * w.DK, k2, keys.v + row * w.DV)
 
 
@@ -440,7 +454,7 @@ def softmax_step(a, keys, s, ok, see, scale, o, w, ALL):
     p = tl.exp2(score * scale - new[:, None])  # (BM, BN)
     if not ALL:
         p = tl.where(see, p, 0.0)
-    fade = tl.exp2(top - new)
+    fade = tl.exp2(top - new)  # (BM,)
     values = load_values(keys, b, s, ok, w, ALL)  # (BN, PV)
     mean = tl.dot(p.to(values.dtype), values, mean * fade[:, None], input_precision=EXACT)
     return (new, total * fade + tl.sum(p, 1), mean), score
@@ -464,7 +478,7 @@ def slopes(a, b, x, y, norm, inner, key, low, high, scale, unit, w, ALL):
     query reads the keys from low to high - 1; this mask is made late, because registers are short before.
     unit is scale where dk is added up beside dv, for both may be one sum; dq takes it at the end.
     """
-    p = tl.exp2(dot(a, b, w) * scale - norm)
+    p = tl.exp2(dot(a, b, w) * scale - norm)  # rows of a x rows of b
     if not ALL:
         p = tl.where((key >= low) & (key < high), p, 0.0)
     return p, p * unit * (tl.dot(x, tl.trans(y), input_precision=EXACT) - inner)
@@ -473,9 +487,9 @@ def slopes(a, b, x, y, norm, inner, key, low, high, scale, unit, w, ALL):
 @jit
 def query_slopes(x, row, ok, w):
     """Of query rows: do (BM, PV), lse (BM, 1), and delta = do . o (BM, 1), kept for the keys' turn."""
-    douts = load_rows(x.dout, row, ok, w.DV, w.PV, w.DV)
-    outs = load_rows(x.out, row, ok, w.DV, w.PV, w.DV)
-    inner = tl.sum(douts.to(tl.float32) * outs.to(tl.float32), 1)
+    douts = load_rows(x.dout, row, ok, w.DV, w.PV, w.DV)  # (BM, PV)
+    outs = load_rows(x.out, row, ok, w.DV, w.PV, w.DV)  # (BM, PV)
+    inner = tl.sum(douts.to(tl.float32) * outs.to(tl.float32), 1)  # (BM,)
     tl.store(x.delta + row, inner, mask=ok)
     norm = tl.load(x.lse + row, mask=ok, other=float("inf"))
     return douts, norm[:, None], inner[:, None]
@@ -483,7 +497,10 @@ def query_slopes(x, row, ok, w):
 
 @jit
 def query_step(a, r, keys, s, ok, low, high, scale, grads, w, ALL):
-    """Adds what the keys in rows s give to dq (BM, PK), dq2 (BM, P2); r is of query_slopes -> they, p, ds."""
+    """Adds what the keys in rows s give to dq (BM, PK) and dq2 (BM, P2) -> the two sums, p and ds (BM, BN).
+
+    r: what query_slopes gave.
+    """
     gq, gq2 = grads
     b = load_keys(keys, s, ok, w, ALL)
     values = load_values(keys, b, s, ok, w, ALL)  # (BN, PV)
@@ -514,10 +531,10 @@ def no_gradients(BN, w):
 def key_step(b, values, x, row, ok, key, low, high, scale, grads, w, ALL):
     """Adds what the queries in these rows give to dk (BN, PK), dk2 (BN, P2) and dv (BN, PV)."""
     gk, gk2, gv = grads
-    a = load_queries(x.q, row, ok, w)
+    a = load_queries(x.q, row, ok, w)  # (BM, PK), (BM, P2)
     douts = load_rows(x.dout, row, ok, w.DV, w.PV, w.DV)  # (BM, PV)
-    norm = tl.load(x.lse + row, mask=ok, other=float("inf"))[None, :]
-    inner = tl.load(x.delta + row, mask=ok, other=0)[None, :]
+    norm = tl.load(x.lse + row, mask=ok, other=float("inf"))[None, :]  # (1, BM)
+    inner = tl.load(x.delta + row, mask=ok, other=0)[None, :]  # (1, BM)
     unit = scale * LN_2  # without log2(e)
     p, ds = slopes(b, a, values, douts, norm, inner, key, low, high, scale, unit, w, ALL)  # (BN, BM)
     ds = ds.to(douts.dtype)
@@ -636,7 +653,7 @@ def dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CUT: con
     block = (piece // rule.parts % blocks).to(tl.int32)
     s = block * tile.BN + tl.arange(0, tile.BN)
     keys = of_group(keys, bg, rule, w)
-    b = load_keys(keys, s, s < rule.S, w)
+    b = load_keys(keys, s, s < rule.S, w)  # (BN, PK), (BN, P2)
     values = load_values(keys, b, s, s < rule.S, w)  # (BN, PV)
     x = rows_of_group(x, bg, rule, w)
     grads = no_gradients(tile.BN, w)
@@ -672,7 +689,10 @@ def blocks_in(lists, n, NP):
 
 @jit
 def list_bounds(lists, n, tile):
-    """Of the keys of a list's blocks, one behind the other: only the last, the own one, needs a mask."""
+    """-> 0, edge, end of the keys of a list's blocks, one behind the other.
+
+    Behind edge lies the last block, the own one: only there a mask is needed.
+    """
     BN: constexpr = tile.BN
     count = blocks_in(lists, n, tile.NP)
     return 0, tl.maximum(count - 1, 0) * tile.BLOCK // BN * BN, count * tile.BLOCK
@@ -725,9 +745,9 @@ def add_keys(to, bg, rule, s, p, ds, a, douts, scale, w):
     row = bg * rule.S + s
     ok = s < rule.S
     unit = scale * LN_2  # without log2(e)
-    ds = tl.trans(ds)
-    gk = tl.dot(ds, a[0], input_precision=EXACT) * unit
-    gv = tl.dot(tl.trans(p.to(douts.dtype)), douts, input_precision=EXACT)
+    ds = tl.trans(ds)  # (BN, BM)
+    gk = tl.dot(ds, a[0], input_precision=EXACT) * unit  # (BN, PK)
+    gv = tl.dot(tl.trans(p.to(douts.dtype)), douts, input_precision=EXACT)  # (BN, PV)
     if w.SHARED:
         add_rows(to.k, row, ok, gk + gv, w.DK, w.PK)
     else:
@@ -775,14 +795,14 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
     bg = owner // blocks
     s = (owner % blocks).to(tl.int32) * tile.BN + tl.arange(0, tile.BN)
     keys = of_group(keys, bg, rule, w)
-    b = load_keys(keys, s, s < rule.S, w)
+    b = load_keys(keys, s, s < rule.S, w)  # (BN, PK), (BN, P2)
     values = load_values(keys, b, s, s < rule.S, w)  # (BN, PV)
     x = rows_of_group(x, bg, rule, w)
     grads = no_gradients(tile.BN, w)
     m = tl.arange(0, tile.BM)
     head = m % w.HP
     for start in range(begin * STEPS, end * STEPS, MANY):
-        inside = start % STEPS * (tile.BM // w.HP) + m % ROWS // w.HP  # which of a list's queries
+        inside = start % STEPS * (tile.BM // w.HP) + m % ROWS // w.HP  # (BM,) which of a list's queries
         t = inside  # (BM,)
         for u in tl.static_range(MANY):
             i = start // STEPS + u
@@ -811,14 +831,15 @@ def invert(lists, blocks, most, chunks):
     owner = (chunk[:, None] * B * G + group) * blocks + lists  # (B, G, tiles, n)
     owner, order = owner.masked_fill(lists < 0, chunks * total).flatten().sort(stable=True)  # (entries,)
     readers = order.to(torch.int32) // n % tiles  # (entries,)
-    starts = torch.searchsorted(owner, torch.arange(chunks * total + 1, **kind), out_int32=True)
+    bounds = torch.arange(chunks * total + 1, **kind)
+    starts = torch.searchsorted(owner, bounds, out_int32=True)  # (chunks total + 1,)
     firsts = F.pad(((starts.diff() + most - 1) // most).cumsum(0), (1, 0))  # (chunks total + 1,)
     piece = torch.arange(chunks * total + lists.numel() // most, device=lists.device)  # (pieces,)
     cut = torch.searchsorted(firsts, piece, right=True) - 1  # (pieces,) what it is cut from
     cut = cut.clamp(max=chunks * total - 1)
-    ends = starts[cut + 1]
+    ends = starts[cut + 1]  # (pieces,)
     begins = torch.minimum(starts[cut] + (piece - firsts[cut]) * most, ends)  # 64 bits: some lie far out
-    ends = torch.minimum(begins + most, ends)
+    ends = torch.minimum(begins + most, ends)  # (pieces,)
     return readers, cut % total, begins.to(torch.int32), ends.to(torch.int32), firsts
 
 
@@ -850,7 +871,10 @@ TILES = {
 
 
 def tile_of(kind, w, dtype, block=0, share=1, n=1):
-    """-> Tile, and the warps and stages of a kernel; block 0: no lists. In fp32 only small tiles fit."""
+    """-> Tile, and the warps and stages of a kernel; block 0: no lists. In fp32 only small tiles fit.
+
+    kind: a row of TILES, or "dq and dkv": the program that adds dk and dv by atomics.
+    """
     width = w.PK + (w.P2 if w.D2 else 0)
     rows = share * w.HP  # that read one list
     if block == 0:
@@ -889,7 +913,10 @@ def add_pieces(pieces, x, G, firsts, chunks):
 
 
 def key_gradients(x, k, k2, v, scale, rule, w, lists):
-    """dk, dk2 (B, G, S, P) and dv, in a fixed order of the sums. x: Rows, whose delta is known."""
+    """dk, dk2 (B, G, S, P) and dv, in a fixed order of the sums.
+
+    x: Rows, whose delta is known; lists: (block, share, n).
+    """
     block, share, n = lists
     B, G, S, _ = k.shape
     q = x.q
@@ -942,17 +969,19 @@ class Attention(torch.autograd.Function):
         grid = (triton.cdiv(T, tile.BQ), B * k.shape[1])
         keys = kv_of(k, k2, v)
         kernel[grid](q, keys, out, lse, scale, rule, w, tile, **options)
-        ctx.save_for_backward(q, k, k2, v, out, lse)
-        ctx.rest = (scale, rule, w, lists)
+        # The lists, too, so that --recompute keeps none of them.
+        ctx.save_for_backward(q, k, k2, v, out, lse, rule.lists if block else None)
+        ctx.rest = (scale, rule._replace(lists=None) if block else rule, w, lists)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _):
-        q, k, k2, v, out, lse = ctx.saved_tensors
+        q, k, k2, v, out, lse, chosen = ctx.saved_tensors
         scale, rule, w, lists = ctx.rest
         block, share, _ = lists
+        rule = rule._replace(lists=chosen) if block else rule
         G = k.shape[1]
         x = Rows(q, out, lse, dout.contiguous(), torch.empty_like(lse), torch.empty_like(q))
         atomics = block and share * w.HP >= 64 and not torch.are_deterministic_algorithms_enabled()
@@ -977,7 +1006,7 @@ class Attention(torch.autograd.Function):
 def numbers_of(q, keys):
     """The first numbers of every rule: T, S, G, G2."""
     G, S = keys.k.shape[1:3]
-    return q.shape[2], S, G, 1 if keys.k2 is None or keys.k2 is keys.k else keys.k2.shape[1]
+    return q.shape[2], S, G, 1 if keys.k2 is None else keys.k2.shape[1]
 
 
 def lies_by_token(x):
@@ -1006,6 +1035,11 @@ def attend(q, keys, scale, window=0, l=1, d=1, lists=None, block=0, share=1):
     return o.transpose(1, 2), lse
 
 
+def one_list_each(sizes):
+    if sizes.share > 1:
+        raise Refused(f"against a cache each query has a list of its own, not {sizes.share} one")
+
+
 def window_attention(q, keys, window, scale):
     """Causal attention to the last `window` positions of a whole text; here k2 may have G groups too."""
     return attend(q, keys, scale, min(window, q.shape[2]))[0]
@@ -1015,6 +1049,7 @@ def selected_attention(q, q_pos, keys, lists, sizes, scale):
     """Attention to the tokens of lists (B, G, ceil(T / share), n), ascending, the own block last, then -1."""
     lists = lists.to(torch.int32).contiguous()
     if keys.length is not None:
+        one_list_each(sizes)
         return cached_lists(q, q_pos, keys, lists, sizes.block, scale)
     return attend(q, keys, scale, lists=lists, block=sizes.block, share=sizes.share)[0]
 
@@ -1023,7 +1058,12 @@ def compressed_attention(q, q_pos, keys, tokens, sizes, scale):
     """Attention to the compressed entries -> o (B, H, T, Dv), and the lists of every share-th query."""
     if triton.cdiv(tokens, sizes.block) > 2**15:
         raise Refused(f"{tokens} tokens in blocks of {sizes.block}: at most {2**15} blocks are ranked")
+    if sizes.l > sizes.block:
+        raise Refused(
+            f"an entry of {sizes.l} tokens in blocks of {sizes.block}: it may reach into the next one only"
+        )
     if keys.length is not None:
+        one_list_each(sizes)
         return cached_entries(q, q_pos, keys, tokens, sizes, scale)
     check(q, keys, block=sizes.block)
     o, lse = attend(q, keys, scale, q.shape[2], sizes.l, sizes.d)
@@ -1057,10 +1097,11 @@ def store_scores(own, over, at, live, p, N, X, sizes):
 
 @jit
 def score_kernel(q, keys, lse, own, over, scale, rule, x, w: constexpr, tile: constexpr, sizes: constexpr):
-    """One program: BQ of the lists row0 + .. The weights of their queries, made again from lse, added up.
+    """One program: the block scores of BQ lists, from row0 on.
 
-    own, over (B G, rows, blocks). A matrix product sums over heads: adding across threads would cost as much
-    as all the rest. All of it times 2^12, so that fp16 resolves it.
+    It makes the weights of their queries again from lse, and adds them up over the heads by a matrix product:
+    adding across threads would cost as much as all the rest. own, over (B G, rows, blocks): 2^12 times the
+    scores, so that fp16 resolves them.
     """
     BN: constexpr = tile.BN
     LISTS: constexpr = max(tile.BQ, 16)
@@ -1112,12 +1153,12 @@ def choose_kernel(own, over, q_pos, lists, x, sizes: constexpr, BJ: constexpr, N
     t = (x.row0 + r) * sizes.share
     stands = tl.load(q_pos + bg // x.G * x.T + t).to(tl.int32)
     mine = stands // sizes.block
-    at = (bg * x.rows + r) * x.blocks + j
-    score = tl.load(own + at, mask=j < mine - 1, other=0)
+    at = (bg * x.rows + r) * x.blocks + j  # (BJ,)
+    score = tl.load(own + at, mask=j < mine - 1, other=0)  # (BJ,)
     if over is not None:
         before = (j > 0) & (j < mine - 1)
         score += tl.load(over + at - 1, mask=before, other=0)
-    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.minimum(score.to(tl.int32, bitcast=True), 0x7F7FFFFF)  # (BJ,) nan as the largest number
     bits = tl.where((j == 0) | (j >= mine - 1), 0x7F800000, bits)  # forced: infinity
     bits = tl.where((j > mine) | (j >= x.blocks), -1, bits)
     low = 0  # at least n reach low, or low is 0
@@ -1143,15 +1184,15 @@ def choose_kernel(own, over, q_pos, lists, x, sizes: constexpr, BJ: constexpr, N
 def select(q, q_pos, keys, lse, tokens, sizes, scale):
     """The lists of every share-th query of a whole text -> (B, G, ceil(T / share), min(n, blocks)).
 
-    The scores of a few thousand lists at a time lie in memory, never those of all.
+    At most about 2^25 scores lie in memory at a time: 128 MB, twice that if l > d.
     """
     B, _, T, _ = q.shape
+    G = keys.k.shape[1]
+    rule = Dense(*numbers_of(q, keys), T, sizes.l, sizes.d, 1)
     q, k, k2, _ = in_rows(q, keys._replace(v=None))
-    G = k.shape[1]
     w = widths_of(q.transpose(1, 2), k, k2, None)
     keys = kv_of(k, k2, None)
     scale = scale * LOG2_E
-    rule = Dense(*numbers_of(q.transpose(1, 2), keys), T, sizes.l, sizes.d, 1)
     q_pos = q_pos.expand(B, T).contiguous()
     blocks = triton.cdiv(tokens, sizes.block)
     rows = triton.cdiv(T, sizes.share)
@@ -1184,9 +1225,9 @@ def select(q, q_pos, keys, lse, tokens, sizes, scale):
 Slots = namedtuple("Slots", "T S G G2 splits length q_pos Q N k_pos heads window")
 # the same for the n blocks of lists (B, G, T, n)
 SlotLists = namedtuple("SlotLists", "T S G G2 splits length q_pos Q N lists n")
-# what programs write: out (B, T, H, Dv); or with splits part, their means, and stats, their (top, total); and
-# raw (B, H, T, S): the scores in base 2. Its rows are padded to a multiple of 16, and written up to one, so
-# that a thread moves 16 bytes at once
+# what programs write: out (B, T, H, Dv); if the slots are split part, the mean of each share, and stats, its
+# (top, total); raw (B, H, T, S): scores in base 2, whose rows are padded to a multiple of 16 so that a thread
+# moves 16 bytes at once
 Shares = namedtuple("Shares", "out part stats raw")
 
 
@@ -1344,7 +1385,7 @@ def shares_of(q, keys, BQ, slots, block=0, n=1, raw=None):
 def read_slots(kernel, q, keys, scale, rule, cut):
     """Launches a kernel, and combines what its programs leave -> o (B, H, T, Dv)."""
     grid, to, w, tile, warps = cut
-    slots = kv_of(keys.k, keys.k2, keys.v)
+    slots = kv_of(*(x if x is None else x.contiguous() for x in (keys.k, keys.k2, keys.v)))
     kernel[grid](q, slots, to, scale * LOG2_E, rule, w, tile, num_warps=warps)
     if grid[2] > 1 and to.raw is None:
         rows = (*grid[:2], tile.BQ * w.HP)
@@ -1354,6 +1395,8 @@ def read_slots(kernel, q, keys, scale, rule, cut):
 
 def slots_rule(kind, q, q_pos, keys, cut, *rest):
     """-> what kernels know of queries and slots, and the queries (B, T, H, D + P), each token dense."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *keys[:3])):
+        raise Refused("decoding kernels have no gradient")
     T, S, _, G2 = numbers_of(q, keys)
     _, groups, splits = cut[0]  # with a FAN there are more groups than the keys have
     q_pos = q_pos.expand(len(q), T).contiguous()
@@ -1595,14 +1638,14 @@ def unnorm_kernel(
     """One program: some of the tiles of BM rows; what they give to the weight's gradient is one of parts."""
     i = tl.arange(0, P)
     w = tl.load(weight + i, mask=i < C, other=0).to(tl.float32)[None, :]
-    dw = tl.zeros((P,), tl.float32)
+    dw = tl.zeros((P,), tl.float32)  # (P,)
     for tile in range(tl.program_id(0), tl.cdiv(rows, BM), tl.num_programs(0)):
         row = tile * BM + tl.arange(0, BM)
         ok = row < rows
         unit = load_rows(x, row, ok, C, P, C).to(tl.float32)  # (BM, P)
         inner = tl.where(ok, tl.rsqrt(tl.sum(unit * unit, 1) / C + eps), 0)[:, None]  # eps may be 0
         unit *= inner
-        d = load_rows(dnormed, row, ok, C, P, C).to(tl.float32)
+        d = load_rows(dnormed, row, ok, C, P, C).to(tl.float32)  # (BM, P)
         dw += tl.sum(d * unit, 0)
         d *= w
         d = inner * (d - unit * (tl.sum(d * unit, 1) / C)[:, None])
@@ -1646,16 +1689,22 @@ class AddNorm(torch.autograd.Function):
         return dx, dy, parts.sum(0).to(weight.dtype), None
 
 
+def normed(x, y, weight, eps):
+    if y is not None and x.shape != y.shape:
+        raise Refused(f"{tuple(x.shape)} and {tuple(y.shape)} are added row by row")
+    if weight.shape != x.shape[-1:] or not weight.is_contiguous():
+        raise Refused(f"a weight for each of {x.shape[-1]} numbers, dense in memory")
+    return AddNorm.apply(x, y, weight, eps)
+
+
 def rms_norm(x, weight, eps):
     """x (.., C) -> its norm."""
-    return AddNorm.apply(x, None, weight, eps)
+    return normed(x, None, weight, eps)
 
 
 def add_norm(x, y, norm):
     """x, y (B, T, C), norm an RMSNorm -> x + y, and its norm as rms_norm gives it."""
-    if x.shape != y.shape:
-        raise Refused(f"{tuple(x.shape)} and {tuple(y.shape)} are added row by row")
-    return AddNorm.apply(x, y, norm.weight, norm.eps)
+    return normed(x, y, norm.weight, norm.eps)
 
 
 @jit
@@ -1700,6 +1749,8 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(x):
     """x = [gate ; up], (.., 2 F) -> silu(gate) * up (.., F)."""
+    if x.shape[-1] % 2:
+        raise Refused(f"{x.shape[-1]} numbers are not two halves")
     return SwiGLU.apply(x)
 
 
@@ -1728,7 +1779,6 @@ def main(argv):
     lists = block.expand(1, 2, T, 4).masked_fill(late, -1)
     outputs = {
         "a window of all tokens": window_attention(q, keys, T, scale),
-        "blocks of one token": attend(q, keys, scale, T, l=1, d=1)[0],
         "lists of all blocks of 16": attend(q, keys, scale, lists=lists, block=16)[0],
     }
     print(f"{T} queries, 4 heads in 2 groups: largest difference to dense attention\n")

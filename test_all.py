@@ -39,6 +39,7 @@ import textwrap
 import time
 import traceback
 import unittest.mock
+import weakref
 
 import numpy as np
 import torch
@@ -938,21 +939,93 @@ def test_kernels_refuse_what_they_cannot_do():
     lists = torch.zeros(1, 1, 2, 1, dtype=torch.int32, device=DEVICE)
     sizes = lambda **more: nsa.Blocks(**{"l": 16, "d": 16, "block": 16, "n": 3, **more})
     half = keys_of(pos, new(2, dtype=torch.float16), new(2))
+    slots = la.Keys(new(1), new(1), None, pos[None].int(), torch.tensor([8], device=DEVICE))
+    many = torch.randn(70_000, 1, 1, 16, device=DEVICE)
+    strided = torch.randn(32, device=DEVICE)[::2]
+    wrong = (
+        ("one dtype", la.window_attention, new(2), half, 4, 1.0),
+        ("do not fit", la.window_attention, new(2, 24), keys(2), 4, 1.0),
+        ("do not fit", la.window_attention, new(2).expand(2, -1, -1, -1), keys(2), 4, 1.0),
+        ("dense in memory", la.rms_norm, new(2), strided[:8], 1e-6),
+        ("two halves", la.swiglu, new(2, 5)),
+    )
     cases = (
+        ("ends at 65,535", la.window_attention, many, la.Keys(many, many, None, pos[None, :, :1]), 1, 1.0),
+        ("no gradient", la.cached_attention, new(2, requires_grad=True), pos, slots, 1.0),
+        ("list of its own", nsa.selected_attention, new(2), pos, slots, lists, sizes(share=4), 1.0),
+        ("into the next one", nsa.compressed_attention, new(2), pos, keys(2), 8, sizes(l=64, block=32), 1.0),
+        ("dense in memory", la.rms_norm, new(2), strided, 1e-6),
         ("1 to 64 heads", la.window_attention, new(130), keys(1), 4, 1.0),
         ("at most 256", la.window_attention, new(2, 320), keys(2, 320), 4, 1.0),
-        ("one dtype", la.window_attention, new(2), half, 4, 1.0),
         ("128 rows", nsa.selected_attention, new(64), pos, keys(1), lists, sizes(share=4), 1.0),
         ("blocks of 24", nsa.compressed_attention, new(2), pos, keys(2), 8, sizes(block=24), 1.0),
         ("side by side", la.cached_attention, new(2), pos, keys(2), 1.0),
     )
-    for what, f, *args in cases:
+    for what, f, *args in (*wrong, *cases):
         raises(kernels.Refused, what, kernels.PAIRS[f.__name__][1], *args)
-        if what != "one dtype":
-            with kernels_in_use():
-                got = f(*args)
-            want = f.definition(*args)
-            assert torch.equal(got[0], want[0]), f"{what}: what is refused is left to the definition"
+    too_large = functools.partial(raise_, kernels.CANNOT[1](2, 1, "shared memory"))
+    for what, f, *args in cases:
+        with kernels_in_use():
+            got = f(*args)
+        want = f.definition(*args)
+        assert torch.equal(got[0], want[0]), f"{what}: what is refused is left to the definition"
+        assert got[0].requires_grad == want[0].requires_grad, what
+        with kernels_in_use(), fast(f.__name__, too_large):
+            assert torch.equal(f(*args)[0], want[0]), "a tile that does not fit is left to it, too"
+
+
+def raise_(error, *args):
+    raise error
+
+
+@torch.no_grad()
+def test_a_nan_stays_in_its_lists():
+    """choose_kernel writes n numbers for a list, whatever the scores are."""
+    needs_triton()
+    T, n, room = 256, 4, 4096
+    sizes = nsa.Blocks(16, 16, 16, n)
+    q, k, v = (torch.randn(1, heads, rows, 16, device=DEVICE) for heads, rows in ((2, T), (1, 16), (1, 16)))
+    q[0, 0, -1, 0] = math.nan
+    pos = torch.arange(T, device=DEVICE)[None]
+    right = kernels.choose_kernel
+    behind = []
+
+    class Guarded:
+        def __getitem__(self, grid):
+            def launch(own, over, q_pos, lists, *rest, **more):
+                larger = torch.full((lists.numel() + room,), -7, dtype=torch.int32, device=DEVICE)
+                right[grid](own, over, q_pos, larger, *rest, **more)
+                lists.copy_(larger[:-room].view_as(lists))
+                behind.append(larger[-room:])
+
+            return launch
+
+    with swapped(kernels, "choose_kernel", Guarded()):
+        entries = la.Keys(k, v, None, 16 * torch.arange(16, device=DEVICE)[None, None] + 15)
+        _, lists = kernels.compressed_attention(q, pos, entries, T, sizes, 0.25)
+    assert behind and all((x == -7).all() for x in behind), "written behind the last list"
+    assert lists[0, 0, -1, 0] == 0 and lists[0, 0, -1, -2:].tolist() == [14, 15], "what is forced stays"
+
+
+def test_recomputation_keeps_no_lists():
+    """With --recompute nothing of a layer but its input stays in memory from forward to backward."""
+    needs_triton()
+    T = 64
+    pos = torch.arange(T, device=DEVICE)[None]
+    block = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    held = []
+
+    def layer(q, k, v):
+        lists = block.expand(1, 1, T, 4).masked_fill(block * 16 > pos[..., None], -1).contiguous()
+        held.append(weakref.ref(lists))
+        return kernels.selected_attention(q, pos, keys_of(pos, k, v), lists, nsa.Blocks(16, 16, 16, 4), 0.3)
+
+    parts = [torch.randn(1, heads, T, 16, device=DEVICE, requires_grad=True) for heads in (2, 1, 1)]
+    o = torch.utils.checkpoint.checkpoint(layer, *parts, use_reentrant=False)
+    assert held[0]() is None, "the lists are kept"
+    got = with_gradients(o, parts)
+    for a, b in zip(got, with_gradients(layer(*parts), parts)):
+        close(a, b, 1e-6, "made again")
 
 
 def test_inexact_products_stay_where_they_are_allowed():
@@ -1067,6 +1140,8 @@ def test_rope_and_append_reach_far():
     want = torch.arange(24.0, device=DEVICE).view(1, 1, 3, 8).half()
     x = memory.as_strided((1, 1, 3, 8), (8, 8, 2**30 + 8, 1)).copy_(want)
     close(kernels.rope(x, torch.zeros(1, 3, device=DEVICE)), want, 0, "turned by nothing")
+    x = memory.as_strided((1, 3, 1, 8), (8, 2**30 + 8, 8, 1)).copy_(want.transpose(1, 2))
+    close(kernels.rope(x, torch.zeros(1, 1, device=DEVICE)), want.transpose(1, 2), 0, "heads far apart")
 
     class Grid:
         def __getitem__(self, grid):
@@ -1159,8 +1234,14 @@ def test_decode_attention_splits_and_lists():
     k_pos = torch.where(slot < length[:, None, None], slot, -1).expand(B, G, S).int()
     pos = length[:, None] - T + torch.arange(T, device=DEVICE)
     keys = la.Keys(new(G, S, D), new(G, S, 24), new(1, S, 8), k_pos, length)
+    cut = keys._replace(k=new(G, 2 * S, D)[:, :, :S])  # a part of a larger buffer
     with kernels_in_use():
-        for some_keys in (keys, keys._replace(v=None)):
+        wide = la.Keys(new(2, S, 256), None, new(2, S, 8), k_pos, length)  # heads are split over programs
+        problem = (new(128, 1, 264), pos[:, -1:], wide, 0.06)
+        close(
+            la.cached_attention(*problem), la.cached_attention.definition(*problem), 1e-5, "k2 of each group"
+        )
+        for some_keys in (keys, keys._replace(v=None), cut):
             for window in (None, 70):
                 want = la.cached_attention.definition(q, pos, some_keys, 0.3, window)
                 got = la.cached_attention(q, pos, some_keys, 0.3, window)
