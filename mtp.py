@@ -809,7 +809,7 @@ def equip(trunk, module, samples, mask, K, steps, rows=32, lr=1e-3, temperature=
         schedule.step()
         if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
             held = samples[:rows]  # (rows, T)
-            with amp():
+            with torch.no_grad(), amp():  # a graph of gradients that lives on would break the next capture
                 laws = lesson(trunk, module, held, K, temperature)
                 rate = expected_acceptance(*laws, held, mask[:rows], temperature)  # (K,)
             if not seen.isfinite():

@@ -2012,7 +2012,7 @@ def samples_of(trunk, prompts, new):
 
 def equipped(trunk, module, texts, prompt, say=lambda line: None):
     """Train the module for one step, then for 60: acceptance has to grow."""
-    mask = (torch.arange(texts.shape[1]) >= prompt).long().expand_as(texts)
+    mask = (torch.arange(texts.shape[1], device=texts.device) >= prompt).long().expand_as(texts)
     equip = lambda steps: mtp.equip(trunk, module, texts, mask, 3, steps, rows=16, lr=1e-2, say=say)
     before = equip(1)
     after = equip(60)
@@ -2021,9 +2021,18 @@ def equipped(trunk, module, texts, prompt, say=lambda line: None):
 
 def test_equip_trains_the_module_and_nothing_else():
     model = drafter("gqa", 3, vocab=11, layers=2)
+    texts = samples_of(model, prompts_of(model, *[4] * 64), 36).to(DEVICE)
+    model = model.to(DEVICE)
     before = {n: p.clone() for n, p in model.named_parameters()}
     lines = []
-    equipped(model, model.mtp, samples_of(model, prompts_of(model, *[4] * 64), 36), 4, lines.append)
+    right = mtp.expected_acceptance
+
+    def measured(states, *rest):
+        assert not states[0].requires_grad, "its graph would break the capture of an update on a GPU"
+        return right(states, *rest)
+
+    with swapped(mtp, "expected_acceptance", measured):
+        equipped(model, model.mtp, texts, 4, lines.append)
     for n, p in model.named_parameters():
         if n.startswith("mtp."):
             assert not torch.equal(p, before[n]), f"{n} was not trained"
