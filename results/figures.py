@@ -1,7 +1,7 @@
 """Draws base.png, needles.png, bytes.png and 340m.png in results/: `python results/figures.py`.
 
 base.png from base-*.jsonl, the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; the others from logs
-of attention_arms.py: attention-arms*.jsonl, attention-16k.jsonl and attention-340m.jsonl.
+of attention_arms.py: attention-arms*.jsonl, attention-16k.jsonl and attention-340m*.jsonl.
 """
 import argparse
 import json
@@ -19,17 +19,18 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 # the rows of needles.png: title, {panel: (log, arm there)}
-MAIN, LONG, LARGE = "attention-arms-main", "attention-16k", "attention-340m"
+MAIN, LONG, LARGE, SHORT = "attention-arms-main", "attention-16k", "attention-340m-90m", "attention-340m"
 ROWS = {
     "base": {name: (MAIN, name) for name in ("gqa", "nsa", "nsa-n16", "asa", "window")},
     "base, 16k": {name: (LONG, name) for name in ("gqa", "asa")},
-    "340m": {"gqa": (LARGE, "gqa"), "nsa": (LARGE, "nsa"), "asa": (LARGE, "asa"), "asa, global first": (LARGE, "asa-swap")},
+    "340m, 90 M": {name: (LARGE, name) for name in ("gqa", "nsa", "asa")},
+    "340m, 33 M": {"gqa": (SHORT, "gqa"), "nsa": (SHORT, "nsa"), "asa": (SHORT, "asa"), "asa, global first": (SHORT, "asa-swap")},
 }
 
 
 def needles():
     """The share of needles found by depth and length, a panel for each arm, the mean over its seeds."""
-    figure, axes = plt.subplots(len(ROWS), 5, figsize=(11, 7), sharey=True)
+    figure, axes = plt.subplots(len(ROWS), 5, figsize=(11, 9), sharey=True)
     for row, (title, panels) in zip(axes, ROWS.items()):
         for axis, (name, (log, arm)) in zip(row, panels.items()):
             found = list(runs(HERE / f"{log}.jsonl")[arm].values())
@@ -49,21 +50,21 @@ def needles():
 
 
 def large():
-    """340m: loss against tokens, bits by place in the context, recall by distance, needles by length."""
+    """340m: bits per byte against tokens, and by place in the context; recall by distance, needles by length."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4))
     entries = [json.loads(line) for line in open(HERE / f"{LARGE}.jsonl")]
     ended = runs(HERE / f"{LARGE}.jsonl")
-    for name, (_, arm) in ROWS["340m"].items():
-        losses = [(e["step"], e["loss"] / math.log(2)) for e in entries if e["arm"] == arm and "loss" in e]
-        e = ended[arm][0]
-        axes[0].plot([step * 0.065536 for step, _ in losses], [loss for _, loss in losses], label=name)
+    for name in ROWS["340m, 90 M"]:
+        evals = {e["step"]: e["bpb"] for e in entries if e["arm"] == name and "bpb" in e}
+        e = ended[name][0]
+        axes[0].plot([step * 0.065536 for step in evals], list(evals.values()), marker=".", label=name)
         axes[1].plot([1, 2, 3, 4], e["bpb_by_position"], marker="o", label=name)
         told = e["recall_by_distance"]
         axes[2].plot([math.log2(int(d)) for d in told], [share for share, _ in told.values()], marker="o", label=name)
         found = {math.log2(int(n)): sum(v) / 8 for n, v in sorted(e["needles"].items(), key=lambda x: int(x[0]))}
         axes[3].plot(list(found), list(found.values()), marker="o", label=name)
-    axes[0].set(title="training", xlabel="million tokens", ylabel="bits per byte, told pairs included", ylim=(0.8, 2.4))
-    axes[1].set(title="code that was not trained on", xlabel="quarter of the context", ylabel="bits per byte", xticks=[1, 2, 3, 4])
+    axes[0].set(title="code that was not trained on", xlabel="million tokens of training", ylabel="bits per byte", ylim=(0.6, 1.8))
+    axes[1].set(title="the same in the end", xlabel="quarter of the context", ylabel="bits per byte", xticks=[1, 2, 3, 4])
     axes[2].set(title="recall of pairs that are told often", xlabel="log2 of the distance", ylabel="share right", ylim=(0, 1.04))
     axes[3].set(title="recall of a pair told once", xlabel="log2 of the length", ylabel="share found", ylim=(0, 1.04))
     for axis in axes:

@@ -1,9 +1,9 @@
 """Tokens per second of training at 340m, by attention and context, and what the GPU does meanwhile.
 
-    python results/throughput.py [--preset 340m] [--contexts 8192 32768] [--kinds gqa nsa asa]
+    python results/throughput.py [--preset 340m] [--contexts 8192 32768] [--kinds gqa nsa asa] [--tokens 65536]
 
-Random bytes, 65,536 tokens a step in one pass, as the preset has them at 8k (with half of them the GPU waits for Python), AdamW and
-clipping included, --recompute as the preset has it. The share of the matmul rate counts 6 products per weight and token, not attention
+Random bytes, 65,536 tokens a step in one pass, as the preset has them at 8k, AdamW and clipping included, --recompute as the preset has
+it. A step takes as long as the host needs to launch it or as long as the GPU works, whichever is more. The share of the matmul rate counts 6 products per weight and token, not attention
 nor recomputation, over 790 TFLOP/s (bf16, measured on an H200).
 """
 import argparse
@@ -26,7 +26,7 @@ KINDS = {"attention": ("flash", "fmha", "cudnn_generated", "forward_kernel", "dq
 
 
 def measure(cfg, tokens, steps=6):
-    """-> seconds of a step (median), weights, GiB at the peak, {kind: share of the GPU's time}."""
+    """-> seconds of a step and of its launches (medians), weights, GiB at the peak, {kind: seconds of the GPU}."""
     torch.manual_seed(0)
     model = LM(cfg).cuda()
     optimizer, run = make_optimizer(cfg, model, fused=True), Objective(model)
@@ -34,30 +34,31 @@ def measure(cfg, tokens, steps=6):
     weight = torch.ones_like(x[:, 1:], dtype=torch.float32)
 
     def step():
+        start = time.time()
         with torch.autocast("cuda", torch.bfloat16):
             run(x[:, :-1], x[:, 1:], weight)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        launched.append(time.time() - start)
         torch.cuda.synchronize()
-
-    step()
-    step()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        start = time.time()
-        step()
         times.append(time.time() - start)
+
+    times = []
+    launched = []
+    for i in range(2 + steps):
+        step()
+        if i == 1:
+            torch.cuda.reset_peak_memory_stats()
     peak = torch.cuda.max_memory_allocated() / 2**30
+    found = [statistics.median(some[2:]) for some in (times, launched)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
-    shares = {}
+    spent = {}
     for e in profile.key_averages():
         kind = next((kind for kind, names in KINDS.items() if any(n in e.key for n in names)), "the rest")
-        shares[kind] = shares.get(kind, 0) + e.self_device_time_total
-    total = sum(shares.values())
-    return statistics.median(times), sum(p.numel() for p in model.parameters()), peak, {k: v / total for k, v in shares.items()}
+        spent[kind] = spent.get(kind, 0) + e.self_device_time_total / 1e6
+    return *found, sum(p.numel() for p in model.parameters()), peak, spent
 
 
 def main():
@@ -75,11 +76,12 @@ def main():
         tokens = max(context, given.tokens)
         for attn in given.kinds:
             cfg = Config(**{**PRESETS[given.preset], "preset": given.preset, "attn": attn, "context": context, "vocab": 257})
-            seconds, weights, peak, shares = measure(cfg, tokens)
+            seconds, host, weights, peak, spent = measure(cfg, tokens)
             rate = 6 * weights * tokens / seconds / 790e12
-            most = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares.items(), key=lambda x: -x[1]))
-            print(f"{context:6} {attn}: {tokens / seconds:9,.0f} tokens/s, {rate:.0%} of the matmul rate, {peak:.1f} GiB; GPU time: {most}",
-                  flush=True)  # fmt: skip
+            gpu = sum(spent.values())
+            most = ", ".join(f"{kind} {x / gpu:.0%}" for kind, x in sorted(spent.items(), key=lambda x: -x[1]))
+            print(f"{context:6} {attn}: {tokens / seconds:9,.0f} tokens/s, {rate:.0%} of the matmul rate, {peak:.1f} GiB; a step "
+                  f"{1e3 * seconds:.0f} ms, to launch {1e3 * host:.0f}, GPU {1e3 * gpu:.0f}: {most}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
