@@ -39,8 +39,9 @@ one load serves both.
 What lies behind the end of a shorter row is never read by what lies before it.
 
 Limits: widths up to 256, 64 heads in a group (32 where 4 queries share a list), blocks of 16 to 128 tokens;
-in a cache 128 heads. What does not fit into the GPU's shared memory is left to the definition, too. Tensors
-lie on the current device. Does NOT include: FP8, paging, several texts in one row.
+in a cache 128 heads. What does not fit into the GPU's shared memory is left to the definition, too, but in a
+backward pass ends in Triton's OutOfResources. Tensors lie on the current device. Does NOT include: FP8,
+paging, several texts in one row.
 `python kernels.py` compares with dense attention; results/bench_kernels.py takes times. This is not the
 package `kernels` on PyPI. Read first: latent_attention.py and nsa.py.
 
@@ -491,7 +492,7 @@ def query_slopes(x, row, ok, w):
     outs = load_rows(x.out, row, ok, w.DV, w.PV, w.DV)  # (BM, PV)
     inner = tl.sum(douts.to(tl.float32) * outs.to(tl.float32), 1)  # (BM,)
     tl.store(x.delta + row, inner, mask=ok)
-    norm = tl.load(x.lse + row, mask=ok, other=float("inf"))
+    norm = tl.load(x.lse + row, mask=ok, other=float("inf"))  # (BM,)
     return douts, norm[:, None], inner[:, None]
 
 
@@ -1036,6 +1037,7 @@ def attend(q, keys, scale, window=0, l=1, d=1, lists=None, block=0, share=1):
 
 
 def one_list_each(sizes):
+    """Raises Refused where queries share a list: against a cache each has its own."""
     if sizes.share > 1:
         raise Refused(f"against a cache each query has a list of its own, not {sizes.share} one")
 
@@ -1058,7 +1060,7 @@ def compressed_attention(q, q_pos, keys, tokens, sizes, scale):
     """Attention to the compressed entries -> o (B, H, T, Dv), and the lists of every share-th query."""
     if triton.cdiv(tokens, sizes.block) > 2**15:
         raise Refused(f"{tokens} tokens in blocks of {sizes.block}: at most {2**15} blocks are ranked")
-    if sizes.l > sizes.block:
+    if sizes.l > sizes.block + sizes.d:
         raise Refused(
             f"an entry of {sizes.l} tokens in blocks of {sizes.block}: it may reach into the next one only"
         )
@@ -1158,7 +1160,7 @@ def choose_kernel(own, over, q_pos, lists, x, sizes: constexpr, BJ: constexpr, N
     if over is not None:
         before = (j > 0) & (j < mine - 1)
         score += tl.load(over + at - 1, mask=before, other=0)
-    bits = tl.minimum(score.to(tl.int32, bitcast=True), 0x7F7FFFFF)  # (BJ,) nan as the largest number
+    bits = tl.minimum(score.to(tl.int32, bitcast=True), 0x7F7FFFFF)  # (BJ,) a nan as the largest number
     bits = tl.where((j == 0) | (j >= mine - 1), 0x7F800000, bits)  # forced: infinity
     bits = tl.where((j > mine) | (j >= x.blocks), -1, bits)
     low = 0  # at least n reach low, or low is 0
@@ -1690,6 +1692,7 @@ class AddNorm(torch.autograd.Function):
 
 
 def normed(x, y, weight, eps):
+    """AddNorm of what its kernel can take: x, y or None (.., C), weight (C,)."""
     if y is not None and x.shape != y.shape:
         raise Refused(f"{tuple(x.shape)} and {tuple(y.shape)} are added row by row")
     if weight.shape != x.shape[-1:] or not weight.is_contiguous():

@@ -121,8 +121,8 @@ class MTP(nn.Module):
 def law(logits, temperature):
     """The distribution that is sampled from: softmax(logits / temperature) in fp32 or better.
 
-    Below temperature 1e-6, where the quotient could overflow, all mass is on the best token. Where a logit is
-    nan, all of the law is.
+    Below temperature 1e-6, far above where the quotient overflows, all mass is on the best token. Where a
+    logit is nan, all of the law is.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if temperature < 1e-6:
@@ -650,7 +650,7 @@ class Decoder:
         spans = torch.tensor([[len(p), end] for p, end in zip(prompts, ends)])  # (N, 2)
         start, end = self.send(spans).split(1, dim=1)  # (N, 1) each
         T = max(ends)
-        at = torch.arange(T, device=self.device)
+        at = torch.arange(T, device=self.device)  # (T,)
         mask = (at >= start) & (at < end)  # (N, T)
         logp = logp[:, :T].masked_fill(~mask, 0)  # (N, T)
         if not logp.isfinite().all():
@@ -696,11 +696,11 @@ class Decoder:
             self.run(self.read, start, stop)
 
     def segment(self, g):
-        """Start a few rounds -> which rows are active, how long each is (2, B); valid after the event, if any."""
+        """Start a few rounds -> which rows are active, how long each is (2, B); the event to wait for."""
         n = (self.SEGMENT + 1) // 2 if g else self.SEGMENT  # with drafts it is longer, and rows end sooner
         self.run(self.rounds, g, n)
         told = torch.stack([self.state.active, self.state.known]).to("cpu", non_blocking=self.cuda)  # (2, B)
-        return told, torch.cuda.current_stream().record_event() if self.cuda else None
+        return told, torch.cuda.current_stream(self.device).record_event() if self.cuda else None
 
     def send(self, x):
         """A tensor of the host to the device, in a copy for which the host does not wait."""

@@ -182,12 +182,12 @@ def more(folder, english):
     T = cfg.context
 
     def bits(rows):
-        """rows (n, T + 1) -> bits of a token."""
+        """rows (n, T + 1) -> mean bits of a token."""
         nats = []
         for part in rows.to(device).split(cfg.micro):
             with amp():
                 logits = model(part[:, :-1])  # (b, T, V)
-            nats.append(F.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none"))
+            nats.append(F.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none"))  # (b, T)
         return torch.cat(nats).mean().item() / math.log(2)
 
     found = {"kv": model.new_cache(1, T, dtype=torch.bfloat16, device="cpu").nbytes / T, "needles": {}}

@@ -63,7 +63,9 @@ def large():
         axes[2].plot([math.log2(int(d)) for d in told], [share for share, _ in told.values()], marker="o", label=name)
         found = {math.log2(int(n)): sum(v) / 8 for n, v in sorted(e["needles"].items(), key=lambda x: int(x[0]))}
         axes[3].plot(list(found), list(found.values()), marker="o", label=name)
-    axes[0].set(title="code that was not trained on", xlabel="million tokens of training", ylabel="bits per byte", ylim=(0.6, 1.8))
+    axes[0].set(title="code that was not trained on", xlabel="million tokens of training", ylabel="bits per byte", yscale="log")
+    axes[0].set_yticks([0.7, 1, 1.5, 2, 3], ["0.7", "1", "1.5", "2", "3"], minor=False)
+    axes[0].minorticks_off()
     axes[1].set(title="the same in the end", xlabel="quarter of the context", ylabel="bits per byte", xticks=[1, 2, 3, 4])
     axes[2].set(title="recall of pairs that are told often", xlabel="log2 of the distance", ylabel="share right", ylim=(0, 1.04))
     axes[3].set(title="recall of a pair told once", xlabel="log2 of the length", ylabel="share found", ylim=(0, 1.04))

@@ -3,8 +3,8 @@
     python results/throughput.py [--preset 340m] [--contexts 8192 32768] [--kinds gqa nsa asa] [--tokens 65536]
 
 Random bytes, 65,536 tokens a step in one pass, as the preset has them at 8k, AdamW and clipping included, --recompute as the preset has
-it. A step takes as long as the host needs to launch it or as long as the GPU works, whichever is more. The share of the matmul rate counts 6 products per weight and token, not attention
-nor recomputation, over 790 TFLOP/s (bf16, measured on an H200).
+it. A step takes about as long as the larger of two: the host's time to launch it, the GPU's to do it. The share of the matmul rate
+counts 6 products per weight and token, not attention nor recomputation, over 790 TFLOP/s (bf16, measured on an H200).
 """
 import argparse
 import pathlib
