@@ -128,8 +128,8 @@ def usable(x):
 
 
 def amp_dtype(x):
-    """The dtype to which a matrix product casts x: under autocast that of autocast."""
-    auto = torch.is_autocast_enabled(x.device.type)
+    """The dtype to which a matrix product casts x: under autocast that of autocast, but never from fp64."""
+    auto = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if auto else x.dtype
 
 

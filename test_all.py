@@ -1039,6 +1039,14 @@ def test_inexact_products_stay_where_they_are_allowed():
     assert inexact == ["draft", "catch_up"], "nothing that the trunk computes"
 
 
+def test_amp_dtype_is_what_a_matrix_product_gives():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = torch.ones(2, 2, dtype=dtype)
+        for on in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                assert kernels.amp_dtype(x) == F.linear(x, x).dtype, f"{dtype}, autocast {on}"
+
+
 @longest
 def test_longest_kernels_compile_for_a_gpu_that_is_not_here():
     """Each of them down to machine code: the interpreter, which runs them here, forgives more."""
@@ -2022,7 +2030,7 @@ def equipped(trunk, module, texts, prompt, say=lambda line: None):
 def test_equip_trains_the_module_and_nothing_else():
     model = drafter("gqa", 3, vocab=11, layers=2)
     texts = samples_of(model, prompts_of(model, *[4] * 64), 36).to(DEVICE)
-    model = model.to(DEVICE)
+    model = model.float().to(DEVICE)  # on a GPU both objectives are captured
     before = {n: p.clone() for n, p in model.named_parameters()}
     lines = []
     right = mtp.expected_acceptance
