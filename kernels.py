@@ -193,7 +193,8 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
     H = q.shape[1]
     G = keys.k.shape[1]
     given = [x for x in (keys.k, keys.k2, keys.v) if x is not None]
-    if len(q) != len(keys.k) or q.shape[3] != sum(x.shape[3] for x in given[: 1 + (keys.k2 is not None)]):
+    key_width = keys.k.shape[3] + (0 if keys.k2 is None else keys.k2.shape[3])
+    if len(q) != len(keys.k) or q.shape[3] != key_width:
         raise Refused(f"queries {tuple(q.shape)} and keys {tuple(keys.k.shape)} do not fit")
     if len(q) * G > 65535:
         raise Refused(f"{len(q)} rows of {G} groups: the second axis of a grid ends at 65,535")

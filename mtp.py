@@ -696,7 +696,10 @@ class Decoder:
             self.run(self.read, start, stop)
 
     def segment(self, g):
-        """Start a few rounds -> which rows are active, how long each is (2, B); the event to wait for."""
+        """Start a few rounds -> (2, B): which rows are active, how long each is; and, on a GPU, an event.
+
+        The numbers are there when the event has come. On a CPU it is None.
+        """
         n = (self.SEGMENT + 1) // 2 if g else self.SEGMENT  # with drafts it is longer, and rows end sooner
         self.run(self.rounds, g, n)
         told = torch.stack([self.state.active, self.state.known]).to("cpu", non_blocking=self.cuda)  # (2, B)

@@ -1008,7 +1008,7 @@ def test_a_nan_stays_in_its_lists():
 
 
 def test_recomputation_keeps_no_lists():
-    """With --recompute nothing of a layer but its input stays in memory from forward to backward."""
+    """With --recompute a layer's lists of blocks are freed after its forward pass, and made again."""
     needs_triton()
     T = 64
     pos = torch.arange(T, device=DEVICE)[None]
