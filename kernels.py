@@ -804,7 +804,8 @@ def lists_dkv_kernel(x, keys, to, scale, rule, w: constexpr, tile: constexpr, CU
     m = tl.arange(0, tile.BM)
     head = m % w.HP
     for start in range(begin * STEPS, end * STEPS, MANY):
-        inside = start % STEPS * (tile.BM // w.HP) + m % ROWS // w.HP  # (BM,) which of a list's queries
+        # which of a list's queries (BM,); as m % ROWS // HP, Triton 3.6 would take odd rows for even ones
+        inside = start % STEPS * (tile.BM // w.HP) + m // w.HP % tile.BQ
         t = inside  # (BM,)
         for u in tl.static_range(MANY):
             i = start // STEPS + u

@@ -737,33 +737,42 @@ def percent(rates):
 class Captured:
     """f, a function of tensors on one device -> a tensor; on a GPU one CUDA graph from the third call on.
 
-    An update of a small module is mostly launches, which a graph spares. f must leave no gradients behind,
-    shapes must stay, and an optimizer must be `capturable`.
+    A training step is thousands of launches, which a graph spares. f must make its gradients anew
+    (`zero_grad(set_to_none=True)`), and an optimizer in it be `capturable`. Another shape begins anew.
     """
 
     def __init__(self, f):
         self.f = f
+        self.forget()
+
+    def forget(self):
+        """Give the graph's memory back. The next calls warm up and capture again."""
         self.calls = 0
+        self.graph = None
+        self.args = ()
+        self.result = None
 
     def __call__(self, *args):
-        self.calls += 1
         if not args[0].is_cuda:
             return self.f(*args)
+        if [x.shape for x in args] != [x.shape for x in self.args]:
+            self.forget()
+            self.args = [x.clone() for x in args]
+        for mine, x in zip(self.args, args):
+            mine.copy_(x)
+        self.calls += 1
         if self.calls <= 2:  # a capture needs a warm-up, on a stream of its own
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                result = self.f(*args)
+                result = self.f(*self.args)
             torch.cuda.current_stream().wait_stream(stream)
             return result
-        if self.calls == 3:
-            self.args = [x.clone() for x in args]
+        if self.graph is None:
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.result = self.f(*self.args)
-        for mine, x in zip(self.args, args):
-            mine.copy_(x)
         self.graph.replay()
         return self.result.clone()
 
@@ -905,13 +914,12 @@ def demo():
     text = torch.tensor([ord(c) for c in __doc__[:600]])  # so little that it learns it nearly by heart
     cfg = train_lm.Config(attn="gqa", layers=1, width=96, heads=4, groups=2, vocab=128, context=64, mtp=4)
     model = train_lm.LM(cfg)
-    objective = train_lm.Objective(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 250)
     for _ in range(250):
         at = torch.randint(len(text) - 65, (8,))[:, None] + torch.arange(65)  # (8, 65)
         rows = text[at]  # (8, 65)
-        loss, _ = objective(rows[:, :-1], rows[:, 1:], torch.ones(8, 64))
+        loss, _ = train_lm.objective(model, rows[:, :-1], rows[:, 1:], torch.ones(8, 64))
         loss.backward()
         optimizer.step()
         schedule.step()

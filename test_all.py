@@ -15,6 +15,7 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -1626,7 +1627,7 @@ def test_the_trunk_gets_no_gradient_from_the_module():
         y = text_of(model, 2, 70)
         w = torch.ones(2, 70)
         trunk = [p for n, p in model.named_parameters() if not n.startswith("mtp.")]
-        of_the_trunk = lambda: torch.autograd.grad(train_lm.Objective(model)(x, y, w)[0], trunk)
+        of_the_trunk = lambda: torch.autograd.grad(train_lm.objective(model, x, y, w)[0], trunk)
         with_module = of_the_trunk()
         module = model.mtp
         model.mtp = None
@@ -2031,7 +2032,7 @@ def test_equip_trains_the_module_and_nothing_else():
     model = drafter("gqa", 3, vocab=11, layers=2)
     texts = samples_of(model, prompts_of(model, *[4] * 64), 36).to(DEVICE)
     model = model.float().to(DEVICE)  # on a GPU both objectives are captured
-    before = {n: p.clone() for n, p in model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     lines = []
     right = mtp.expected_acceptance
 
@@ -2320,6 +2321,38 @@ def test_batches_depend_on_seed_step_and_row_alone():
         assert torch.equal(x[:, 1:], y[:, :-1]), "targets are the next tokens"
         heavy = set(y[w > 1].tolist())
         assert heavy and heavy <= set(range(65, 91)), "answers, and nothing else, weigh more"
+
+
+def test_a_captured_step_equals_its_launches():
+    """Losses and gradients of a CUDA graph, of new weights and rows each time, in two shapes, and captured again."""
+    needs_cuda()
+    for attn in KINDS:
+        models = [lm(attn, mtp=2, recompute=True).float().cuda()]
+        models.append(copy.deepcopy(models[0]))
+
+        def passes(model, x, y, w):
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss, parts = train_lm.objective(model, x, y, w)
+            loss.backward()
+            return parts
+
+        captured = mtp.Captured(functools.partial(passes, models[0]))
+        graphs = set()
+        for i in range(16):
+            if i == 12:
+                captured.forget()
+            x, y = (text_of(models[0], 4, 64 if i < 6 else 128).cuda() for _ in range(2))
+            w = torch.rand(x.shape, device="cuda")
+            found = captured(x, y, w)
+            close(found, passes(models[1], x, y, w), 1e-3, f"{attn}, step {i}: losses")
+            for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+                diff = (p.grad - q.grad).norm() / q.grad.norm()
+                assert diff < 0.02, f"{attn}, step {i}: the gradient of {name} differs by {diff:.1%}"
+                for one in (p, q):
+                    one.data -= 0.1 * q.grad
+            graphs.add(captured.graph)
+        assert len(graphs) == 4, "none while it warms up, one for each shape, one after `forget`"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4555,7 +4588,7 @@ def test_rl_in_two_processes_equals_one():
             close(two[name], x, 3e-4, name)
         odd = ["--problems", 6, "--minibatches", 2]
         env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
-        with swapped(train_lm, "processes", lambda device: (0, 2)), swapped(os, "environ", env):
+        with swapped(train_lm, "processes", lambda device: train_lm.World(0, 2)), swapped(os, "environ", env):
             refused(in_rl(*odd, "--out", tmp), "2 processes x --minibatches 2 must divide --problems 6")
 
 

@@ -637,27 +637,20 @@ class LM(nn.Module):
         return self.head(self.hidden(tokens, cache, count))
 
 
-class Objective(nn.Module):
+def objective(model, x, y, w):
     """What training minimises. Tokens x, targets y, weights w (B, T) -> loss, [cross entropy, draft loss].
 
     The module of mtp.py learns the model's own distribution beside it; the model gets no gradient from that.
     """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, y, w):
-        model = self.model
-        h = model.hidden(x)  # (B, T, C)
-        logits = model.head(h).float()  # (B, T, V)
-        loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (B, T)
-        draft = logits.new_zeros(())
-        if model.mtp is not None:
-            states = model.mtp.unroll(h, x, model.embed.weight, model.cfg.mtp)  # K of (B, T - k, C)
-            p = logits.softmax(-1)  # (B, T, V)
-            draft = mtp.soft_loss(states, model.head.weight, p, torch.ones_like(w))
-        return (loss * w).mean() + draft, torch.stack([loss.mean(), draft]).detach()
+    h = model.hidden(x)  # (B, T, C)
+    logits = model.head(h).float()  # (B, T, V)
+    loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (B, T)
+    draft = logits.new_zeros(())
+    if model.mtp is not None:
+        states = model.mtp.unroll(h, x, model.embed.weight, model.cfg.mtp)  # K of (B, T - k, C)
+        p = logits.softmax(-1)  # (B, T, V)
+        draft = mtp.soft_loss(states, model.head.weight, p, torch.ones_like(w))
+    return (loss * w).mean() + draft, torch.stack([loss.mean(), draft]).detach()
 
 
 def half(model):
@@ -1255,50 +1248,88 @@ def run_folder(cfg, base):
     raise UserError(f"{folder}: another process is at work there")
 
 
+class World:
+    """Processes that share the work of a step; of one process everything here is the identity.
+
+    Each has a part of every batch, so that the updates are those of one process up to rounding.
+    """
+
+    def __init__(self, rank=0, size=1):
+        self.rank = rank
+        self.size = size
+
+    def first(self, work):
+        """Process 0 works, all get what comes of it; a UserError ends all, and process 0 says it."""
+        found = [None, None]  # the result, the error
+        if self.rank == 0:
+            try:
+                found[0] = work()
+            except UserError as e:
+                found[1] = e
+        if self.size > 1:
+            dist.broadcast_object_list(found)
+        if found[1]:
+            raise found[1] if self.rank == 0 else SystemExit(2)
+        return found[0]
+
+    def own(self, count, parts=1):
+        """Which of `count` items are this process's: of each of `parts` the rank-th share."""
+        run = count // parts // self.size
+        return [i for i in range(count) if i // run % self.size == self.rank]
+
+    def mean(self, tensors):
+        """Replace each tensor by its mean over the processes."""
+        if self.size > 1:
+            flat = torch.cat([x.flatten() for x in tensors])
+            dist.all_reduce(flat)
+            flat /= self.size
+            parts = flat.split([x.numel() for x in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(x) for x, part in zip(tensors, parts)])
+
+    def gather(self, x, parts=1):
+        """x (n, ..), of one shape everywhere -> those of all processes (size n, ..), in the order of one."""
+        if self.size == 1:
+            return x
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(found, x.contiguous())
+        shares = torch.stack(found).unflatten(1, (parts, -1))  # (size, parts, n / parts, ..)
+        return shares.transpose(0, 1).flatten(0, 2)  # (size n, ..)
+
+    def copy_first(self, model):
+        """All processes get the weights of process 0."""
+        for p in model.parameters() if self.size > 1 else ():
+            dist.broadcast(p.data, 0)
+
+
 def processes(device):
-    """Under torchrun: meet the other processes -> (which one this is, how many there are)."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    """-> the World of this process; under torchrun it meets the others first."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
         patience = datetime.timedelta(days=1)  # the others wait while process 0 makes tokens of all texts
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return int(os.environ.get("RANK", "0")), world
+    return World(int(os.environ.get("RANK", "0")), size)
 
 
-def shared(work, rank, world):
-    """Process 0 works, all get what comes of it; a UserError ends all, and process 0 says it."""
-    found = [None, None]  # the result, the error
-    if rank == 0:
-        try:
-            found[0] = work()
-        except UserError as e:
-            found[1] = e
-    if world > 1:
-        dist.broadcast_object_list(found)
-    if found[1]:
-        raise found[1] if rank == 0 else SystemExit(2)
-    return found[0]
-
-
-def open_run(cfg, given, base, validate, rank=0, world=1):
+def open_run(cfg, given, base, validate, world):
     """Begin a run, or go on with one -> (Run, its checkpoint or None); UserError if that cannot be.
 
     A resumed run keeps its options, except for those given now. `validate` comes before anything is written.
     """
     if not cfg.resume:
-        validate(cfg, world)
-    folder = shared(lambda: run_folder(cfg, base), rank, world)
+        validate(cfg, world.size)
+    folder = world.first(lambda: run_folder(cfg, base))
     if not cfg.resume:
-        return Run(cfg, folder, rank), None
+        return Run(cfg, folder, world.rank), None
     path = folder / "ckpt.pt"
     saved = load_checkpoint(path, ("model", "optimizer", "step", "seconds", "config"))
     old = dataclasses.asdict(config_of(saved, type(cfg), path))
     own = {f.name: old[f.name] for f in dataclasses.fields(cfg) if f.metadata["fixed"]}
     agree(given, own, f"{folder}: the checkpoint has")
     cfg = type(cfg)(**{**old, **given})
-    validate(cfg, world)
+    validate(cfg, world.size)
     if cfg.steps < saved["step"]:
         raise UserError(f"{folder}: the checkpoint is at step {saved['step']}, beyond --steps {cfg.steps}")
-    return Run(cfg, folder, rank, saved["step"], saved["seconds"], resumed=True), saved
+    return Run(cfg, folder, world.rank, saved["step"], saved["seconds"], resumed=True), saved
 
 
 class Run:
@@ -1463,16 +1494,16 @@ def train(cfg, given):
         hardware = torch.cuda.get_device_name()
         torch.set_float32_matmul_precision("high")
     hardware += ", bf16 autocast" if half_precision else ", fp32"
-    rank, world = processes(device)
+    world = processes(device)
 
     # 1) folder, data
-    run, saved = open_run(cfg, given, f"{cfg.preset}-{cfg.attn}", validate, rank, world)
+    run, saved = open_run(cfg, given, f"{cfg.preset}-{cfg.attn}", validate, world)
     cfg = run.cfg
     enc = tokenizer(cfg.tokenizer)
     cfg.vocab = cfg.vocab or enc.n_vocab
     size = fits(cfg, device)
-    if not (saved and shared(lambda: mapped(run.folder) is not None, rank, world)):
-        shared(lambda: prepare(cfg, enc, run.folder), rank, world)
+    if not (saved and world.first(lambda: mapped(run.folder) is not None)):
+        world.first(lambda: prepare(cfg, enc, run.folder))
     data = Data(cfg, enc, run.folder)
     info = data.info
     if saved and saved.get("data") != info["sha256"]:
@@ -1488,15 +1519,12 @@ def train(cfg, given):
         load_state(run.folder, model, saved["model"])
         load_state(run.folder, optimizer, saved["optimizer"])
     amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=half_precision)
-    runner = Objective(model)
-    if world > 1:
-        runner = nn.parallel.DistributedDataParallel(runner, device_ids=[device.index] if cuda else None)
     run.header(
         hardware,
         f"model    {cfg.attn}, {size / 1e6:.2f} M parameters, {cfg.layers} layers of width {cfg.width}",
         f"data     {info['texts']} texts, {info['train']} + {info['val']} tokens, sha256 {info['sha256']}",
-        f"batch    {cfg.batch * cfg.context} tokens a step, in {world} process{'es' * (world > 1)}",
-        **{"parameters": size, "data": info, "processes": world},
+        f"batch    {cfg.batch * cfg.context} tokens a step, in {world.size} process{'es' * (world.size > 1)}",
+        **{"parameters": size, "data": info, "processes": world.size},
     )
     if info["replaced"]:
         run.say(f"note     in {info['replaced']} places the texts are not UTF-8: U+FFFD stands there now")
@@ -1518,34 +1546,39 @@ def train(cfg, given):
     # 3) training: a checkpoint is the last thing that a step does, so that a killed run loses nothing
     found = None
     trunk = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
-    own = cfg.batch // world  # sequences of this process at the full context
+    own = cfg.batch // world.size  # sequences of this process at the full context
     accumulate = own // min(cfg.micro, own)
-    rows = data.batch(run.step, rank, world)
+
+    def passes(*rows):
+        """x, y, w (N, T), this process's rows -> its gradients, and (2,): cross entropy, draft loss."""
+        optimizer.zero_grad(set_to_none=True)
+        sums = 0
+        for part in zip(*(t.chunk(accumulate) for t in rows)):  # x, y, w (b, T)
+            with amp():
+                loss, parts = objective(model, *part)
+            (loss / accumulate).backward()
+            sums = sums + parts / accumulate
+        return sums
+
+    captured = mtp.Captured(passes)
+    rows = data.batch(run.step, world.rank, world.size)
     run.catch_signals()
     while run.step < cfg.steps:
         start = time.perf_counter()
         lr = learning_rate(cfg, run.step)
         set_rate(optimizer, lr)
-        sums = torch.zeros(2, device=device)  # cross entropy, draft loss
-        for i, part in enumerate(zip(*(t.chunk(accumulate) for t in rows))):
-            x, y, w = (t.to(device, non_blocking=True) for t in part)  # (b, T) each
-            last = world == 1 or i == accumulate - 1  # processes exchange their gradients once
-            with contextlib.nullcontext() if last else runner.no_sync(), amp():
-                loss, parts = runner(x, y, w)
-                (loss / accumulate).backward()
-            sums += parts / accumulate
+        sums = captured(*(t.to(device) for t in rows))  # (2,)
+        world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(trunk, 1.0)
         draft_norm = norm.new_zeros(())
         if model.mtp is not None:  # clipped apart: the trunk's steps are the same with and without the module
             draft_norm = nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
-        rows = data.batch(run.step + 1, rank, world)  # made while the GPU works
+        rows = data.batch(run.step + 1, world.rank, world.size)  # made while the GPU works
         seen = torch.stack([*sums, norm, draft_norm, norm.new_tensor(len(run.signals))])
-        if world > 1:
-            dist.all_reduce(seen)  # so that all processes stop at the same step
-        loss, draft, norm, draft_norm, stopping = (seen / world).tolist()
+        world.mean([seen])  # so that all processes stop at the same step
+        loss, draft, norm, draft_norm, stopping = seen.tolist()
         run.look(loss=loss, gradient=norm, **{"draft loss": draft, "draft module's gradient": draft_norm})
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         run.advance(time.perf_counter() - start)
 
         log = {"draft_loss": draft} if cfg.mtp else {}
@@ -1553,7 +1586,10 @@ def train(cfg, given):
         run.record(loss=loss, lr=lr, norm=norm, ms=1e3 * run.timed[-1], **log)
         if run.due(10) or len(run.timed) == 1:
             run.progress(f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f}", cfg.batch * cfg.context)
-        found = test() if run.due(cfg.eval_every) and rank == 0 else None
+        found = None
+        if world.rank == 0 and run.due(cfg.eval_every):
+            captured.forget()  # the evaluation gets its memory
+            found = test()
         if stopping or run.due(cfg.save_every):
             save()
         if stopping:
@@ -1561,7 +1597,7 @@ def train(cfg, given):
 
     # 4) evaluation
     run.release_signals()
-    return report(run, data, model, found or evaluate(model, data, amp)) if rank == 0 else 0
+    return report(run, data, model, found or evaluate(model, data, amp)) if world.rank == 0 else 0
 
 
 def verdict(cfg, enc, found):

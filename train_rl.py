@@ -36,7 +36,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -47,7 +46,7 @@ import sparse_rl
 import train_lm
 from mtp import Decoder
 from sparse_rl import CORRECTIONS, SCORES, Compressor, Recorder
-from train_lm import ATTENTION, DEVICES, LM, UserError, fixed, option
+from train_lm import ATTENTION, DEVICES, LM, UserError, World, fixed, option
 
 # ------------------------------------------------------------------------------------------------------------
 # 1) tasks
@@ -599,44 +598,6 @@ def rollout(decoder, task, prompts):
 # 4) learner
 
 
-class World:
-    """Processes that share the problems of a step; of one process everything here is the identity.
-
-    Each has a part of every minibatch, so that the updates are those of one process up to rounding.
-    """
-
-    def __init__(self, rank=0, size=1):
-        self.rank = rank
-        self.size = size
-
-    def own(self, count, parts=1):
-        """Which of `count` items are this process's: of each of `parts` the rank-th share."""
-        run = count // parts // self.size
-        return [i for i in range(count) if i // run % self.size == self.rank]
-
-    def mean(self, tensors):
-        """Replace each tensor by its mean over the processes."""
-        if self.size > 1:
-            flat = torch.cat([x.flatten() for x in tensors])
-            dist.all_reduce(flat)
-            for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
-                x.copy_(part.view_as(x) / self.size)
-
-    def gather(self, x, parts=1):
-        """x (n, ..), of one shape everywhere -> those of all processes (size n, ..), in the order of one."""
-        if self.size == 1:
-            return x
-        found = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(found, x.contiguous())
-        shares = torch.stack(found).unflatten(1, (parts, -1))  # (size, parts, n / parts, ..)
-        return shares.transpose(0, 1).flatten(0, 2)  # (size n, ..)
-
-    def copy_first(self, model):
-        """All processes get the weights of process 0."""
-        for p in model.parameters() if self.size > 1 else ():
-            dist.broadcast(p.data, 0)
-
-
 def answer_logits(model, r, rows, reads="full", recorder=None):
     """Logits of some answers (n, T - 1, V); the model reads the "full" history or what was "kept"."""
     text = r.text[rows]  # (n, T)
@@ -884,12 +845,12 @@ def train(cfg, given):
     warm, cfg = read_warm(cfg, given)
     cfg = read_init(cfg, given)
     device = train_lm.pick_device(cfg)
-    world = World(*train_lm.processes(device))
+    world = train_lm.processes(device)
     cuda = device.type == "cuda"
     if not cuda:
         torch.set_num_threads(min(2, torch.get_num_threads()))  # more would mostly wait for each other
     name = f"rl-{cfg.task}-{cfg.arm}"
-    run, saved = train_lm.open_run(cfg, given, name, validate, world.rank, world.size)
+    run, saved = train_lm.open_run(cfg, given, name, validate, world)
     cfg = run.cfg
 
     # 1) model, optimizer, engines
