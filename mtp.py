@@ -743,6 +743,7 @@ class Captured:
 
     def __init__(self, f):
         self.f = f
+        self.stream = None  # to warm up and capture on: each stream has a workspace of the matrix library
         self.forget()
 
     def forget(self):
@@ -761,17 +762,17 @@ class Captured:
         for mine, x in zip(self.args, args):
             mine.copy_(x)
         self.calls += 1
-        if self.calls <= 2:  # a capture needs a warm-up, on a stream of its own
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+        self.stream = self.stream or torch.cuda.Stream()
+        if self.calls <= 2:  # a capture needs a warm-up, on the same stream
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 result = self.f(*self.args)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.graph is None:
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.f(*self.args)
         self.graph.replay()
         return self.result.clone()

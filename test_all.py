@@ -4395,6 +4395,7 @@ def test_imitation_in_pieces_is_that_of_whole_batches():
         model = LM(tiny("gqa", layers=2, heads=2, vocab=len(task.symbols))).double()
         with swapped(train_rl, "LOGITS", logits):
             loss = train_rl.imitate(model, task, cfg, torch.device("cpu"))
+        assert all(p.grad is None for p in model.parameters()), "RL would add its own gradients to them"
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert 0 < loss < 4
     close(*weights, 1e-9, "weights after three steps")

@@ -477,9 +477,10 @@ def imitate(model, task, cfg, device):
     schedule = train_lm.Config(lr=cfg.warm_lr, steps=cfg.warm_steps)
     optimizer = train_lm.make_optimizer(schedule, model, fused=cuda)
     batches = DataLoader(Demonstrations(task, cfg), batch_size=None, num_workers=8 if cuda else 0)
-    for step, batch in enumerate(tqdm(batches, desc="warm start", unit="step", disable=None, leave=False)):
-        train_lm.set_rate(optimizer, train_lm.learning_rate(schedule, step))
-        tokens, weight = (x.to(device, non_blocking=True) for x in batch)  # (B, T) each
+
+    def passes(tokens, weight):
+        """tokens, weight (B, T) -> gradients, and the loss."""
+        optimizer.zero_grad(set_to_none=True)
         weight = weight[:, 1:]  # (B, T - 1)
         counted = weight.sum()
         loss = 0.0
@@ -489,11 +490,17 @@ def imitate(model, task, cfg, device):
             part = -(sparse_rl.token_logp(logits, tokens[piece, 1:]) * weight[piece]).sum() / counted
             part.backward()
             loss += part.detach()
+        return loss
+
+    captured = mtp.Captured(passes)
+    for step, batch in enumerate(tqdm(batches, desc="warm start", unit="step", disable=None, leave=False)):
+        train_lm.set_rate(optimizer, train_lm.learning_rate(schedule, step))
+        loss = captured(*(x.to(device, non_blocking=True) for x in batch))
         seen += loss + nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99:
             train_lm.look(f"by step {step + 1} of the warm start", loss=seen.item())
+    optimizer.zero_grad(set_to_none=True)
     total = seen.item() + train_lm.norm_of(model)
     train_lm.look("at the end of the warm start", **{"sum of losses, gradients and weights": total})
     return loss.item()
