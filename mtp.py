@@ -19,7 +19,7 @@ distributed exactly as without drafts (up to rounding), only sooner.
 The module learns from a frozen trunk's own texts and distributions (`equip`: soft cross entropy, then
 end-to-end TV) or beside the trunk (`train_lm.py --mtp K`: soft cross entropy). The trunk gets no gradient
 from it. Every row of a batch accepts its own number of drafts, and rows that end are refilled. On a GPU a few
-rounds are one CUDA graph. The engine measures whether drafts pay; where they do not, it goes on without them.
+rounds are one CUDA graph, and so is a training step (`Captured`, for train_lm.py too). The engine measures whether drafts pay; where they do not, it goes on without them.
 
 Does NOT include: trees of drafts, reduced draft vocabularies, top-p.
 Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (module);
@@ -731,34 +731,41 @@ def percent(rates):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Equipping a model that has none
+# A training step as one CUDA graph
 
 
 class Captured:
     """f, a function of tensors on one device -> a tensor; on a GPU one CUDA graph from the third call on.
 
-    A training step is thousands of launches, which a graph spares. f must make its gradients anew
-    (`zero_grad(set_to_none=True)`), and an optimizer in it be `capturable`. Another shape begins anew.
+    A graph spares a training step its thousands of launches. A replay runs no Python: it reads and writes
+    where the capture did. So what f reads beside its arguments, weights too, may only change in place, and an
+    optimizer in f must be `capturable`. Gradients that f leaves behind are written anew by every replay;
+    `clear`, the optimizer's zero_grad, drops them before every other call. Another shape begins anew.
     """
 
-    def __init__(self, f):
+    def __init__(self, f, clear=lambda: None):
         self.f = f
+        self.clear = clear
         self.stream = None  # to warm up and capture on: each stream has a workspace of the matrix library
         self.forget()
 
     def forget(self):
-        """Give the graph's memory back. The next calls warm up and capture again."""
+        """Give the graph's memory back, gradients included. The next calls warm up and capture again."""
+        self.clear()
         self.calls = 0
         self.graph = None
         self.args = ()
         self.result = None
 
     def __call__(self, *args):
-        if not args[0].is_cuda:
-            return self.f(*args)
-        if [x.shape for x in args] != [x.shape for x in self.args]:
+        cuda = args[0].is_cuda
+        if cuda and [x.shape for x in args] != [x.shape for x in self.args]:
             self.forget()
-            self.args = [x.clone() for x in args]
+            self.args = [torch.empty_like(x) for x in args]
+        if self.graph is None:
+            self.clear()
+        if not cuda:
+            return self.f(*args)
         for mine, x in zip(self.args, args):
             mine.copy_(x)
         self.calls += 1
@@ -770,12 +777,16 @@ class Captured:
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.graph is None:
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):  # records f and runs nothing
                 self.result = self.f(*self.args)
+            self.graph = graph
         self.graph.replay()
-        return self.result.clone()
+        return self.result.clone()  # the next replay writes over it
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Equipping a model that has none
 
 
 def lesson(trunk, module, text, K, temperature=1.0):

@@ -13,8 +13,8 @@
     2) data       texts become tokens on disk; some documents get key=value pairs to recall
     3) model      RMSNorm, attention, SwiGLU; with gqa exactly a Llama-type model
     4) evaluation bits per byte, also by position; recall by distance; bytes of the cache, counted
-    5) run        folder, log, checkpoint, signals: train_rl.py uses them too
-    6) training   AdamW, warm-up and cosine, bf16 where a GPU has it, accumulation, clipping
+    5) run        folder, log, checkpoint, signals, several processes: train_rl.py uses them too
+    6) training   AdamW, warm-up and cosine, bf16 where a GPU has it, accumulation, clipping; a CUDA graph
 
 The batch of a step depends on (seed, step, row) and the options of the data alone: runs can be resumed, on
 any number of processes that divides the batch. Does NOT include: dropout, packing with masks between
@@ -1249,7 +1249,7 @@ def run_folder(cfg, base):
 
 
 class World:
-    """Processes that share the work of a step; of one process everything here is the identity.
+    """Processes that share the work of a step; of one process all but `first` is the identity.
 
     Each has a part of every batch, so that the updates are those of one process up to rounding.
     """
@@ -1278,7 +1278,7 @@ class World:
         return [i for i in range(count) if i // run % self.size == self.rank]
 
     def mean(self, tensors):
-        """Replace each tensor by its mean over the processes."""
+        """Replace each tensor, in place, by its mean over the processes."""
         if self.size > 1:
             flat = torch.cat([x.flatten() for x in tensors])
             dist.all_reduce(flat)
@@ -1518,6 +1518,7 @@ def train(cfg, given):
     if saved:
         load_state(run.folder, model, saved["model"])
         load_state(run.folder, optimizer, saved["optimizer"])
+    world.copy_first(model)
     amp = partial(torch.autocast, "cuda", torch.bfloat16, enabled=half_precision)
     run.header(
         hardware,
@@ -1551,7 +1552,6 @@ def train(cfg, given):
 
     def passes(*rows):
         """x, y, w (N, T), this process's rows -> its gradients, and (2,): cross entropy, draft loss."""
-        optimizer.zero_grad(set_to_none=True)
         sums = 0
         for part in zip(*(t.chunk(accumulate) for t in rows)):  # x, y, w (b, T)
             with amp():
@@ -1560,20 +1560,23 @@ def train(cfg, given):
             sums = sums + parts / accumulate
         return sums
 
-    captured = mtp.Captured(passes)
-    rows = data.batch(run.step, world.rank, world.size)
+    def batch(step):
+        return [t.to(device) for t in data.batch(step, world.rank, world.size)]
+
+    captured = mtp.Captured(passes, optimizer.zero_grad)
+    rows = batch(run.step)
     run.catch_signals()
     while run.step < cfg.steps:
         start = time.perf_counter()
         lr = learning_rate(cfg, run.step)
         set_rate(optimizer, lr)
-        sums = captured(*(t.to(device) for t in rows))  # (2,)
+        sums = captured(*rows)  # (2,)
         world.mean([p.grad for p in model.parameters()])
         norm = nn.utils.clip_grad_norm_(trunk, 1.0)
         draft_norm = norm.new_zeros(())
         if model.mtp is not None:  # clipped apart: the trunk's steps are the same with and without the module
             draft_norm = nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
-        rows = data.batch(run.step + 1, world.rank, world.size)  # made while the GPU works
+        rows = batch(run.step + 1)  # made while the GPU works
         seen = torch.stack([*sums, norm, draft_norm, norm.new_tensor(len(run.signals))])
         world.mean([seen])  # so that all processes stop at the same step
         loss, draft, norm, draft_norm, stopping = seen.tolist()
@@ -1597,6 +1600,7 @@ def train(cfg, given):
 
     # 4) evaluation
     run.release_signals()
+    captured.forget()
     return report(run, data, model, found or evaluate(model, data, amp)) if world.rank == 0 else 0
 
 

@@ -480,7 +480,6 @@ def imitate(model, task, cfg, device):
 
     def passes(tokens, weight):
         """tokens, weight (B, T) -> gradients, and the loss."""
-        optimizer.zero_grad(set_to_none=True)
         weight = weight[:, 1:]  # (B, T - 1)
         counted = weight.sum()
         loss = 0.0
@@ -492,7 +491,7 @@ def imitate(model, task, cfg, device):
             loss += part.detach()
         return loss
 
-    captured = mtp.Captured(passes)
+    captured = mtp.Captured(passes, optimizer.zero_grad)
     for step, batch in enumerate(tqdm(batches, desc="warm start", unit="step", disable=None, leave=False)):
         train_lm.set_rate(optimizer, train_lm.learning_rate(schedule, step))
         loss = captured(*(x.to(device, non_blocking=True) for x in batch))
@@ -500,7 +499,7 @@ def imitate(model, task, cfg, device):
         optimizer.step()
         if step % 100 == 99:
             train_lm.look(f"by step {step + 1} of the warm start", loss=seen.item())
-    optimizer.zero_grad(set_to_none=True)
+    captured.forget()
     total = seen.item() + train_lm.norm_of(model)
     train_lm.look("at the end of the warm start", **{"sum of losses, gradients and weights": total})
     return loss.item()

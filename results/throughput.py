@@ -28,7 +28,7 @@ KINDS = {"attention": ("flash", "fmha", "cudnn_generated", "forward_kernel", "dq
 
 
 def measure(cfg, tokens, eager, steps=6):
-    """-> seconds of a step and of its launches (medians), weights, GiB at the peak, {kind: seconds of the GPU}."""
+    """-> seconds of a step and of its launches (medians), weights, GiB allocated and reserved at the peak, {kind: seconds of the GPU}."""
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     model = LM(cfg).cuda()
@@ -37,16 +37,17 @@ def measure(cfg, tokens, eager, steps=6):
     weight = torch.ones_like(x[:, 1:], dtype=torch.float32)
 
     def passes(x, weight):
-        optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16):
             loss, parts = objective(model, x[:, :-1], x[:, 1:], weight)
         loss.backward()
         return parts
 
-    run = passes if eager else Captured(passes)
+    run = passes if eager else Captured(passes, optimizer.zero_grad)
 
     def step():
         start = time.time()
+        if eager:
+            optimizer.zero_grad()
         run(x, weight)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -58,7 +59,7 @@ def measure(cfg, tokens, eager, steps=6):
     launched = []
     for _ in range(3 + steps):  # two to warm up, one to capture
         step()
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    peak = [most / 2**30 for most in (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())]
     found = [statistics.median(some[3:]) for some in (times, launched)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
@@ -90,7 +91,7 @@ def main():
             rate = 6 * weights * tokens / seconds / 790e12
             gpu = sum(spent.values())
             most = ", ".join(f"{kind} {x / gpu:.0%}" for kind, x in sorted(spent.items(), key=lambda x: -x[1]))
-            print(f"{context:6} {attn}: {tokens / seconds:9,.0f} tokens/s, {rate:.0%} of the matmul rate, {peak:.1f} GiB; a step "
+            print(f"{context:6} {attn}: {tokens / seconds:9,.0f} tokens/s, {rate:.0%} of the matmul rate, {peak[0]:.1f} GiB, {peak[1]:.1f} reserved; a step "
                   f"{1e3 * seconds:.0f} ms, to launch {1e3 * host:.0f}, GPU {1e3 * gpu:.0f}: {most}", flush=True)  # fmt: skip
 
 
