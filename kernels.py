@@ -217,10 +217,13 @@ def check(q, keys, queries=1, most=64, width=256, block=16):
 
 @jit
 def rope_kernel(
-    x, out, pos, H, T, strides, to_strides, pos_strides, sign, log2_base, more, factor,
+    x, out, pos, H, turned, T, strides, to_strides, pos_strides, sign, log2_base, more, factor,
     HEADS: constexpr, D: constexpr, PD: constexpr, P: constexpr, HALF: constexpr, BT: constexpr,
 ):  # fmt: skip
-    """One program: BT tokens of HEADS heads. x and out (B, H, T, D + P) have strides, but the last is 1."""
+    """One program: BT tokens of HEADS heads, of which only the first `turned` turn.
+
+    x and out (B, H, T, D + P) have strides, but the last is 1.
+    """
     parts = tl.cdiv(H, HEADS)
     b = (tl.program_id(0) // parts).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)  # (BT,)
@@ -251,8 +254,10 @@ def rope_kernel(
         to += D + i[None, :]
         u = tl.load(at, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
         v = tl.load(at + P // 2, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
-        tl.store(to, (u * cos - v * sin).to(out.dtype.element_ty), mask=ok)
-        tl.store(to + P // 2, (v * cos + u * sin).to(out.dtype.element_ty), mask=ok)
+        if h < turned:
+            u, v = u * cos - v * sin, v * cos + u * sin
+        tl.store(to, u.to(out.dtype.element_ty), mask=ok)
+        tl.store(to + P // 2, v.to(out.dtype.element_ty), mask=ok)
 
 
 @functools.cache
@@ -267,17 +272,17 @@ class Rope(torch.autograd.Function):
     """rope, below. Its gradient turns backwards. What both give lies as (B, T, H, ..)."""
 
     @staticmethod
-    def forward(ctx, x, pos, base, factor, still):
+    def forward(ctx, x, pos, base, factor, still, heads):
         ctx.save_for_backward(pos)
-        ctx.rest = (base, factor, still)
+        ctx.rest = (base, factor, still, heads)
         return Rope.turn(x, pos, *ctx.rest, 1.0)
 
     @staticmethod
     def backward(ctx, grad):
-        return Rope.turn(grad, *ctx.saved_tensors, *ctx.rest, -1.0), None, None, None, None
+        return Rope.turn(grad, *ctx.saved_tensors, *ctx.rest, -1.0), None, None, None, None, None
 
     @staticmethod
-    def turn(x, pos, base, factor, still, sign):
+    def turn(x, pos, base, factor, still, heads, sign):
         B, H, T, width = x.shape
         out = x.new_empty(B, T, H, width).transpose(1, 2)
         P = width - still
@@ -287,13 +292,14 @@ class Rope(torch.autograd.Function):
         HEADS = 1 if T < 64 else 4  # which share their sines
         grid = (B * triton.cdiv(H, HEADS), triton.cdiv(T, BT))
         widths = (HEADS, still, power(still), P, power(P // 2), BT)
-        rope_kernel[grid](x, out, pos, H, T, *strides, sign, *log2_of(base), float(factor), *widths)
+        turns = (sign, *log2_of(base), float(factor))
+        rope_kernel[grid](x, out, pos, H, H if heads is None else heads, T, *strides, *turns, *widths)
         return out
 
 
-def rope(x, pos, base=10000.0, factor=1.0, still=0):
+def rope(x, pos, base=10000.0, factor=1.0, still=0, heads=None):
     """x (B, H, T, still + P), pos (B or 1, T) -> likewise; angles in fp32."""
-    return Rope.apply(x, pos, base, factor, still)
+    return Rope.apply(x, pos, base, factor, still, heads)
 
 
 # ------------------------------------------------------------------------------------------------------------

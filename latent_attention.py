@@ -83,14 +83,17 @@ def joins(module, name, parts):
 
 
 @fast_path
-def rope(x, pos, base=10000.0, factor=1.0, still=0):
+def rope(x, pos, base=10000.0, factor=1.0, still=0, heads=None):
     """Rotary position embedding, half-split: channels i and i + P/2 turn together by pos * base^(-2i/P).
 
     x (B, H, T, P), P even; pos (B or 1, T) in tokens, fractions allowed (nsa.py turns to the middle of a
     block) -> like x. Angles are computed in fp32, or in fp64 for fp64 input. Llama pairs channels like this.
     factor is Llama 3's: channels that turn less than once in 8192 tokens turn so many times slower, those
-    that turn 4 times or more as ever, and between the two a mixture. The first `still` channels of x stay.
+    that turn 4 times or more as ever, and between the two a mixture. The first `still` channels of x stay,
+    and with `heads` the heads after the first so many.
     """
+    whole = x
+    x = x[:, :heads]
     P = x.shape[-1] - still
     dtype = torch.promote_types(x.dtype, torch.float32)
     fp64 = "cpu" if x.device.type == "mps" else x.device  # an Apple GPU has none
@@ -101,7 +104,8 @@ def rope(x, pos, base=10000.0, factor=1.0, still=0):
     cos = angle.cos()
     sin = angle.sin()
     fixed, a, b = x.to(dtype).split([still, P // 2, P // 2], dim=-1)  # (B, H, T, still or P/2)
-    return torch.cat([fixed, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    x = torch.cat([fixed, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return x if heads is None else torch.cat([x, whole[:, heads:]], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -376,12 +380,14 @@ class GQA(nn.Module):
         return split_heads(qkv, self.heads + 2 * self.groups)
 
     def forward(self, x, pos, cache=None, count=None, source=None):
-        qk, v = self.project(x, source).split([self.heads + self.groups, self.groups], dim=1)
+        each = [self.heads, self.groups, self.groups]
+        qkv = self.project(x, source)  # (B, H + 2 G, T, D)
         if self.q_norm is not None:
-            q, k = qk.split([self.heads, self.groups], dim=1)  # (B, H or G, T, D)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)  # (B, H + G, T, D)
-        qk = rope(qk, pos, self.base, self.factor)  # (B, H + G, T, D)
-        q, k = qk.split([self.heads, self.groups], dim=1)  # (B, H or G, T, D)
+            q, k, v = qkv.split(each, dim=1)  # (B, H or G, T, D)
+            qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)  # (B, H + 2 G, T, D)
+        # Values go along, so that backward joins the gradients once.
+        qkv = rope(qkv, pos, self.base, self.factor, heads=self.heads + self.groups)
+        q, k, v = qkv.split(each, dim=1)  # (B, H or G, T, D)
         if cache is None:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
         else:

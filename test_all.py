@@ -212,6 +212,9 @@ def test_rope_is_relative_and_half_split():
     turned = pairs * torch.polar(torch.ones(4).double(), angle)
     want = torch.cat([turned.real, turned.imag], -1)
     close(rope(x, torch.full((2, 5), 7)), want, 1e-12, "rotation in complex numbers")
+    some = rope(x, torch.full((2, 5), 7), heads=1)
+    assert torch.equal(some[:, 1:], x[:, 1:]), "the heads after the first"
+    close(some[:, :1], want[:, :1], 1e-12, "the first head")
 
 
 class ListCache:
@@ -1131,9 +1134,9 @@ def test_rope_kernel_equals_rope_with_gradient():
     pos = torch.randint(4096, (2, 31), device=DEVICE)
     fractions = (pos[:1] + 0.5, x[..., 1:11])  # one row of positions
     strides = (pos[:, ::2], x[:, :, ::2])
-    for at, part in ((pos, x), fractions, strides):
-        ours, want = with_and_without(lambda: rope(part, at))
-        what = f"rope, x of {tuple(part.shape)}"
+    for (at, part), heads in zip(((pos, x), fractions, strides, (pos, x)), (None, None, None, 2)):
+        ours, want = with_and_without(lambda: rope(part, at, heads=heads))
+        what = f"rope, x of {tuple(part.shape)}, heads {heads}"
         close(ours, want, 2e-3, what)
         ours, want = (with_gradients(y, x, retain_graph=True)[1] for y in (ours, want))
         close(ours, want, 2e-3, f"{what}: gradient")
@@ -1389,7 +1392,7 @@ def pair_arguments():
         "rms_norm": (new(2, 5, 40), norm.weight, 0.0),  # of a tile of 32 rows 10 are there
         "add_norm": (new(2, 5, 40), new(2, 5, 40), norm),
         "swiglu": (new(2, 5, 2 * 1200),),
-        "rope": (new(2, 3, 31, 20), to(torch.randint(4096, (2, 31))), 1e4, 8.0, 8),
+        "rope": (new(2, 3, 31, 20), to(torch.randint(4096, (2, 31))), 1e4, 8.0, 8, 2),
         "write_slots": (to([7, 2]), buffers, rows, to([4, 3]), True),
         "window_attention": (text.q, text.tokens, 20, text.scale),
         "cached_attention": (new(2, 6, 3, 24), length[:, None] - 3 + to([[0, 1, 2]]), keys, 0.3, 12),
@@ -3227,7 +3230,7 @@ class NoRoPE(GQA):
     """A kind of attention that is not in the table: GQA that knows no positions."""
 
     def forward(self, x, pos, cache=None, count=None, source=None):
-        with swapped(la, "rope", lambda x, pos, *rest: x):
+        with swapped(la, "rope", lambda x, pos, *rest, **more: x):
             return super().forward(x, pos, cache, count, source)
 
 
