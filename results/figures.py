@@ -1,7 +1,7 @@
-"""Draws base.png, needles.png, bytes.png and 340m.png in results/: `python results/figures.py`.
+"""Draws base.png, needles.png, bytes.png, 340m.png and base-249m.png in results/: `python results/figures.py`.
 
 base.png from base-*.jsonl, the log.jsonl of `python train_lm.py --attn KIND` (one H200), copied as it was written; the others from logs
-of attention_arms.py: attention-arms*.jsonl, attention-16k.jsonl and attention-340m*.jsonl.
+of attention_arms.py: attention-arms*.jsonl, attention-16k.jsonl, attention-340m*.jsonl and attention-base-249m.jsonl.
 """
 import argparse
 import json
@@ -49,15 +49,15 @@ def needles():
     figure.savefig(HERE / "needles.png", dpi=110)
 
 
-def large():
-    """340m: bits per byte against tokens, and by place in the context; recall by distance, needles by length."""
+def curves(log, tokens, file):
+    """Bits per byte against tokens, so many a step, and by place in the context; recall by distance, needles by length."""
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4))
-    entries = [json.loads(line) for line in open(HERE / f"{LARGE}.jsonl")]
-    ended = runs(HERE / f"{LARGE}.jsonl")
-    for name in ROWS["340m, 90 M"]:
+    entries = [json.loads(line) for line in open(HERE / f"{log}.jsonl")]
+    ended = runs(HERE / f"{log}.jsonl")
+    for name in ended:
         evals = {e["step"]: e["bpb"] for e in entries if e["arm"] == name and "bpb" in e}
         e = ended[name][0]
-        axes[0].plot([step * 0.065536 for step in evals], list(evals.values()), marker=".", label=name)
+        axes[0].plot([step * tokens / 1e6 for step in evals], list(evals.values()), marker=".", label=name)
         axes[1].plot([1, 2, 3, 4], e["bpb_by_position"], marker="o", label=name)
         told = e["recall_by_distance"]
         axes[2].plot([math.log2(int(d)) for d in told], [share for share, _ in told.values()], marker="o", label=name)
@@ -73,7 +73,7 @@ def large():
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(HERE / "340m.png", dpi=110)
+    figure.savefig(HERE / file, dpi=110)
 
 
 # the arms of bytes.png: log, name there, name here, where the name stands beside the point in each panel
@@ -129,5 +129,6 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     base()
     needles()
-    large()
+    curves(LARGE, 65536, "340m.png")
+    curves("attention-base-249m", 32768, "base-249m.png")
     quality()
