@@ -2480,7 +2480,7 @@ def two_processes(*args, script):
 @slow
 def test_two_processes_equal_one():
     with folder() as tmp:
-        common = [*QUICK, "--out", tmp, "--steps", 4, "--eval-every", 100]
+        common = [*QUICK, "--device", "cpu", "--out", tmp, "--steps", 4, "--eval-every", 100]
         with two_processes(*common, "--name", "two", "--micro", 1, script="train_lm.py"):
             succeeds(in_process(*common, "--micro", 4, "--name", "one"))
             succeeds(in_process(*common, "--micro", 1, "--name", "pieces"))
@@ -4605,7 +4605,7 @@ def test_rl_in_two_processes_equals_one():
     """The same answers and the same updates, from a compressed cache and with drafts that learn."""
     with folder() as tmp:
         more = "--draft advantage --depths 3 --buffer 4 --equip-steps 4 --steps 5 --warm-steps 60".split()
-        common = [*RL_QUICK, *RL_CACHE, *more, "--out", tmp]
+        common = [*RL_QUICK, *RL_CACHE, *more, "--device", "cpu", "--out", tmp]
         with two_processes(*common, "--name", "two", script="train_rl.py"):
             succeeds(run(*common, "--name", "one", script="train_rl.py"))
         for a, b in zip(log_of(tmp / "one"), log_of(tmp / "two"), strict=True):
