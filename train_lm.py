@@ -485,10 +485,11 @@ class Data:
             pairs = dict((letters("a", 2), letters("A", 1)) for _ in range(count))
             gap = between(4, length / 4)  # tokens of text between statements: dense and sparse sections
             told = {}  # key -> where it was last told
+            said = [[self.enc.encode_ordinary(s) for s in (f"<{key}=", pairs[key], ">")] for key in pairs]
             while len(doc) < stop:
                 doc += text[len(doc) : len(doc) + int(gap * rng.uniform(0.5, 1.5))]
-                key = list(pairs)[rng.integers(len(pairs))]
-                lead, value, end = (self.enc.encode_ordinary(s) for s in (f"<{key}=", pairs[key], ">"))
+                key = rng.integers(len(pairs))
+                lead, value, end = said[key]
                 begin = len(doc) + len(lead)
                 if key in told and begin + len(value) <= T + 1:
                     asked.append((len(doc) - told[key], begin, begin + len(value)))
