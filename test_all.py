@@ -2326,6 +2326,47 @@ def test_batches_depend_on_seed_step_and_row_alone():
         assert heavy and heavy <= set(range(65, 91)), "answers, and nothing else, weigh more"
 
 
+def captured_protocol():
+    """Captured, where a GPU's functions only say that they were called."""
+    said = []
+
+    class Graph:
+        def replay(self):
+            said.append("replay")
+
+    def f(x):
+        said.append("f")
+        return x.sum()
+
+    nothing = lambda *args, **more: contextlib.nullcontext()
+    fakes = {"CUDAGraph": Graph, "graph": nothing, "stream": nothing}
+    fakes |= {name: unittest.mock.Mock() for name in ("Stream", "current_stream")}
+    with unittest.mock.patch.multiple(torch.cuda, **fakes), swapped(torch.Tensor, "is_cuda", True):
+        captured = mtp.Captured(f, lambda: said.append("clear"))
+        for rows in 4 * [2] + 4 * [3] + ["forget"] + 4 * [3]:
+            if rows == "forget":
+                captured.forget()
+                continue
+            x = torch.randn(rows)
+            captured(x)
+            assert torch.equal(captured.args[0], x), "a replay reads what was given last"
+            assert captured.args[0] is not x
+    said = [word for word, _ in itertools.groupby(said)]  # one clear is as good as two
+    begin = ["clear", "f"] * 3 + ["replay"]  # two to warm up, one to record; gradients go before each
+    assert said == begin * 3, said
+
+
+def test_a_graph_begins_anew_when_it_must():
+    captured_protocol()
+    changes = [
+        ("self.calls <= 2", "self.calls <= 1"),
+        ("mine.copy_(x)", "pass"),
+        ("if self.graph is None:\n        self.clear()", "if self.calls == 0:\n        self.clear()"),
+    ]
+    catches(captured_protocol, mtp.Captured, "__call__", changes)
+    catches(captured_protocol, mtp.Captured, "forget", [("self.calls = 0", "self.calls = 3")])
+
+
 def test_a_captured_step_equals_its_launches():
     """Losses and gradients of a CUDA graph, of new weights and rows each time, in two shapes, and captured again."""
     needs_cuda()
