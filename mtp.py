@@ -740,7 +740,8 @@ class Captured:
     A graph spares a training step its thousands of launches. A replay runs no Python: it reads and writes
     where the capture did. So what f reads beside its arguments, weights too, may only change in place, and an
     optimizer in f must be `capturable`. Gradients that f leaves behind are written anew by every replay;
-    `clear`, the optimizer's zero_grad, drops them before every other call. Another shape begins anew.
+    `clear`, the optimizer's zero_grad, drops them before each call that replays nothing. Another shape
+    begins anew.
     """
 
     def __init__(self, f, clear=lambda: None):

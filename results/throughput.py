@@ -1,4 +1,4 @@
-"""Tokens per second of training at 340m, by attention and context, and what the GPU does meanwhile.
+"""Tokens per second of training, by preset, attention and context, and what the GPU does meanwhile.
 
     python results/throughput.py [--preset 340m] [--contexts 8192 32768] [--kinds gqa nsa asa] [--tokens 65536] [--eager]
 
