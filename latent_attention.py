@@ -93,7 +93,7 @@ def rope(x, pos, base=10000.0, factor=1.0, still=0, heads=None):
     and with `heads` the heads after the first so many.
     """
     whole = x
-    x = x[:, :heads]
+    x = x[:, :heads]  # (B, those that turn, T, P)
     P = x.shape[-1] - still
     dtype = torch.promote_types(x.dtype, torch.float32)
     fp64 = "cpu" if x.device.type == "mps" else x.device  # an Apple GPU has none
@@ -104,7 +104,7 @@ def rope(x, pos, base=10000.0, factor=1.0, still=0, heads=None):
     cos = angle.cos()
     sin = angle.sin()
     fixed, a, b = x.to(dtype).split([still, P // 2, P // 2], dim=-1)  # (B, H, T, still or P/2)
-    x = torch.cat([fixed, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    x = torch.cat([fixed, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (B, .., T, P)
     return x if heads is None else torch.cat([x, whole[:, heads:]], dim=1)
 
 

@@ -41,8 +41,8 @@ class WindowGQA(GQA):
         return {"tokens": SlotCache(batch, max_len, widths, self.window, margin, **kind)}
 
     def forward(self, x, pos, cache=None, count=None, source=None):
-        qk, v = self.project(x, source).split([self.heads + self.groups, self.groups], dim=1)
-        q, k = rope(qk, pos, self.base).split([self.heads, self.groups], dim=1)  # (B, H or G, T, D)
+        qkv = rope(self.project(x, source), pos, self.base, heads=self.heads + self.groups)  # (B, H + 2 G, T, D)
+        q, k, v = qkv.split([self.heads, self.groups, self.groups], dim=1)  # (B, H or G, T, D)
         scale = self.head_width**-0.5
         if cache is None:
             o = window_attention(q, keys_of(None, pos, None, k, v), self.window, scale)  # (B, H, T, D)
