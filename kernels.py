@@ -255,7 +255,7 @@ def rope_kernel(
         u = tl.load(at, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
         v = tl.load(at + P // 2, mask=ok, other=0).to(tl.float32)  # (BT, HALF)
         if h < turned:
-            u, v = u * cos - v * sin, v * cos + u * sin
+            u, v = u * cos - v * sin, v * cos + u * sin  # (BT, HALF) each
         tl.store(to, u.to(out.dtype.element_ty), mask=ok)
         tl.store(to + P // 2, v.to(out.dtype.element_ty), mask=ok)
 

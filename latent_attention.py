@@ -105,7 +105,7 @@ def rope(x, pos, base=10000.0, factor=1.0, still=0, heads=None):
     sin = angle.sin()
     fixed, a, b = x.to(dtype).split([still, P // 2, P // 2], dim=-1)  # (B, H, T, still or P/2)
     x = torch.cat([fixed, a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (B, .., T, P)
-    return x if heads is None else torch.cat([x, whole[:, heads:]], dim=1)
+    return x if heads is None else torch.cat([x, whole[:, heads:]], dim=1)  # (B, H, T, P)
 
 
 # ------------------------------------------------------------------------------------------------------------

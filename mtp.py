@@ -19,7 +19,8 @@ distributed exactly as without drafts (up to rounding), only sooner.
 The module learns from a frozen trunk's own texts and distributions (`equip`: soft cross entropy, then
 end-to-end TV) or beside the trunk (`train_lm.py --mtp K`: soft cross entropy). The trunk gets no gradient
 from it. Every row of a batch accepts its own number of drafts, and rows that end are refilled. On a GPU a few
-rounds are one CUDA graph, and so is a training step (`Captured`, for train_lm.py too). The engine measures whether drafts pay; where they do not, it goes on without them.
+rounds are one CUDA graph, and so are the passes of a training step (`Captured`; train_lm.py uses it, too). The
+engine measures whether drafts pay; where they do not, it goes on without them.
 
 Does NOT include: trees of drafts, reduced draft vocabularies, top-p.
 Read: Leviathan et al. 2211.17192 (verification); DeepSeek-V3 2412.19437 (module);
@@ -731,7 +732,7 @@ def percent(rates):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# A training step as one CUDA graph
+# The passes of a training step as one CUDA graph
 
 
 class Captured:

@@ -2053,6 +2053,83 @@ def test_equip_trains_the_module_and_nothing_else():
     assert "length per read" in lines[-1]
 
 
+def captured_protocol():
+    """Captured, where a GPU's functions only say that they were called."""
+    said = []
+
+    class Graph:
+        def replay(self):
+            said.append("replay")
+
+    def f(x):
+        said.append("f")
+        return x.sum()
+
+    nothing = lambda *args, **more: contextlib.nullcontext()
+    fakes = {"CUDAGraph": Graph, "graph": nothing, "stream": nothing}
+    fakes |= {name: unittest.mock.Mock() for name in ("Stream", "current_stream")}
+    with unittest.mock.patch.multiple(torch.cuda, **fakes), swapped(torch.Tensor, "is_cuda", True):
+        captured = mtp.Captured(f, lambda: said.append("clear"))
+        for rows in 4 * [2] + 4 * [3] + ["forget"] + 4 * [3]:
+            if rows == "forget":
+                captured.forget()
+                continue
+            x = torch.randn(rows)
+            found = captured(x)
+            assert torch.equal(captured.args[0], x), "a replay reads what was given last"
+            assert captured.args[0] is not x
+            assert found is not captured.result, "the next replay writes over it"
+    said = [word for word, _ in itertools.groupby(said)]  # one clear is as good as two
+    begin = ["clear", "f"] * 3 + ["replay"]  # two to warm up, one to record; gradients go before each
+    assert said == begin * 3, said
+
+
+def test_a_graph_begins_anew_when_it_must():
+    captured_protocol()
+    changes = [
+        ("self.calls <= 2", "self.calls <= 1"),
+        ("mine.copy_(x)", "pass"),
+        ("self.result.clone()", "self.result"),
+        ("if self.graph is None:\n        self.clear()", "if self.calls == 0:\n        self.clear()"),
+    ]
+    catches(captured_protocol, mtp.Captured, "__call__", changes)
+    catches(captured_protocol, mtp.Captured, "forget", [("self.calls = 0", "self.calls = 3")])
+
+
+def test_a_captured_step_equals_its_launches():
+    """Losses and gradients of a CUDA graph, of new weights and rows each time, in two shapes, and captured again."""
+    needs_cuda()
+    for attn in KINDS:
+        models = [lm(attn, mtp=2, recompute=True).float().cuda()]
+        models.append(copy.deepcopy(models[0]))
+
+        def passes(model, x, y, w):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss, parts = train_lm.objective(model, x, y, w)
+            loss.backward()
+            return parts
+
+        captured = mtp.Captured(functools.partial(passes, models[0]), models[0].zero_grad)
+        made = []  # whether a graph was there
+        for i in range(16):
+            if i == 12:
+                captured.forget()
+                assert all(p.grad is None for p in models[0].parameters()), "they lie in the graph's memory"
+            x, y = (text_of(models[0], 4, 64 if i < 6 else 128).cuda() for _ in range(2))
+            w = torch.rand(x.shape, device="cuda")
+            found = captured(x, y, w)
+            models[1].zero_grad()
+            close(found, passes(models[1], x, y, w), 1e-3, f"{attn}, step {i}: losses")
+            for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+                diff = (p.grad - q.grad).norm() / q.grad.norm()
+                assert diff < 0.02, f"{attn}, step {i}: the gradient of {name} differs by {diff:.1%}"
+                for one in (p, q):
+                    one.data -= 0.1 * q.grad
+            made.append(captured.graph is not None)
+        warm = [False, False]
+        assert made == warm + 4 * [True] + warm + 4 * [True] + warm + 2 * [True]
+
+
 class Counts(torch.nn.Module):
     """A trunk that shares no code with ours: its state is a function of the last 5 tokens of a row."""
 
@@ -2324,81 +2401,6 @@ def test_batches_depend_on_seed_step_and_row_alone():
         assert torch.equal(x[:, 1:], y[:, :-1]), "targets are the next tokens"
         heavy = set(y[w > 1].tolist())
         assert heavy and heavy <= set(range(65, 91)), "answers, and nothing else, weigh more"
-
-
-def captured_protocol():
-    """Captured, where a GPU's functions only say that they were called."""
-    said = []
-
-    class Graph:
-        def replay(self):
-            said.append("replay")
-
-    def f(x):
-        said.append("f")
-        return x.sum()
-
-    nothing = lambda *args, **more: contextlib.nullcontext()
-    fakes = {"CUDAGraph": Graph, "graph": nothing, "stream": nothing}
-    fakes |= {name: unittest.mock.Mock() for name in ("Stream", "current_stream")}
-    with unittest.mock.patch.multiple(torch.cuda, **fakes), swapped(torch.Tensor, "is_cuda", True):
-        captured = mtp.Captured(f, lambda: said.append("clear"))
-        for rows in 4 * [2] + 4 * [3] + ["forget"] + 4 * [3]:
-            if rows == "forget":
-                captured.forget()
-                continue
-            x = torch.randn(rows)
-            captured(x)
-            assert torch.equal(captured.args[0], x), "a replay reads what was given last"
-            assert captured.args[0] is not x
-    said = [word for word, _ in itertools.groupby(said)]  # one clear is as good as two
-    begin = ["clear", "f"] * 3 + ["replay"]  # two to warm up, one to record; gradients go before each
-    assert said == begin * 3, said
-
-
-def test_a_graph_begins_anew_when_it_must():
-    captured_protocol()
-    changes = [
-        ("self.calls <= 2", "self.calls <= 1"),
-        ("mine.copy_(x)", "pass"),
-        ("if self.graph is None:\n        self.clear()", "if self.calls == 0:\n        self.clear()"),
-    ]
-    catches(captured_protocol, mtp.Captured, "__call__", changes)
-    catches(captured_protocol, mtp.Captured, "forget", [("self.calls = 0", "self.calls = 3")])
-
-
-def test_a_captured_step_equals_its_launches():
-    """Losses and gradients of a CUDA graph, of new weights and rows each time, in two shapes, and captured again."""
-    needs_cuda()
-    for attn in KINDS:
-        models = [lm(attn, mtp=2, recompute=True).float().cuda()]
-        models.append(copy.deepcopy(models[0]))
-
-        def passes(model, x, y, w):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss, parts = train_lm.objective(model, x, y, w)
-            loss.backward()
-            return parts
-
-        captured = mtp.Captured(functools.partial(passes, models[0]), models[0].zero_grad)
-        made = []  # whether a graph was there
-        for i in range(16):
-            if i == 12:
-                captured.forget()
-                assert all(p.grad is None for p in models[0].parameters()), "they lie in the graph's memory"
-            x, y = (text_of(models[0], 4, 64 if i < 6 else 128).cuda() for _ in range(2))
-            w = torch.rand(x.shape, device="cuda")
-            found = captured(x, y, w)
-            models[1].zero_grad()
-            close(found, passes(models[1], x, y, w), 1e-3, f"{attn}, step {i}: losses")
-            for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
-                diff = (p.grad - q.grad).norm() / q.grad.norm()
-                assert diff < 0.02, f"{attn}, step {i}: the gradient of {name} differs by {diff:.1%}"
-                for one in (p, q):
-                    one.data -= 0.1 * q.grad
-            made.append(captured.graph is not None)
-        warm = [False, False]
-        assert made == warm + 4 * [True] + warm + 4 * [True] + warm + 2 * [True]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -276,8 +276,8 @@ def check_heads(cfg):
         raise UserError(f"{parts}, and --groups {cfg.groups} the heads")
 
 
-def validate(cfg, world=1):
-    """UserError for options that do not fit together, and for texts or a tokenizer that are not there."""
+def validate(cfg, size=1):
+    """UserError for options that do not fit each other or `size` processes, or name what is not there."""
     check_options(cfg)
     check_heads(cfg)
     block = ATTENTION[cfg.attn]["block"](cfg)
@@ -291,8 +291,8 @@ def validate(cfg, world=1):
         raise UserError(f"--context {cfg.context} leaves no room to recall: at least 64, or --recall 0")
     if cfg.mtp + 2 > min(cfg.context, 256):  # the shortest sequences of a run
         raise UserError(f"--mtp {cfg.mtp} looks beyond sequences of {min(cfg.context, 256)} tokens")
-    if cfg.batch % world or cfg.batch // world % min(cfg.micro, cfg.batch // world):
-        raise UserError(f"--batch {cfg.batch} must be a multiple of {world} processes x --micro {cfg.micro}")
+    if cfg.batch % size or cfg.batch // size % min(cfg.micro, cfg.batch // size):
+        raise UserError(f"--batch {cfg.batch} must be a multiple of {size} processes x --micro {cfg.micro}")
     if cfg.batch * cfg.context > 2**28:
         raise UserError(f"--batch {cfg.batch} x --context {cfg.context} must be at most {2**28} tokens")
     known = tokenizer(cfg.tokenizer).n_vocab
@@ -508,12 +508,12 @@ class Data:
         growing = self.cfg.grow * self.cfg.steps  # steps
         return lengths[int((len(lengths) - 1) * step / growing)] if step < growing else self.cfg.context
 
-    def batch(self, step, rank=0, world=1):
-        """One process's rows of a step -> inputs, targets, weights (N / world, T); N T = batch x context."""
+    def batch(self, step, rank=0, size=1):
+        """One process's rows of a step -> inputs, targets, weights (N / size, T); N T = batch x context."""
         T = self.length(step)
         rows = []
         weights = []
-        for row in range(rank, self.cfg.batch * self.cfg.context // T, world):
+        for row in range(rank, self.cfg.batch * self.cfg.context // T, size):
             rng = np.random.default_rng([self.cfg.seed, step, row])
             weight = np.ones(T, np.float32)
             if rng.random() < self.cfg.recall:
@@ -524,7 +524,7 @@ class Data:
                 doc = self.crop("train", rng, T)
             rows.append(doc)
             weights.append(weight)
-        rows = torch.from_numpy(np.stack(rows))  # (N / world, T + 1)
+        rows = torch.from_numpy(np.stack(rows))  # (N / size, T + 1)
         return rows[:, :-1], rows[:, 1:], torch.from_numpy(np.stack(weights))
 
 
@@ -1283,9 +1283,8 @@ class World:
         if self.size > 1:
             flat = torch.cat([x.flatten() for x in tensors])
             dist.all_reduce(flat)
-            flat /= self.size
-            parts = flat.split([x.numel() for x in tensors])
-            torch._foreach_copy_(tensors, [part.view_as(x) for x, part in zip(tensors, parts)])
+            for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
+                x.copy_(part.view_as(x) / self.size)
 
     def gather(self, x, parts=1):
         """x (n, ..), of one shape everywhere -> those of all processes (size n, ..), in the order of one."""

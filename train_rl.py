@@ -407,13 +407,13 @@ MODEL = "attn layers width heads groups window".split()
 MADE = "task size largest data answer init".split() + MODEL  # what a warm start was made for
 
 
-def validate(cfg, world=1):
+def validate(cfg, size=1):
     """UserError for options that do not fit together."""
     train_lm.check_options(cfg)
     if not cfg.init:
         train_lm.check_heads(cfg)
-    if cfg.problems % (cfg.minibatches * world):
-        by = f"{world} processes x " * (world > 1) + f"--minibatches {cfg.minibatches}"
+    if cfg.problems % (cfg.minibatches * size):
+        by = f"{size} processes x " * (size > 1) + f"--minibatches {cfg.minibatches}"
         raise UserError(f"{by} must divide --problems {cfg.problems}")
     if (cfg.task == "jsonl") != bool(cfg.data):
         raise UserError("--task jsonl reads questions from --data FILE, and only it does")
