@@ -2383,7 +2383,7 @@ def test_sequences_grow_to_the_context():
             x, y, w = data.batch(step)
             shape = (2048 // data.length(step), data.length(step))
             assert x.shape == y.shape == w.shape == shape, "as many tokens at every step"
-            assert torch.equal(data.batch(step, 1, 2)[0], x[1::2])
+            assert torch.equal(data.batch(step, 1, 2)[0], x[len(x) // 2 :])
         data.cfg.grow = 0.0
         assert data.length(0) == 1024
         assert prepared(tmp, preset="small", context=320).length(0) == 320
@@ -2396,7 +2396,7 @@ def test_batches_depend_on_seed_step_and_row_alone():
         again, other = (data.batch(step)[0] for step in (7, 8))
         assert torch.equal(whole, again) and not torch.equal(whole, other)
         for rank in range(2):
-            assert torch.equal(data.batch(7, rank, 2)[0], whole[rank::2]), "a process gets every world-th row"
+            assert torch.equal(data.batch(7, rank, 2)[0], whole.chunk(2)[rank]), "its rows lie together"
         x, y, w = data.batch(3)
         assert torch.equal(x[:, 1:], y[:, :-1]), "targets are the next tokens"
         heavy = set(y[w > 1].tolist())

@@ -509,11 +509,15 @@ class Data:
         return lengths[int((len(lengths) - 1) * step / growing)] if step < growing else self.cfg.context
 
     def batch(self, step, rank=0, size=1):
-        """One process's rows of a step -> inputs, targets, weights (N / size, T); N T = batch x context."""
+        """One process's rows of a step -> inputs, targets, weights (N / size, T); N T = batch x context.
+
+        They lie together: a pass holds the rows that it has in one process, so its gradients round as they do there.
+        """
         T = self.length(step)
+        count = self.cfg.batch * self.cfg.context // T // size
         rows = []
         weights = []
-        for row in range(rank, self.cfg.batch * self.cfg.context // T, size):
+        for row in range(rank * count, (rank + 1) * count):
             rng = np.random.default_rng([self.cfg.seed, step, row])
             weight = np.ones(T, np.float32)
             if rng.random() < self.cfg.recall:
