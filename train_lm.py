@@ -1288,7 +1288,7 @@ class World:
             flat = torch.cat([x.flatten() for x in tensors])
             dist.all_reduce(flat)
             for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
-                x.copy_(part.view_as(x) / self.size)
+                torch.div(part.view_as(x), self.size, out=x)
 
     def gather(self, x, parts=1):
         """x (n, ..), of one shape everywhere -> those of all processes (size n, ..), in the order of one."""
