@@ -4647,15 +4647,22 @@ def test_rl_resumed_equals_uninterrupted():
 def test_rl_in_two_processes_equals_one():
     """The same answers and the same updates, from a compressed cache and with drafts that learn."""
     with folder() as tmp:
-        more = "--draft advantage --depths 3 --buffer 4 --equip-steps 4 --steps 5 --warm-steps 60".split()
+        more = "--draft advantage --depths 3 --buffer 4 --equip-steps 40 --steps 5 --warm-steps 60".split()
         common = [*RL_QUICK, *RL_CACHE, *more, "--device", "cpu", "--out", tmp]
         with two_processes(*common, "--name", "two", script="train_rl.py"):
             succeeds(run(*common, "--name", "one", script="train_rl.py"))
         for a, b in zip(log_of(tmp / "one"), log_of(tmp / "two"), strict=True):
-            limits = {"solved": 1e-9, "length": 1e-9, "loss": 1e-4, "norm": 1e-3, "draft_loss": 1e-3}
-            for name in set(limits) & set(a):
+            limits = {
+                "solved": 1e-9,
+                "length": 1e-9,
+                "finished": 1e-9,
+                "tokens_per_read": 1e-5,
+                "loss": 1e-4,
+                "draft_loss": 1e-5,
+            }
+            for name in a.keys() - {"seconds", "rollout_s", "tokens_per_second"} if "loss" in a else ():
                 what = f"step {a['step']}: {name} {a[name]} and {b[name]}"
-                assert abs(a[name] - b[name]) <= limits[name], what
+                assert abs(a[name] - b[name]) <= limits.get(name, 1e-3), what
         two = weights(tmp / "two")
         for name, x in weights(tmp / "one").items():  # Adam makes much of the rounding of small gradients
             close(two[name], x, 3e-4, name)

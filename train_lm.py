@@ -367,6 +367,8 @@ def sources(cfg):
             raise UserError(f"--data {name}: {what if os.path.exists(name) else 'no such file'}")
         if os.path.getsize(name) == 0:
             raise UserError(f"--data {name}: the file is empty")
+        if not os.access(name, os.R_OK):
+            raise UserError(f"--data {name}: you may not read this file")
     if cfg.data:
         return [(name, partial(open, name, "rb")) for name in cfg.data]
     if cfg.preset == "small":  # Python's own help texts
@@ -1323,7 +1325,7 @@ def open_run(cfg, given, base, validate, world):
         validate(cfg, world.size)
     folder = world.first(lambda: run_folder(cfg, base))
     if not cfg.resume:
-        return Run(cfg, folder, world.rank), None
+        return Run(cfg, folder, world), None
     path = folder / "ckpt.pt"
     saved = load_checkpoint(path, ("model", "optimizer", "step", "seconds", "config"))
     old = dataclasses.asdict(config_of(saved, type(cfg), path))
@@ -1333,16 +1335,16 @@ def open_run(cfg, given, base, validate, world):
     validate(cfg, world.size)
     if cfg.steps < saved["step"]:
         raise UserError(f"{folder}: the checkpoint is at step {saved['step']}, beyond --steps {cfg.steps}")
-    return Run(cfg, folder, world.rank, saved["step"], saved["seconds"], resumed=True), saved
+    return Run(cfg, folder, world, saved["step"], saved["seconds"], resumed=True), saved
 
 
 class Run:
-    """A run's folder, how far it is, and whether a signal asks it to stop. Only rank 0 writes and prints."""
+    """A run's folder, how far it is, and whether a signal asks it to stop. Only process 0 writes and prints."""
 
-    def __init__(self, cfg, folder, rank=0, step=0, seconds=0.0, resumed=False):
+    def __init__(self, cfg, folder, world=World(), step=0, seconds=0.0, resumed=False):
         self.cfg = cfg
         self.folder = folder
-        self.rank = rank
+        self.world = world
         self.step = step  # finished steps
         self.seconds = seconds  # of all of them
         self.resumed = resumed
@@ -1350,12 +1352,12 @@ class Run:
         self.signals = []  # that ask it to stop
 
     def say(self, *lines):
-        if self.rank == 0:
+        if self.world.rank == 0:
             say(*lines)
 
     def record(self, **entry):
         """Write a line of the log."""
-        if self.rank > 0:
+        if self.world.rank > 0:
             return
         short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in entry.items()}
         try:
@@ -1382,7 +1384,7 @@ class Run:
 
     def header(self, hardware, *lines, **facts):
         """What somebody needs to judge or repeat the run, on the screen and in the log."""
-        if self.rank == 0:
+        if self.world.rank == 0:
             self.trim_log()
         default = type(self.cfg)()
         options = {k: v for k, v in dataclasses.asdict(self.cfg).items() if v != getattr(default, k)}
@@ -1431,12 +1433,11 @@ class Run:
         look(f"after step {self.step}: nothing saved since the last checkpoint in {self.folder}", **values)
 
     def save(self, model, optimizer, **more):
-        """Replace the checkpoint, but never by one with broken weights."""
+        """Replace the checkpoint, but never by one with broken weights. All processes wait until it is written."""
         self.look(**{"norm of the weights": norm_of(model)})
         own = {"step": self.step, "seconds": self.seconds, "config": dataclasses.asdict(self.cfg)}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **more, **own}
-        if self.rank == 0:
-            save_checkpoint(self.folder / "ckpt.pt", state)
+        self.world.first(lambda: save_checkpoint(self.folder / "ckpt.pt", state))
 
     # The last words of a run -> its exit code
 
@@ -1676,6 +1677,8 @@ def main(argv=None, work=train, **how):
         reason = said_by(e)
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
             reason = "the memory is full: a smaller --micro, --batch or model needs less"
+        elif dist.is_initialized() and "peer" in str(e):  # in the words of gloo and NCCL
+            reason = "another process has ended, and said why; --resume goes on from the last checkpoint"
         elif not isinstance(e, OSError):
             raise
         print(f"error: {reason}", file=sys.stderr)

@@ -684,17 +684,20 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
         optimizer.zero_grad(set_to_none=True)
         updates.append(torch.stack([loss, clipped.sum(), log_rho.max(), norm]))
 
-    # 6) what there is to log
+    # 6) what there is to log, of the answers of all processes
+    T = world.gather(r.text.new_tensor([r.text.shape[1]])).max().item()
+    of_all = lambda x: world.gather(
+        nn.functional.pad(x, (0, T - r.text.shape[1]))
+    )  # (n, T - 1) -> (N, T - 1)
+    mask, sampler, dense, weight = (of_all(x) for x in (r.mask, r.sampler, old["full"], weights[0]))
+    found = sparse_rl.mismatch(dense - sampler, mask, weight)
+    found.update(solved=world.gather(r.reward).mean(), no_signal=1 - world.gather(signal.float()).mean())
+    found.update(length=mask.sum(-1).mean(), entropy=-sampler.sum() / mask.sum())
     updates = torch.stack(updates) if updates else r.reward.new_zeros(1, 4)  # (updates, 4)
+    updates = world.gather(updates)  # (processes x updates, 4)
     loss, clipped, _, norm = updates.mean(0)
-    found = sparse_rl.mismatch(old["full"] - r.sampler, r.mask, weights[0])
-    found.update(solved=r.reward.mean(), length=r.mask.sum(-1).mean(), no_signal=1 - signal.float().mean())
-    found.update(entropy=-r.sampler.sum() / r.mask.sum(), loss=loss, clipped=clipped, norm=norm)
-    found["log_rho_max"] = updates[:, 2].max()
-    values = world.gather(torch.stack(list(found.values()))[None])  # (processes, values)
-    least, most, mean = (f.tolist() for f in (values.amin(0), values.amax(0), values.mean(0)))
-    kind = lambda name: least if name.endswith("_min") else most if name.endswith("_max") else mean
-    return {**{name: kind(name)[i] for i, name in enumerate(found)}, "updates": sum(useful)}
+    found.update(loss=loss, clipped=clipped, norm=norm, log_rho_max=updates[:, 2].max())
+    return {**dict(zip(found, torch.stack(list(found.values())).tolist())), "updates": sum(useful)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -756,12 +759,13 @@ class Teacher:
         cfg = self.cfg
         parts = []  # of (text, mask)
         for i in range(rollouts):
+            torch.manual_seed((cfg.seed + i) % 2**63)  # processes may have drawn for another number of rounds
             asked = problems(task, decoder.batch * self.world.size, cfg.seed, "equip", i)
             r = rollout(decoder, task, [asked[i] for i in self.world.own(len(asked))])
             parts.append(self.padded(r.text, r.mask))
         # (rollouts N, room) each, of all processes
         text, mask = (self.world.gather(torch.cat(x), rollouts) for x in zip(*parts))
-        rows = min(32, self.answers, decoder.batch)
+        rows = min(32, self.answers, decoder.batch * self.world.size)
         settings = {"K": cfg.depths, "steps": cfg.equip_steps, "rows": rows, "say": lambda line: None}
         rate = mtp.equip(self.model, self.module, text, mask, **settings)  # (K,)
         took = f"{cfg.equip_steps} updates in {time.time() - start:.0f} s"
@@ -918,7 +922,6 @@ def train(cfg, given):
         world.copy_first(model)
 
     if teacher and not saved:
-        torch.manual_seed(cfg.seed)
         share = (world.own(N * world.size), N * world.size)
         teacher.equip(engine(model, task, cfg, N, 1.0, sparse, share=share), task, run.say)
         world.copy_first(module)
@@ -949,10 +952,13 @@ def train(cfg, given):
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])
-        log["finished"] = sum(answer.endswith(task.end) for answer in r.answers) / N
+        ended = torch.tensor(
+            [float(answer.endswith(task.end)) for answer in r.answers], device=device
+        )  # (N,)
+        log["finished"] = world.gather(ended).mean().item()
         log["tokens_per_second"] = N * world.size * log["length"] / r.seconds
         log.update(rollout_s=r.seconds, seconds=run.timed[-1])
-        rounds, tokens = sampler.state.reads.sum(0).tolist()
+        rounds, tokens = world.gather(sampler.state.reads).sum(0).tolist()
         log["tokens_per_read"] = tokens / max(rounds, 1)
         sampler.forget_counts()
         run.record(**log)
