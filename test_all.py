@@ -2508,8 +2508,8 @@ def test_resumed_training_equals_uninterrupted():
 
 
 @contextlib.contextmanager
-def two_processes(*args, script):
-    """What torchrun does, beside what the block does; both must succeed."""
+def two_processes(*args, script, check=succeeds):
+    """What torchrun does, beside what the block does; then a check of each, which must succeed by default."""
     port = str(random.randint(20000, 60000))
     meet = {**ONE_THREAD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -2517,7 +2517,29 @@ def two_processes(*args, script):
         results = pool.map(start, range(2))
         yield
         for result in results:
-            succeeds(result)
+            check(result)
+
+
+@slow
+def test_an_error_of_one_process_ends_the_others():
+    """Process 0 fails amid a step, or at a checkpoint, for which the other waits."""
+    begin = """
+import os, sys, train_lm
+def fails(*args, **more):
+    raise train_lm.UserError("no room")
+if os.environ["RANK"] == "0":
+    train_lm.%s = fails
+sys.exit(train_lm.main())
+"""
+    with folder() as tmp:
+        for name, word in (("Run.progress", "another process has ended"), ("save_checkpoint", "")):
+            ended = []
+            args = [*QUICK, "--device", "cpu", "--out", tmp, "--steps", 4, "--micro", 1, "--name", name]
+            with two_processes(*args, script=["-c", begin % name], check=ended.append):
+                pass
+            refused(ended[0], "no room")
+            code, _, err = ended[1]
+            assert code == 2 and word in err and err.count("\n") == len(word[:1]), f"{name}: {code}, {err}"
 
 
 @slow
@@ -2636,6 +2658,10 @@ def test_bad_input_is_one_line_and_exit_code_2():
             cases["--device cuda"] = "no GPU"
         for args, word in cases.items():
             refused(in_process(*QUICK, "--steps", 2, "--out", tmp, *args.split()), word, args)
+        with swapped(os, "access", lambda *args: False):
+            refused(
+                in_process(*QUICK, "--out", tmp, "--data", tmp / "short.txt"), "you may not read this file"
+            )
         assert (tmp / "run" / "ckpt.pt").read_bytes() == before, "nothing is overwritten"
         refused(run("--colour", "red"), what="the same from the shell")
 
@@ -4652,14 +4678,8 @@ def test_rl_in_two_processes_equals_one():
         with two_processes(*common, "--name", "two", script="train_rl.py"):
             succeeds(run(*common, "--name", "one", script="train_rl.py"))
         for a, b in zip(log_of(tmp / "one"), log_of(tmp / "two"), strict=True):
-            limits = {
-                "solved": 1e-9,
-                "length": 1e-9,
-                "finished": 1e-9,
-                "tokens_per_read": 1e-5,
-                "loss": 1e-4,
-                "draft_loss": 1e-5,
-            }
+            limits = dict.fromkeys(("solved", "length", "finished"), 1e-9)
+            limits.update(tokens_per_read=1e-5, loss=1e-4, draft_loss=1e-5)
             for name in a.keys() - {"seconds", "rollout_s", "tokens_per_second"} if "loss" in a else ():
                 what = f"step {a['step']}: {name} {a[name]} and {b[name]}"
                 assert abs(a[name] - b[name]) <= limits.get(name, 1e-3), what
