@@ -686,9 +686,8 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
 
     # 6) what there is to log, of the answers of all processes
     T = world.gather(r.text.new_tensor([r.text.shape[1]])).max().item()
-    of_all = lambda x: world.gather(
-        nn.functional.pad(x, (0, T - r.text.shape[1]))
-    )  # (n, T - 1) -> (N, T - 1)
+    end = T - r.text.shape[1]
+    of_all = lambda x: world.gather(nn.functional.pad(x, (0, end)))  # (n, T - 1) -> (N, T - 1)
     mask, sampler, dense, weight = (of_all(x) for x in (r.mask, r.sampler, old["full"], weights[0]))
     found = sparse_rl.mismatch(dense - sampler, mask, weight)
     found.update(solved=world.gather(r.reward).mean(), no_signal=1 - world.gather(signal.float()).mean())
