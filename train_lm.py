@@ -510,16 +510,16 @@ class Data:
         growing = self.cfg.grow * self.cfg.steps  # steps
         return lengths[int((len(lengths) - 1) * step / growing)] if step < growing else self.cfg.context
 
-    def batch(self, step, rank=0, size=1):
-        """One process's rows of a step -> inputs, targets, weights (N / size, T); N T = batch x context.
+    def batch(self, step, own=range):
+        """The rows of a step -> inputs, targets, weights (N, T); N T = batch x context, or a process's part.
 
-        They lie together: a pass holds the rows that it has in one process, so its gradients round as they do there.
+        own: World.own, which rows are this process's. They lie together, so that a pass holds the rows that it
+        has in one process.
         """
         T = self.length(step)
-        count = self.cfg.batch * self.cfg.context // T // size
         rows = []
         weights = []
-        for row in range(rank * count, (rank + 1) * count):
+        for row in own(self.cfg.batch * self.cfg.context // T):
             rng = np.random.default_rng([self.cfg.seed, step, row])
             weight = np.ones(T, np.float32)
             if rng.random() < self.cfg.recall:
@@ -530,7 +530,7 @@ class Data:
                 doc = self.crop("train", rng, T)
             rows.append(doc)
             weights.append(weight)
-        rows = torch.from_numpy(np.stack(rows))  # (N / size, T + 1)
+        rows = torch.from_numpy(np.stack(rows))  # (N, T + 1)
         return rows[:, :-1], rows[:, 1:], torch.from_numpy(np.stack(weights))
 
 
@@ -1566,7 +1566,7 @@ def train(cfg, given):
         return sums
 
     def batch(step):
-        return [t.to(device) for t in data.batch(step, world.rank, world.size)]
+        return [t.to(device) for t in data.batch(step, world.own)]
 
     captured = mtp.Captured(passes, optimizer.zero_grad)
     rows = batch(run.step)
@@ -1677,8 +1677,8 @@ def main(argv=None, work=train, **how):
         reason = said_by(e)
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
             reason = "the memory is full: a smaller --micro, --batch or model needs less"
-        elif dist.is_initialized() and "peer" in str(e):  # in the words of gloo and NCCL
-            reason = "another process has ended, and said why; --resume goes on from the last checkpoint"
+        elif dist.is_initialized() and "by peer" in str(e):  # gloo's words; NCCL's have not been seen
+            reason = "another process has ended"
         elif not isinstance(e, OSError):
             raise
         print(f"error: {reason}", file=sys.stderr)

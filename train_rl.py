@@ -688,7 +688,7 @@ def learn(model, optimizer, r, cfg, recorder=None, world=World()):
     T = world.gather(r.text.new_tensor([r.text.shape[1]])).max().item()
     end = T - r.text.shape[1]
     of_all = lambda x: world.gather(nn.functional.pad(x, (0, end)))  # (n, T - 1) -> (N, T - 1)
-    mask, sampler, dense, weight = (of_all(x) for x in (r.mask, r.sampler, old["full"], weights[0]))
+    mask, sampler, dense, weight = map(of_all, (r.mask, r.sampler, r.old, weights[0]))  # (N, T - 1) each
     found = sparse_rl.mismatch(dense - sampler, mask, weight)
     found.update(solved=world.gather(r.reward).mean(), no_signal=1 - world.gather(signal.float()).mean())
     found.update(length=mask.sum(-1).mean(), entropy=-sampler.sum() / mask.sum())
@@ -758,7 +758,7 @@ class Teacher:
         cfg = self.cfg
         parts = []  # of (text, mask)
         for i in range(rollouts):
-            torch.manual_seed((cfg.seed + i) % 2**63)  # processes may have drawn for another number of rounds
+            torch.manual_seed(cfg.seed + i)  # all processes draw alike, however many rounds each has played
             asked = problems(task, decoder.batch * self.world.size, cfg.seed, "equip", i)
             r = rollout(decoder, task, [asked[i] for i in self.world.own(len(asked))])
             parts.append(self.padded(r.text, r.mask))
@@ -951,9 +951,7 @@ def train(cfg, given):
         run.advance(time.perf_counter() - start)
 
         solved.append(log["solved"])
-        ended = torch.tensor(
-            [float(answer.endswith(task.end)) for answer in r.answers], device=device
-        )  # (N,)
+        ended = r.reward.new_tensor([answer.endswith(task.end) for answer in r.answers])  # (N,)
         log["finished"] = world.gather(ended).mean().item()
         log["tokens_per_second"] = N * world.size * log["length"] / r.seconds
         log.update(rollout_s=r.seconds, seconds=run.timed[-1])

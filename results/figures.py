@@ -50,28 +50,29 @@ def needles():
 
 
 def curves(log, tokens, file):
-    """Bits per byte against tokens, so many a step: a line for each seed. The rest is the mean over seeds: bits by place in the
-    context, recall by distance, needles by length."""
+    """Bits per byte against tokens, so many a step: a line for each seed.
+
+    Means over the seeds: bits by place in the context, recall by distance, needles by length.
+    """
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4))
     entries = [json.loads(line) for line in open(HERE / f"{log}.jsonl")]
     ended = runs(HERE / f"{log}.jsonl")
     mean = lambda lists: [sum(values) / len(values) for values in zip(*lists)]
     for i, (name, seeds) in enumerate(ended.items()):
         label = f"{name} ({len(seeds)})" if len(seeds) > 1 else name
-        how = dict(color=f"C{i}", label=label)
+        how = dict(color=f"C{i}", marker="o", label=label)
         for seed in seeds:
             evals = {e["step"]: e["bpb"] for e in entries if (e["arm"], e["seed"]) == (name, seed) and "bpb" in e}
-            axes[0].plot([step * tokens / 1e6 for step in evals], list(evals.values()), marker=".", **how)
-            how.pop("label", None)
-        how["label"] = label
-        axes[1].plot([1, 2, 3, 4], mean(e["bpb_by_position"] for e in seeds.values()), marker="o", **how)
+            [line] = axes[0].plot([step * tokens / 1e6 for step in evals], list(evals.values()), f".-C{i}")
+        line.set_label(label)
+        axes[1].plot([1, 2, 3, 4], mean(e["bpb_by_position"] for e in seeds.values()), **how)
         told = [e["recall_by_distance"] for e in seeds.values()]
         shares = mean([share for share, _ in by.values()] for by in told)
-        axes[2].plot([math.log2(int(d)) for d in told[0]], shares, marker="o", **how)
+        axes[2].plot([math.log2(int(d)) for d in told[0]], shares, **how)
         found = [e["needles"] for e in seeds.values()]
         lengths = sorted(map(int, found[0]))
         shares = mean([sum(by[str(n)]) / 8 for n in lengths] for by in found)
-        axes[3].plot([math.log2(n) for n in lengths], shares, marker="o", **how)
+        axes[3].plot([math.log2(n) for n in lengths], shares, **how)
     axes[0].set(title="code that was not trained on", xlabel="million tokens of training", ylabel="bits per byte", yscale="log")
     axes[0].set_yticks([0.7, 1, 1.5, 2, 3], ["0.7", "1", "1.5", "2", "3"], minor=False)
     axes[0].minorticks_off()
